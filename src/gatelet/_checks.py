@@ -1,0 +1,72 @@
+"""The checks of arguments that several modules share: each raises at the call and names the argument."""
+
+import difflib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_logits(logits: Any, name: str = "logits") -> None:
+    """Raise unless ``logits`` is a floating tensor (..., N) without NaN and infinity.
+
+    The values are looked at where that is free of a synchronisation: on the CPU, outside of ``torch.compile``
+    and of the ``torch.func`` transforms.
+    """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, not {type(logits).__name__}")
+    if not logits.is_floating_point():
+        raise TypeError(f"{name} must have a floating dtype, not {logits.dtype}")
+    if logits.dim() == 0:
+        raise ValueError(f"{name} must have at least one dimension (..., N), not be a scalar")
+    if logits.device.type != "cpu" or torch.compiler.is_compiling() or _is_transformed(logits):
+        return
+    # One reduction over the values; the exact test only where it says something is off (or overflowed).
+    if not math.isfinite(logits.detach().sum().item()) and not logits.detach().isfinite().all():
+        bad = int((~logits.detach().isfinite()).sum())
+        raise ValueError(f"{name} holds {bad} values that are NaN or infinite (of {logits.numel()})")
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    """Whether a torch.func transform (vmap, grad) wraps the tensor, so that its values cannot be looked at."""
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+
+
+def check_rate(value: float, name: str = "target_rate") -> float:
+    """Return ``value`` if it lies strictly between 0 and 1; raise otherwise."""
+    if not isinstance(value, int | float) or not 0.0 < value < 1.0:
+        raise ValueError(f"{name} must lie strictly between 0 and 1, not {value!r}")
+    return float(value)
+
+
+def check_positive(value: float, name: str) -> float:
+    """Return ``value`` if it is a finite number above 0; raise otherwise."""
+    if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} must be a finite number above 0, not {value!r}")
+    return float(value)
+
+
+def check_count(value: int, name: str) -> int:
+    """Return ``value`` if it is an integer of at least 1; raise otherwise."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
+    return value
+
+
+def check_choice(value: Any, choices: Iterable[str], name: str) -> str:
+    """Return ``value`` if it is one of ``choices``; raise with the nearest ones otherwise."""
+    known = list(choices)
+    if value in known:
+        return str(value)
+    near = difflib.get_close_matches(str(value), known, n=3, cutoff=0.4)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    raise ValueError(f"unknown {name} {value!r}{hint} (known: {', '.join(known)})")
+
+
+def check_noise(noise: Tensor, shape: torch.Size, name: str = "noise") -> None:
+    """Raise unless ``noise`` is a tensor of the given shape."""
+    if not isinstance(noise, Tensor) or noise.shape != shape:
+        found = tuple(noise.shape) if isinstance(noise, Tensor) else type(noise).__name__
+        raise ValueError(f"{name} must be a tensor of shape {tuple(shape)}, not {found}")

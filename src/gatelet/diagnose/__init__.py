@@ -1,0 +1,3 @@
+"""Exact gradients, and the bias, variance and cost of estimators on an objective."""
+
+from gatelet.diagnose.exact import exact_gradient as exact_gradient

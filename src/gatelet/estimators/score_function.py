@@ -1,0 +1,122 @@
+"""Section 3: the unbiased estimator from a broadcast loss, and its baselines."""
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gatelet._checks import check_choice, check_rate
+from gatelet.estimators._base import Estimator, bernoulli, wide
+
+
+class ScoreFunction(Estimator):
+    """Binary unit that learns from the correlation of its own noise with the loss (REINFORCE).
+
+    h ~ Bernoulli(σ(a)); ĝ_i = (h_i − σ(a_i)) · (L − L̄_i) (Theorem 1 with L̄_i = 0, eq. 4; Corollary 1 otherwise).
+
+    Bias: none, for any L̄_i that does not depend on this h_i. The baseline is a moving average over *earlier*
+    batches only: it is updated after it was used, so it never contains the loss it is subtracted from.
+    Variance: grows with E[L²] without a baseline; least, among constants, with
+    L̄_i = E[(h_i − σ_i)² L] / E[(h_i − σ_i)²] (Corollary 1). No signal is propagated back through the gates.
+
+    Args:
+        baseline: ``"per_unit"``: the minimum-variance constant, as two moving averages per unit; ``"running_mean"``:
+            one moving average of the loss; ``"none"``.
+        decay: the moving averages' coefficient (paper's code: 0.9).
+
+    Raises:
+        ValueError: for an unknown baseline, or a decay outside (0, 1); when units of another number share
+            the baseline.
+
+    >>> import torch
+    >>> unit = ScoreFunction(baseline="none")
+    >>> a = torch.zeros(1, 2)
+    >>> h = unit(a, torch.tensor([[0.4, 0.6]]))
+    >>> unit.coefficients(a, h, torch.tensor([2.0]))         # (h − ½)·2
+    tensor([[ 1., -1.]])
+
+    Reference: Y. Bengio, N. Léonard, A. Courville, "Estimating or Propagating Gradients Through Stochastic
+    Neurons for Conditional Computation", 2013, arXiv:1308.3432, section 3; R. J. Williams, "Simple
+    statistical gradient-following algorithms for connectionist reinforcement learning", 1992; L. Weaver,
+    N. Tao, "The optimal reward baseline for gradient-based reinforcement learning", 2001, arXiv:1301.2315.
+    """
+
+    unbiased = True
+    needs = "loss"
+    support = "none"
+    reference = "Bengio, Léonard, Courville 2013, arXiv:1308.3432, section 3; Williams 1992; Weaver, Tao 2001"
+    variants = ({"baseline": "running_mean"}, {"baseline": "none"})
+
+    numerator: Tensor
+    denominator: Tensor
+
+    def __init__(
+        self,
+        baseline: Literal["per_unit", "running_mean", "none"] = "per_unit",
+        decay: float = 0.9,
+    ) -> None:
+        super().__init__()
+        self.baseline = check_choice(baseline, ("per_unit", "running_mean", "none"), "baseline")
+        self.decay = check_rate(decay, "decay")
+        # L̄ = numerator / denominator: averages of wL and w, with w = (h − σ)² per unit, or 1. Both start at
+        # zero, so the ratio needs no correction for its start. The units' number is known at the first call.
+        self.register_buffer("numerator", torch.zeros(0))
+        self.register_buffer("denominator", torch.zeros(0))
+
+    def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
+        """Return the sample; it carries no gradient."""
+        return bernoulli(logits.detach().to(wide(logits)).sigmoid(), noise).to(logits.dtype)
+
+    def coefficients(
+        self,
+        logits: Float[Tensor, "K *lead N"],
+        gates: Float[Tensor, "K *lead N"],
+        losses: Float[Tensor, "K *lead"],
+    ) -> Float[Tensor, "K *lead N"]:
+        """Return (h − σ(a))·(L − L̄), then take these losses into L̄."""
+        difference = gates.to(losses.dtype) - logits.to(losses.dtype).sigmoid()
+        losses = losses.unsqueeze(-1)
+        if self.baseline == "none":
+            return difference * losses
+        estimate = difference * (losses - self.current_baseline(logits.shape[-1]).to(losses))
+        self.update(difference, losses)
+        return estimate
+
+    def current_baseline(self, units: int) -> Float[Tensor, "..."]:
+        """Return L̄, of shape (N,) or (1,); zero before the first batch."""
+        size = units if self.baseline == "per_unit" else 1
+        if self.numerator.numel() == 0:
+            self.numerator = self.numerator.new_zeros(size)
+            self.denominator = self.denominator.new_zeros(size)
+        if self.numerator.numel() != size:
+            raise ValueError(
+                f"estimator: this ScoreFunction keeps a baseline for {self.numerator.numel()} units and was called "
+                f"with {size}; give each layer an instance of its own"
+            )
+        return torch.where(self.denominator > 0, self.numerator / self.denominator, 0.0)
+
+    def update(self, difference: Float[Tensor, "*lead N"], losses: Float[Tensor, "*lead 1"]) -> None:
+        """Take a batch into the two moving averages; processes of torch.distributed average theirs."""
+        if losses.numel() == 0:
+            return
+        weight = difference.square() if self.baseline == "per_unit" else torch.ones_like(losses)
+        sums = torch.stack([(weight * losses).flatten(0, -2).mean(0), weight.flatten(0, -2).mean(0)])
+        sums = all_reduce_mean(sums).to(self.numerator)
+        self.numerator = torch.lerp(sums[0], self.numerator, self.decay)
+        self.denominator = torch.lerp(sums[1], self.denominator, self.decay)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The buffers' size comes with the first batch, or with the checkpoint.
+        for name in ("numerator", "denominator"):
+            if prefix + name in state_dict:
+                setattr(self, name, torch.zeros_like(state_dict[prefix + name], device=self.numerator.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def all_reduce_mean(tensor: Tensor) -> Tensor:
+    """Return the mean over the processes of torch.distributed; the tensor itself without it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+        tensor = tensor / torch.distributed.get_world_size()
+    return tensor

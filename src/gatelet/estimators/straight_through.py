@@ -1,0 +1,69 @@
+"""Section 4: the straight-through estimator."""
+
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from gatelet._checks import check_choice
+from gatelet.estimators._base import Estimator, bernoulli, straight_through, wide
+
+
+class StraightThrough(Estimator):
+    """Binary unit whose backward pass pretends that it was the identity (or the sigmoid).
+
+    h ~ Bernoulli(σ(a)), or h = 1[a > 0] on a hard unit; ∂L/∂a ≈ ∂L/∂h, or ∂L/∂h · σ(a)(1 − σ(a)) (section 4).
+
+    Bias: E[ĝ_i] = E_h[∂L/∂h_i] · slope(a_i), with ∂L/∂h taken at the sample. For a loss linear in h_i and
+    the sigmoid slope that is exact; with the identity slope it has the right sign for a single layer of
+    one unit and a monotone loss, not in general with more layers.
+    Variance: that of ∂L/∂h; the lowest of the paper's estimators. Every gate, closed ones too, needs ∂L/∂h.
+
+    Args:
+        slope: ``"identity"`` (the paper found it better) or ``"sigmoid"``.
+        unit: ``"sampled"`` or ``"hard"``, which ignores the noise.
+
+    >>> import torch
+    >>> a = torch.tensor([0.0, 0.0], requires_grad=True)
+    >>> h = StraightThrough()(a, torch.tensor([0.4, 0.6]))
+    >>> h
+    tensor([1., 0.], grad_fn=<AddBackward0>)
+    >>> torch.autograd.grad((h * torch.tensor([3.0, 5.0])).sum(), a)[0]
+    tensor([3., 5.])
+
+    Reference: Y. Bengio, N. Léonard, A. Courville, "Estimating or Propagating Gradients Through Stochastic
+    Neurons for Conditional Computation", 2013, arXiv:1308.3432, section 4; the idea: G. Hinton, "Neural
+    Networks for Machine Learning", lecture 15b, 2012.
+    """
+
+    unbiased = False
+    needs = "path"
+    support = "all"
+    reference = "Bengio, Léonard, Courville 2013, arXiv:1308.3432, section 4; Hinton 2012, lecture 15b"
+    variants = (
+        {"slope": "sigmoid"},
+        {"unit": "hard"},
+        {"slope": "sigmoid", "unit": "hard"},
+    )
+
+    def __init__(
+        self,
+        slope: Literal["identity", "sigmoid"] = "identity",
+        unit: Literal["sampled", "hard"] = "sampled",
+    ) -> None:
+        super().__init__()
+        self.slope = check_choice(slope, ("identity", "sigmoid"), "slope")
+        self.unit = check_choice(unit, ("sampled", "hard"), "unit")
+        if self.unit == "hard":
+            self.law = "none"
+
+    def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
+        """Return the sample (or the hard threshold) with the chosen slope behind it."""
+        hard = self.unit == "hard"
+        fires = logits > 0 if hard else bernoulli(logits.detach().to(wide(logits)).sigmoid(), noise)
+        path = logits if self.slope == "identity" else logits.sigmoid()
+        return straight_through(fires.to(logits.dtype), path)
+
+    def breaks(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N J"]:
+        """Return σ(a), where a sampled gate jumps; nothing for a hard one."""
+        return super().breaks(logits) if self.unit == "sampled" else logits.new_zeros((*logits.shape, 0))

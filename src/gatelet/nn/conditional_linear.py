@@ -1,0 +1,126 @@
+"""Section 5: the conditional layer, gater × expert."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gatelet._checks import check_count, check_rate
+from gatelet.estimators import Estimator
+from gatelet.nn.gater import Gater, glorot_
+from gatelet.sparsity._controller import Controller, Penalised
+from gatelet.sparsity.adaptive_l1 import AdaptiveL1
+from gatelet.sparsity.kl_rate import KLRate
+from gatelet.units import StochasticUnit
+
+
+class ConditionalLinear(Penalised):
+    """Wide linear layer of which a gater opens a few units per example.
+
+    y = (W x + b) ∘ h, h = gate(gater(x)) (section 5). The experts are linear: gate × linear generalises
+    the rectifier, which is the case h = 1[W x + b > 0].
+
+    In training the gates follow the estimator and ``sparsity.penalty(model)`` holds their rate; in ``eval()`` they
+    are deterministic, with the threshold that ``sparsity.calibrate_thresholds(model, loader)`` sets.
+
+    Args:
+        in_features: D.
+        out_features: N.
+        bottleneck: M, the width of the gater's hidden layer.
+        estimator: a name of ``gatelet.estimators.ALL`` or an instance.
+        target_rate: the share of gates to be open; ``None``: no constraint and no threshold, for gates that are
+            always open.
+        group_size: consecutive units that share a gate; divides N.
+        sparsity: the controllers that hold the rate; by default ``KLRate(target_rate)``, or ``AdaptiveL1(target_rate)``
+            where the firing probability has no gradient.
+        detach_gater_input: let no gradient pass from the gates into the input.
+
+    Attributes:
+        active_fraction: the share of gates ≠ 0 in the last forward pass, a tensor (reading it may synchronise).
+
+    Raises:
+        ValueError: for sizes that are not integers of at least 1, a group size that does not divide N, a rate
+            outside (0, 1), an unknown estimator; at the call for an input of another width or not finite.
+
+    >>> import torch
+    >>> layer = ConditionalLinear(784, 2000, bottleneck=400, estimator="straight_through", target_rate=0.1)
+    >>> layer(torch.rand(32, 784)).shape
+    torch.Size([32, 2000])
+
+    Reference: Y. Bengio, N. Léonard, A. Courville, "Estimating or Propagating Gradients Through Stochastic
+    Neurons for Conditional Computation", 2013, arXiv:1308.3432, section 5.
+    """
+
+    active_fraction: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bottleneck: int,
+        estimator: str | Estimator = "straight_through",
+        target_rate: float | None = 0.1,
+        group_size: int = 1,
+        sparsity: Sequence[Controller] | None = None,
+        detach_gater_input: bool = False,
+    ) -> None:
+        super().__init__()
+        check_count(out_features, "out_features")
+        if out_features % check_count(group_size, "group_size"):
+            raise ValueError(f"group_size must divide out_features: {group_size} does not divide {out_features}")
+        if target_rate is not None:
+            check_rate(target_rate)
+        self.group_size = group_size
+        self.gater = Gater(in_features, out_features // group_size, bottleneck, detach_gater_input)
+        self.unit = StochasticUnit(estimator, threshold=None, target_rate=target_rate)
+        if target_rate is None:
+            self.unit.threshold.fill_(-float("inf"))
+        self.expert = nn.Linear(in_features, out_features)
+        glorot_(self.expert)
+        if sparsity is None:
+            sparsity = [] if target_rate is None else [self._default_controller(target_rate)]
+        self.sparsity = nn.ModuleList(sparsity)
+        self.register_buffer("active_fraction", torch.tensor(float("nan")), persistent=False)
+
+    def _default_controller(self, target_rate: float) -> Controller:
+        probe = torch.zeros(1, requires_grad=True)
+        smooth = self.unit.estimator.fire_probability(probe).requires_grad
+        return KLRate(target_rate) if smooth else AdaptiveL1(target_rate)
+
+    def forward(
+        self,
+        x: Float[Tensor, "*lead D"],
+        *,
+        noise: Float[Tensor, "*lead G"] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "*lead N"]:
+        """Return (W x + b) ∘ h.
+
+        Args:
+            x: (..., D).
+            noise: of the gates, (..., N / group_size), instead of drawing it.
+            generator: the source of the noise; torch's global one by default.
+        """
+        if x.shape[-1:] != (self.expert.in_features,):
+            raise ValueError(
+                f"x must have {self.expert.in_features} features in its last dimension, but has shape {tuple(x.shape)}"
+            )
+        logits = self.gater(x)
+        controllers = cast(list[Controller], list(self.sparsity))
+        for controller in controllers:
+            logits = controller.shift(logits)
+        gates = self.unit(logits, noise=noise, generator=generator)
+        self.active_fraction = (gates.detach() != 0).float().mean()
+        if self.training:
+            terms = [control.penalty(self.unit.estimator, logits, gates) for control in controllers]
+            self._penalty = sum((term for term in terms if term is not None), start=logits.new_zeros(()))
+        if self.group_size > 1:
+            gates = gates.repeat_interleave(self.group_size, dim=-1)
+        return cast(Tensor, self.expert(x) * gates)
+
+    def extra_repr(self) -> str:
+        """Show the sizes."""
+        sizes = f"{self.expert.in_features}, {self.expert.out_features}"
+        return f"{sizes}, group_size={self.group_size}"

@@ -1,0 +1,141 @@
+"""Supplement A.3: the test-time threshold at which the target share of gates is open."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatelet._checks import check_rate
+from gatelet.units import StochasticUnit, sampling
+
+_KEPT = 1 << 25  # logits kept per layer; above, a random half is dropped (the quantile's error is then < 1e-4)
+
+
+def calibrate_thresholds(
+    model: nn.Module,
+    loader: Iterable[Any],
+    target_rate: float | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> dict[str, float]:
+    """Set each unit's test-time threshold so that the target share of its gates is open on ``loader``.
+
+    Gates open iff their logit exceeds the threshold, so it is the (1 − s)-quantile of the logits (A.3).
+    Units are done in the order in which they run, each with the earlier ones already in their deterministic
+    mode, with one pass over ``loader`` per unit.
+
+    Args:
+        model: holds stochastic units with a ``target_rate`` (every conditional layer does). It is run in
+            ``eval()`` and left in the mode in which it was.
+        loader: yields batches; must allow several passes (a list or a DataLoader, no generator).
+        target_rate: s for all units, instead of their own.
+        forward: runs the model on a batch; by default ``model(batch)``, or ``model(batch[0])`` for a tuple or list.
+
+    Returns:
+        unit's name -> share of its gates that are open now, on ``loader``. It differs from s where gates tie
+        or, for rectifiers, where fewer than s are above zero.
+
+    Raises:
+        ValueError: if no unit has a target rate, the loader yields nothing, or a rate lies outside (0, 1).
+
+    >>> import torch, gatelet
+    >>> layer = gatelet.nn.ConditionalLinear(8, 50, bottleneck=4, estimator="straight_through", target_rate=0.1)
+    >>> calibrate_thresholds(layer, [torch.randn(20, 8)])
+    {'unit': 0.1...}
+    >>> layer.eval()(torch.randn(3, 8)).shape
+    torch.Size([3, 50])
+
+    Reference: Y. Bengio, N. Léonard, A. Courville, "Estimating or Propagating Gradients Through Stochastic
+    Neurons for Conditional Computation", 2013, arXiv:1308.3432, supplement A.3.
+    """
+    if target_rate is not None:
+        check_rate(target_rate)
+    run = forward or (lambda module, batch: module(batch[0] if isinstance(batch, tuple | list) else batch))
+    units = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, StochasticUnit) and (module.target_rate is not None)
+    }
+    if not units:
+        raise ValueError("model: holds no stochastic unit with a target_rate, so there is nothing to calibrate")
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            done: dict[str, float] = {}
+            for name in _order(model, units, loader, run):
+                logits = _collect(model, units[name], loader, run)
+                rate = target_rate if target_rate is not None else units[name].target_rate
+                assert rate is not None
+                done[name] = _set_threshold(units[name], logits, rate)
+            return done
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+class _Seen(Exception):  # noqa: N818
+    """Ends a forward pass once the logits of interest were seen."""
+
+
+def _order(
+    model: nn.Module, units: dict[str, StochasticUnit], loader: Iterable[Any], run: Callable[..., Any]
+) -> list[str]:
+    """Return the units' names in the order in which one batch runs them."""
+    order: list[str] = []
+    hooks = [
+        unit.register_forward_pre_hook(lambda *_, name=name: order.append(name) if name not in order else None)
+        for name, unit in units.items()
+    ]
+    try:
+        with sampling(model):
+            for batch in loader:
+                run(model, batch)
+                return order
+    finally:
+        for hook in hooks:
+            hook.remove()
+    raise ValueError("loader: yielded no batch")
+
+
+def _collect(model: nn.Module, unit: StochasticUnit, loader: Iterable[Any], run: Callable[..., Any]) -> Tensor:
+    """Return the unit's logits over the loader, on the CPU."""
+    kept: list[Tensor] = []
+    share, total = 1.0, 0
+    generator = torch.Generator().manual_seed(0)
+
+    def thin(values: Tensor, keep: float) -> Tensor:
+        return values if keep == 1 else values[torch.rand(values.shape, generator=generator) < keep]
+
+    def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        nonlocal share, total
+        kept.append(thin(args[0].detach().float().flatten().cpu(), share))
+        total += kept[-1].numel()
+        if total > _KEPT:
+            kept[:] = [thin(torch.cat(kept), 0.5)]
+            share, total = share / 2, kept[0].numel()
+        raise _Seen
+
+    hook = unit.register_forward_pre_hook(see)
+    try:
+        for batch in loader:
+            try:
+                run(model, batch)
+            except _Seen:
+                continue
+    finally:
+        hook.remove()
+    if not kept:
+        raise ValueError("loader: yielded no batch on a second pass; give a list or a DataLoader, not a generator")
+    return torch.cat(kept)
+
+
+def _set_threshold(unit: StochasticUnit, logits: Tensor, rate: float) -> float:
+    """Set the threshold to the (1 − rate)-quantile, and return the share of gates that it opens."""
+    if logits.numel() == 0:
+        raise ValueError("loader: yielded only empty batches")
+    closed = min(logits.numel(), max(1, round((1 - rate) * logits.numel())))
+    threshold = logits.kthvalue(closed).values
+    unit.threshold.copy_(threshold)
+    gates = unit.estimator.deterministic(logits, threshold)
+    return (gates != 0).float().mean().item()

@@ -1,0 +1,79 @@
+"""Section 2.1: the cure of dead units, a bias that is pushed up while a unit fires too seldom."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gatelet._checks import check_positive, check_rate
+from gatelet.estimators import Estimator
+from gatelet.estimators.score_function import all_reduce_mean
+from gatelet.sparsity._controller import Controller
+
+
+class FiringRateBias(Controller):
+    """Wakes units that hardly ever open.
+
+    Each unit's firing rate is kept as a moving average r_i ← decay·r_i + (1 − decay)·mean(h_i ≠ 0); while it
+    is under the target, the unit's bias grows by ``step`` per batch (section 2.1). The bias is added to the
+    logits and never pushed down: holding a rate from above is the penalties' task.
+
+    Args:
+        target_rate: the firing rate under which a unit counts as dead.
+        step: what a batch adds to the bias, in units of the logits.
+        decay: of the moving average; it starts at the target.
+
+    The buffers ``rate`` and ``bias``, (N,), are in ``state_dict``; N is known at the first call.
+
+    >>> import torch, gatelet
+    >>> control = FiringRateBias(0.1, step=0.5)
+    >>> logits = torch.zeros(4, 2)
+    >>> control.penalty(gatelet.estimators.StraightThrough(), logits, torch.tensor([[1.0, 0.0]] * 4))
+    >>> control.shift(logits)[0]
+    tensor([0.0000, 0.5000])
+
+    Reference: Y. Bengio, N. Léonard, A. Courville, "Estimating or Propagating Gradients Through Stochastic
+    Neurons for Conditional Computation", 2013, arXiv:1308.3432, section 2.1.
+    """
+
+    rate: Tensor
+    bias: Tensor
+
+    def __init__(self, target_rate: float, step: float = 0.01, decay: float = 0.99) -> None:
+        super().__init__()
+        self.target_rate = check_rate(target_rate)
+        self.step = check_positive(step, "step")
+        self.decay = check_rate(decay, "decay")
+        self.register_buffer("rate", torch.zeros(0))
+        self.register_buffer("bias", torch.zeros(0))
+
+    def shift(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
+        """Return logits + bias."""
+        return logits if self.bias.numel() == 0 else logits + self.bias.to(logits.dtype)
+
+    def penalty(
+        self, estimator: Estimator, logits: Float[Tensor, "*lead N"], gates: Float[Tensor, "*lead N"]
+    ) -> Float[Tensor, ""] | None:
+        """Update the rates and raise the biases of the units under the target; adds nothing to the loss."""
+        if gates.numel() == 0:
+            return None
+        with torch.no_grad():
+            if self.bias.numel() == 0:
+                self.bias = self.bias.new_zeros(gates.shape[-1])
+                self.rate = self.rate.new_full((gates.shape[-1],), self.target_rate)
+            fired = (gates != 0).to(self.rate.dtype).reshape(-1, gates.shape[-1]).mean(0)
+            self.rate = torch.lerp(all_reduce_mean(fired), self.rate, self.decay)
+            self.bias = self.bias + self.step * (self.rate < self.target_rate).to(self.bias.dtype)
+        return None
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The buffers' size comes with the first batch, or with the checkpoint.
+        for name in ("rate", "bias"):
+            if prefix + name in state_dict:
+                setattr(self, name, torch.zeros_like(state_dict[prefix + name], device=self.bias.device))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """Show the rate and the step."""
+        return f"target_rate={self.target_rate:g}, step={self.step:g}, decay={self.decay:g}"

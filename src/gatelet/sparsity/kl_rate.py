@@ -1,0 +1,64 @@
+"""Supplement A.1: the Kullback-Leibler penalty that holds the firing rate of stochastic gates."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gatelet._checks import check_positive, check_rate
+from gatelet.estimators import Estimator
+from gatelet.sparsity._controller import Controller
+
+
+class KLRate(Controller):
+    """Pulls each unit's mean firing probability over the batch to the target rate.
+
+    λ Σ_i KL(s ‖ p_i), p_i = mean over the batch of P(h_i ≠ 0) (A.1; its eq. 1 misprints the brackets of
+    the cross-entropy −(s log p_i + (1 − s) log(1 − p_i)), which differs from the KL by a constant).
+    The probability is that the gate *fires*: for STS it is √p.
+
+    Args:
+        target_rate: s.
+        weight: λ.
+
+    Raises:
+        ValueError: for a rate outside (0, 1) or a weight that is not above 0; at the call, for an estimator
+            whose firing probability has no gradient.
+
+    >>> import torch, gatelet
+    >>> half = torch.zeros(2, 3)                                        # three units at p = ½
+    >>> KLRate(0.1, weight=1.0).penalty(gatelet.estimators.StraightThrough(), half, half)
+    tensor(1.1042)
+
+    Reference: Y. Bengio, N. Léonard, A. Courville, "Estimating or Propagating Gradients Through Stochastic
+    Neurons for Conditional Computation", 2013, arXiv:1308.3432, supplement A.1.
+    """
+
+    def __init__(self, target_rate: float, weight: float = 0.1) -> None:
+        super().__init__()
+        self.target_rate = check_rate(target_rate)
+        self.weight = check_positive(weight, "weight")
+
+    def penalty(
+        self, estimator: Estimator, logits: Float[Tensor, "*lead N"], gates: Float[Tensor, "*lead N"]
+    ) -> Float[Tensor, ""] | None:
+        """Return λ Σ_i KL(s ‖ p_i)."""
+        probability = estimator.fire_probability(logits)
+        if logits.requires_grad and not probability.requires_grad:
+            raise ValueError(
+                f"KLRate: the firing probability of {type(estimator).__name__} does not depend smoothly on its "
+                "logits; hold its rate with AdaptiveL1"
+            )
+        if logits.shape[:-1].numel() == 0:
+            return logits.new_zeros(())
+        rate = probability.reshape(-1, logits.shape[-1]).float().mean(0)
+        # A saturated unit has rate 0 or 1 in float32; the clamp keeps its penalty large but finite.
+        rate = rate.clamp(1e-6, 1 - 1e-6)
+        s = self.target_rate
+        entropy = s * math.log(s) + (1 - s) * math.log1p(-s)
+        return self.weight * (entropy - s * rate.log() - (1 - s) * torch.log1p(-rate)).sum()
+
+    def extra_repr(self) -> str:
+        """Show the rate and the weight."""
+        return f"target_rate={self.target_rate:g}, weight={self.weight:g}"

@@ -1,0 +1,154 @@
+"""How a per-example loss reaches the units: ``Tape`` for modules, ``surrogate`` for a function of the gates."""
+
+from contextvars import ContextVar, Token
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gatelet._checks import check_count, check_logits, check_noise
+from gatelet.estimators import Estimator, Objective, resolve
+
+_current: ContextVar["Tape | None"] = ContextVar("gatelet_tape", default=None)
+
+
+class _Record(NamedTuple):
+    estimator: Estimator
+    logits: Tensor
+    gates: Tensor
+
+
+class Tape:
+    """Remembers the score-function units of a forward pass, to give them each example's loss.
+
+    Theorem 1: a unit needs only the loss, broadcast to it; no gradient comes down through its gates.
+    :meth:`surrogate` adds to each example's loss a zero whose gradient to the logits is the estimator's,
+    (h − σ(a))·(L − L̄) for :class:`~gatelet.estimators.ScoreFunction`. Units of other kinds do not use the
+    tape and are not touched by it, so a training loop may always have one.
+
+    The tape is the innermost one of the thread (or asyncio task) that runs the forward pass.
+
+    >>> import torch, gatelet
+    >>> unit = gatelet.StochasticUnit("score_function")
+    >>> net = torch.nn.Sequential(torch.nn.Linear(5, 4), unit, torch.nn.Linear(4, 3))
+    >>> x, y = torch.randn(8, 5), torch.randint(3, (8,))
+    >>> with gatelet.Tape() as tape:
+    ...     loss = torch.nn.functional.cross_entropy(net(x), y, reduction="none")
+    >>> tape.surrogate(loss).mean().backward()
+    >>> net[0].weight.grad.shape
+    torch.Size([4, 5])
+    """
+
+    def __init__(self) -> None:
+        self._records: list[_Record] | None = []  # None: spent
+        self._token: Token[Tape | None] | None = None
+
+    def __enter__(self) -> "Tape":
+        if self._records is None or self._token is not None:
+            raise RuntimeError("a Tape serves one forward pass: open a new one with `with gatelet.Tape() as tape:`")
+        self._token = _current.set(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._token is not None
+        _current.reset(self._token)
+        self._token = None
+
+    @staticmethod
+    def current() -> "Tape | None":
+        """Return the innermost open tape, or None."""
+        return _current.get()
+
+    def record(self, estimator: Estimator, logits: Tensor, gates: Tensor) -> None:
+        """Remember a unit's logits and gates (``StochasticUnit`` calls this)."""
+        assert self._records is not None, "an open tape is not spent"
+        self._records.append(_Record(estimator, logits, gates))
+
+    def surrogate(self, loss: Float[Tensor, "*lead"]) -> Float[Tensor, "*lead"]:
+        """Return the loss, with the gradient of every recorded unit's estimator added to its own.
+
+        Args:
+            loss: one loss per example (B,): as the units' logits (B, ..., N) without the units, and without any
+                middle dimensions in which one example's units acted several times.
+
+        Returns:
+            (B,), equal to ``loss``. Reduce it as you would the loss: ``.mean().backward()``.
+
+        Raises:
+            ValueError: if the loss was already reduced, or does not fit a recorded unit's shape.
+            RuntimeError: inside the ``with`` block, or if the surrogate of this tape was taken before (its units'
+                moving averages have seen the loss).
+        """
+        if self._token is not None:
+            raise RuntimeError("tape.surrogate(loss) belongs after the `with Tape() as tape:` block, not inside it")
+        if self._records is None:
+            raise RuntimeError("the surrogate of this tape was taken before: open a new Tape for every forward pass")
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss must be a torch.Tensor, not {type(loss).__name__}")
+        for _, logits, _ in self._records:
+            lead = logits.shape[:-1]
+            if (loss.dim() == 0 and lead) or loss.shape != lead[: loss.dim()]:
+                raise ValueError(
+                    f"loss must hold one loss per example, shape {tuple(lead[:1])} or {tuple(lead)} for units with "
+                    f"logits {tuple(logits.shape)}, but has shape {tuple(loss.shape)}"
+                    + ("; it was already reduced: compute it with reduction='none'" if loss.dim() == 0 else "")
+                )
+        records, self._records = self._records, None
+        total = loss
+        for estimator, logits, gates in records:
+            if logits.dim() > 1:
+                total = total + estimator.signal(logits, gates, loss)
+            else:  # a single vector of units: a batch of one
+                total = total + estimator.signal(logits[None], gates[None], loss.reshape(1))[0]
+        return total
+
+
+def surrogate(
+    objective: Objective,
+    logits: Float[Tensor, "*lead N"],
+    estimator: str | Estimator,
+    samples: int = 1,
+    *,
+    noise: Float[Tensor, "K *lead N"] | None = None,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "*lead"]:
+    """Monte-Carlo loss of stochastic gates whose gradient is the chosen estimator's.
+
+    The value is (1/K) Σ_k L(h_k); its gradient is the estimator's for the logits and the ordinary one for
+    everything else the objective uses.
+
+    Args:
+        objective: maps gates (K, B, N) to losses (K, B).
+        logits: (B, N), any leading shape.
+        estimator: a name of ``gatelet.estimators.ALL`` or an instance. A stateful estimator (one with a
+            moving-average baseline) must be passed as an instance to keep its state between calls.
+        samples: K, the number of replicas.
+        noise: (K, B, N), instead of drawing it.
+        generator: the source of the noise; torch's global one by default.
+
+    Returns:
+        (B,), the mean loss over the replicas.
+
+    Raises:
+        ValueError: for logits that are not finite, an unknown estimator, noise of another shape, an objective
+            that does not return one loss per replica and example.
+
+    >>> import torch, gatelet
+    >>> logits = torch.zeros(2, 3, requires_grad=True)
+    >>> loss = gatelet.surrogate(lambda h: ((h - 0.45) ** 2).sum(-1), logits, "straight_through", samples=8)
+    >>> loss.shape
+    torch.Size([2])
+    >>> loss.mean().backward()
+    """
+    method = resolve(estimator)
+    check_logits(logits)
+    replicas = logits.expand(check_count(samples, "samples"), *logits.shape)
+    if noise is None:
+        noise = method.draw_noise(replicas, generator)
+    else:
+        check_noise(noise, torch.Size((noise.shape[0], *logits.shape)))
+    return method.surrogate(objective, logits, noise)

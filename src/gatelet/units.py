@@ -1,0 +1,133 @@
+"""StochasticUnit: an estimator as a module, with its deterministic test mode."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gatelet._checks import check_logits, check_noise, check_rate
+from gatelet.estimators import Estimator, resolve
+from gatelet.tape import Tape
+
+
+class StochasticUnit(nn.Module):
+    """Turns logits into gates; used like any activation.
+
+    In training the gates are the estimator's, with fresh noise. In ``eval()`` they are deterministic: open
+    iff the firing probability exceeds a threshold (A.3), at the estimator's open value (1 for a binary unit,
+    E[h] for the others); :func:`sampling` asks for noise there too.
+
+    Args:
+        estimator: a name of ``gatelet.estimators.ALL`` or an instance.
+        threshold: the firing probability above which a gate is open in ``eval()``; ``None``: unknown until
+            :func:`gatelet.sparsity.calibrate_thresholds` finds it, and an error in ``eval()`` before.
+        target_rate: the share of open gates that calibration aims at; ``None``: this unit is left alone by it.
+
+    The threshold is kept as a logit in the buffer ``threshold`` (NaN before calibration), so that probabilities
+    which round to 1 can still be ranked; ``state_dict`` holds it.
+
+    Raises:
+        ValueError: for an unknown estimator or a threshold outside (0, 1).
+
+    >>> import torch
+    >>> unit = StochasticUnit("straight_through").eval()
+    >>> unit(torch.tensor([-1.0, 2.0]))
+    tensor([0., 1.])
+    """
+
+    threshold: Tensor
+
+    def __init__(
+        self,
+        estimator: str | Estimator,
+        threshold: float | None = 0.5,
+        target_rate: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.estimator = resolve(estimator)
+        if self.estimator.needs == "objective":
+            raise ValueError(
+                f"estimator: {type(self.estimator).__name__} evaluates the objective at several gates, which a "
+                "module cannot do; call gatelet.surrogate(objective, logits, estimator=...)"
+            )
+        self.target_rate = None if target_rate is None else check_rate(target_rate)
+        at = float("nan")
+        if threshold is not None:
+            at = self.estimator.logit_at(check_rate(threshold, "threshold"))
+        self.register_buffer("threshold", torch.tensor(at))
+        self.sample_in_eval = False
+
+    def forward(
+        self,
+        logits: Float[Tensor, "*lead N"],
+        *,
+        noise: Float[Tensor, "*lead N"] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "*lead N"]:
+        """Return the gates.
+
+        Args:
+            logits: (..., N).
+            noise: of the same shape, instead of drawing it (see ``estimator.draw_noise`` for its law).
+            generator: the source of the noise; torch's global one by default.
+
+        Raises:
+            ValueError: for logits that are not finite or noise of another shape.
+            RuntimeError: when the estimator needs the loss, a gradient is being recorded, and there is no Tape;
+                in ``eval()`` before a threshold was calibrated.
+        """
+        check_logits(logits)
+        if not self.training and not self.sample_in_eval:
+            self._check_calibrated()
+            return self.estimator.deterministic(logits, self.threshold)
+        if noise is None:
+            noise = self.estimator.draw_noise(logits, generator)
+        else:
+            check_noise(noise, logits.shape)
+        gates: Tensor = self.estimator(logits, noise)
+        if self.estimator.needs == "loss" and logits.requires_grad and torch.is_grad_enabled():
+            tape = Tape.current()
+            if tape is None:
+                raise RuntimeError(
+                    f"estimator {type(self.estimator).__name__} learns from the loss and found no tape: run the "
+                    "forward pass under `with gatelet.Tape() as tape:` and call tape.surrogate(loss).mean().backward()"
+                )
+            tape.record(self.estimator, logits, gates)
+        return gates
+
+    def _check_calibrated(self) -> None:
+        # A threshold on an accelerator is not looked at: that would synchronise. NaN closes every gate there.
+        if self.threshold.device.type == "cpu" and not torch.compiler.is_compiling() and self.threshold.isnan():
+            raise RuntimeError(
+                "this unit has no test-time threshold yet: call gatelet.sparsity.calibrate_thresholds(model, loader) "
+                "after training, or ask for sampled gates with gatelet.sampling(model)"
+            )
+
+    def extra_repr(self) -> str:
+        """Show the target rate and the threshold."""
+        rate = "" if self.target_rate is None else f"target_rate={self.target_rate:g}, "
+        known = "not calibrated" if self.threshold.isnan() else f"{self.threshold.item():.4g}"
+        return f"{rate}threshold (logit): {known}"
+
+
+@contextmanager
+def sampling(model: nn.Module) -> Iterator[None]:
+    """Let the stochastic units of ``model`` sample in ``eval()`` too, inside the block.
+
+    >>> import torch
+    >>> unit = StochasticUnit("straight_through", threshold=None).eval()
+    >>> with sampling(unit):
+    ...     unit(torch.zeros(1, 4)).shape
+    torch.Size([1, 4])
+    """
+    units = [module for module in model.modules() if isinstance(module, StochasticUnit)]
+    before = [unit.sample_in_eval for unit in units]
+    try:
+        for unit in units:
+            unit.sample_in_eval = True
+        yield
+    finally:
+        for unit, flag in zip(units, before, strict=True):
+            unit.sample_in_eval = flag
