@@ -34,6 +34,17 @@ def _is_transformed(tensor: Tensor) -> bool:
     return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
+def check_input(x: Any, weight: Tensor, name: str = "x") -> None:
+    """Raise unless ``x`` is an input (..., D) of a linear map with this weight (N, D), without NaN and infinity."""
+    check_logits(x, name)
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"{name} must have {weight.shape[1]} features in its last dimension, but has shape {tuple(x.shape)}"
+        )
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(f"{name} has dtype {x.dtype}, but the layer's weights have {weight.dtype}: convert one of them")
+
+
 def check_rate(value: float, name: str = "target_rate") -> float:
     """Return ``value`` if it lies strictly between 0 and 1; raise otherwise."""
     if not isinstance(value, int | float) or not 0.0 < value < 1.0:

@@ -1,5 +1,6 @@
 """How a per-example loss reaches the units: ``Tape`` for modules, ``surrogate`` for a function of the gates."""
 
+from collections.abc import Sequence
 from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import NamedTuple
@@ -89,22 +90,39 @@ class Tape:
             raise RuntimeError("the surrogate of this tape was taken before: open a new Tape for every forward pass")
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss must be a torch.Tensor, not {type(loss).__name__}")
+        if not loss.is_floating_point():  # it could carry no gradient
+            raise TypeError(f"loss must have a floating dtype, not {loss.dtype}")
         for _, logits, _ in self._records:
             lead = logits.shape[:-1]
             if (loss.dim() == 0 and lead) or loss.shape != lead[: loss.dim()]:
+                shapes = " or ".join(str(tuple(lead[:n])) for n in range(min(1, len(lead)), len(lead) + 1))
                 raise ValueError(
-                    f"loss must hold one loss per example, shape {tuple(lead[:1])} or {tuple(lead)} for units with "
+                    f"loss must hold one loss per example, shape {shapes} for units with "
                     f"logits {tuple(logits.shape)}, but has shape {tuple(loss.shape)}"
                     + ("; it was already reduced: compute it with reduction='none'" if loss.dim() == 0 else "")
                 )
         records, self._records = self._records, None
+        # An estimator that ran several times is asked once: its baseline must not see this loss between two uses.
+        uses: dict[tuple[int, int], list[_Record]] = {}
+        for record in records:
+            uses.setdefault((id(record.estimator), record.logits.shape[-1]), []).append(record)
         total = loss
-        for estimator, logits, gates in records:
-            if logits.dim() > 1:
-                total = total + estimator.signal(logits, gates, loss)
-            else:  # a single vector of units: a batch of one
-                total = total + estimator.signal(logits[None], gates[None], loss.reshape(1))[0]
+        for group in uses.values():
+            logits, gates = (_join(tensors, loss.dim()) for tensors in list(zip(*group, strict=True))[1:])
+            # A single vector of units is a batch of one.
+            signal = group[0].estimator.signal(logits, gates, loss if loss.dim() else loss.reshape(1))
+            total = total + signal.reshape(loss.shape)
         return total
+
+
+def _join(tensors: Sequence[Tensor], lead: int) -> Tensor:
+    """Concatenate (B, ..., N) along one middle dimension, behind the ``lead`` dimensions of the loss."""
+    if lead == 0:
+        return _join([tensor[None] for tensor in tensors], 1)
+    if len(tensors) == 1:
+        return tensors[0]
+    middle = [tensor.flatten(lead, -2) if tensor.dim() > lead + 1 else tensor.unsqueeze(-2) for tensor in tensors]
+    return torch.cat(middle, dim=-2)
 
 
 def surrogate(
@@ -127,7 +145,7 @@ def surrogate(
         estimator: a name of ``gatelet.estimators.ALL`` or an instance. A stateful estimator (one with a
             moving-average baseline) must be passed as an instance to keep its state between calls.
         samples: K, the number of replicas.
-        noise: (K, B, N), instead of drawing it.
+        noise: (K, B, N), instead of drawing it; gives K where ``samples`` is left out.
         generator: the source of the noise; torch's global one by default.
 
     Returns:
@@ -150,5 +168,6 @@ def surrogate(
     if noise is None:
         noise = method.draw_noise(replicas, generator)
     else:
-        check_noise(noise, torch.Size((noise.shape[0], *logits.shape)))
+        given = isinstance(noise, Tensor) and noise.dim() > 0 and samples == 1
+        check_noise(noise, torch.Size((max(1, noise.shape[0]) if given else samples, *logits.shape)))
     return method.surrogate(objective, logits, noise)

@@ -108,6 +108,8 @@ class StochasticUnit(nn.Module):
     def extra_repr(self) -> str:
         """Show the target rate and the threshold."""
         rate = "" if self.target_rate is None else f"target_rate={self.target_rate:g}, "
+        if self.threshold.is_meta:
+            return f"{rate}threshold (logit): on the meta device"
         known = "not calibrated" if self.threshold.isnan() else f"{self.threshold.item():.4g}"
         return f"{rate}threshold (logit): {known}"
 

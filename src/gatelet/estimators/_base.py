@@ -47,6 +47,8 @@ class Estimator(nn.Module):
     variants: ClassVar[Sequence[Mapping[str, Any]]] = ()
     binary: ClassVar[bool] = True
     """Whether the gates are 0 or 1, so that the expected loss is a sum over 2^N outcomes."""
+    piecewise_constant: ClassVar[bool] = True
+    """Whether gates and gradient are constant in the noise between its breaks (they are smooth there otherwise)."""
     law: Law = "uniform"
 
     # ---------------------------------------------------------------- what an estimator defines

@@ -108,6 +108,7 @@ class NoisySigmoid(Sigmoid):
     Neurons for Conditional Computation", 2013, arXiv:1308.3432, section 5, "Baseline Sigmoid + Noise".
     """
 
+    piecewise_constant = False
     law: Law = "gaussian"
     variants = ({"std": 0.5},)
 

@@ -41,6 +41,7 @@ class NoisyRectifier(Estimator):
     needs = "path"
     support = "open"
     binary = False
+    piecewise_constant = False
     reference = "Bengio, Léonard, Courville 2013, arXiv:1308.3432, section 2.1"
     variants = ({"noise": "logistic"}, {"noise": "gaussian", "std": 0.5})
 

@@ -38,9 +38,9 @@ class SmoothTimesStochastic(Estimator):
 
     def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
         """Return b·√p."""
-        root = self.fire_probability(logits)
-        fires = bernoulli(root.detach().to(noise.dtype), noise)
-        return root * fires.to(root.dtype)
+        root = self.fire_probability(logits.to(wide(logits)))  # half precision would round the probability
+        fires = bernoulli(root.detach(), noise)
+        return (root * fires.to(root.dtype)).to(logits.dtype)
 
     def fire_probability(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
         """Return √p, as exp(log σ(a) / 2): the derivative stays finite where σ(a) underflows."""

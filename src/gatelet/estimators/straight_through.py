@@ -64,6 +64,15 @@ class StraightThrough(Estimator):
         path = logits if self.slope == "identity" else logits.sigmoid()
         return straight_through(fires.to(logits.dtype), path)
 
+    def fire_probability(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
+        """Return σ(a); on a hard unit 1[a > 0], with the sigmoid's derivative so that a rate can be held."""
+        probability = logits.sigmoid()
+        return probability if self.unit == "sampled" else straight_through((logits > 0).to(logits.dtype), probability)
+
+    def logit_at(self, probability: float) -> float:
+        """Return the logit of the probability; on a hard unit 0, where it opens."""
+        return super().logit_at(probability) if self.unit == "sampled" else 0.0
+
     def breaks(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N J"]:
         """Return σ(a), where a sampled gate jumps; nothing for a hard one."""
         return super().breaks(logits) if self.unit == "sampled" else logits.new_zeros((*logits.shape, 0))

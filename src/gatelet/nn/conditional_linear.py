@@ -101,16 +101,16 @@ class ConditionalLinear(Penalised):
         Args:
             x: (..., D).
             noise: of the gates, (..., N / group_size), instead of drawing it.
-            generator: the source of the noise; torch's global one by default.
+            generator: the source of the noise (also of the controllers'); torch's global one by default.
+
+        Raises:
+            ValueError: for an input of another width or not finite, or noise of another shape.
+            TypeError: for an input that is not floating, or not of the weights' dtype (outside of autocast).
         """
-        if x.shape[-1:] != (self.expert.in_features,):
-            raise ValueError(
-                f"x must have {self.expert.in_features} features in its last dimension, but has shape {tuple(x.shape)}"
-            )
         logits = self.gater(x)
         controllers = cast(list[Controller], list(self.sparsity))
         for controller in controllers:
-            logits = controller.shift(logits)
+            logits = controller.shift(logits, generator=generator)
         gates = self.unit(logits, noise=noise, generator=generator)
         self.active_fraction = (gates.detach() != 0).float().mean()
         if self.training:

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatelet._checks import check_count
+from gatelet._checks import check_count, check_input
 
 
 class Gater(nn.Module):
@@ -44,7 +44,8 @@ class Gater(nn.Module):
             glorot_(self.gates, gain=4.0)
 
     def forward(self, x: Float[Tensor, "*lead D"]) -> Float[Tensor, "*lead N"]:
-        """Return the logits, (..., N)."""
+        """Return the logits, (..., N); raise for an input that is not floating and finite, or of another width."""
+        check_input(x, self.hidden.weight)
         logits: Tensor = self.gates(self.hidden(x.detach() if self.detach_input else x).tanh())
         return logits
 

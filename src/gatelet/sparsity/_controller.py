@@ -10,8 +10,10 @@ from gatelet.estimators import Estimator
 class Controller(nn.Module):
     """Holds a conditional layer's share of open gates at a target. Subclasses override one of two hooks."""
 
-    def shift(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
-        """Return the logits that the gates are drawn from."""
+    def shift(
+        self, logits: Float[Tensor, "*lead N"], *, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "*lead N"]:
+        """Return the logits that the gates are drawn from; ``generator`` is the source of any noise in them."""
         return logits
 
     def penalty(
@@ -56,14 +58,14 @@ class Penalised(nn.Module):
 
     def take_penalty(self) -> Float[Tensor, ""]:
         """Return the penalty of the last forward pass and forget it, so that its graph can be freed."""
-        if self._penalty is None:
-            if self.training:
-                raise RuntimeError(
-                    "sparsity.penalty(model): a conditional layer has not run in training since its penalty was "
-                    "last taken; call it after the forward pass, once"
-                )
-            return next(self.parameters()).new_zeros(())
         term, self._penalty = self._penalty, None
+        if not self.training:  # a penalty from before eval() is not of this forward pass
+            return next(self.parameters()).new_zeros(())
+        if term is None:
+            raise RuntimeError(
+                "sparsity.penalty(model): a conditional layer has not run in training since its penalty was "
+                "last taken; call it after the forward pass, once"
+            )
         return term
 
     def __getstate__(self) -> dict[str, object]:

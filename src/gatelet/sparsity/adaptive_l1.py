@@ -6,6 +6,8 @@ from torch import Tensor
 
 from gatelet._checks import check_positive, check_rate
 from gatelet.estimators import Estimator
+from gatelet.estimators._base import wide
+from gatelet.estimators.score_function import all_reduce_mean
 from gatelet.sparsity._controller import Controller
 
 
@@ -24,7 +26,7 @@ class AdaptiveL1(Controller):
     λ is the buffer ``weight``: in ``state_dict``.
 
     Raises:
-        ValueError: for a rate outside (0, 1), or a weight, step or band that is not above 0.
+        ValueError: for a rate or a step outside (0, 1), or a weight or band that is not above 0.
 
     >>> import torch, gatelet
     >>> control = AdaptiveL1(0.1, weight=0.5)
@@ -53,9 +55,10 @@ class AdaptiveL1(Controller):
         """Return λ times the mean over the batch of Σ_i |h_i|, then adapt λ."""
         if gates.numel() == 0:
             return gates.new_zeros(())
-        term = self.weight.to(gates.dtype) * gates.abs().sum(-1).mean()
+        # Half precision would overflow, or round, over thousands of gates.
+        term = self.weight * gates.to(wide(gates)).abs().sum(-1).mean()
         with torch.no_grad():
-            share = (gates != 0).to(self.weight.dtype).mean()
+            share = all_reduce_mean((gates != 0).float().mean())
             up = (share > self.target_rate + self.band).to(share)
             down = (share < self.target_rate - self.band).to(share)
             self.weight = (self.weight * (1 + self.step * (up - down))).clamp(self.LOWEST, self.HIGHEST)

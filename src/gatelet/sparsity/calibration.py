@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatelet._checks import check_rate
+from gatelet._checks import check_logits, check_rate
+from gatelet.estimators._base import wide
 from gatelet.units import StochasticUnit, sampling
 
 _KEPT = 1 << 25  # logits kept per layer; above, a random half is dropped (the quantile's error is then < 1e-4)
@@ -36,7 +37,8 @@ def calibrate_thresholds(
         or, for rectifiers, where fewer than s are above zero.
 
     Raises:
-        ValueError: if no unit has a target rate, the loader yields nothing, or a rate lies outside (0, 1).
+        ValueError: if no unit has a target rate, the loader is an iterator or yields nothing, a rate lies outside
+            (0, 1), the model runs none of its units, or logits are not finite.
 
     >>> import torch, gatelet
     >>> layer = gatelet.nn.ConditionalLinear(8, 50, bottleneck=4, estimator="straight_through", target_rate=0.1)
@@ -56,6 +58,8 @@ def calibrate_thresholds(
         for name, module in model.named_modules()
         if isinstance(module, StochasticUnit) and (module.target_rate is not None)
     }
+    if iter(loader) is loader:
+        raise ValueError("loader: must allow several passes; give a list or a DataLoader, not a generator")
     if not units:
         raise ValueError("model: holds no stochastic unit with a target_rate, so there is nothing to calibrate")
     modes = [(module, module.training) for module in model.modules()]
@@ -91,6 +95,8 @@ def _order(
         with sampling(model):
             for batch in loader:
                 run(model, batch)
+                if not order:
+                    raise ValueError("model: ran none of its stochastic units with a target_rate on the first batch")
                 return order
     finally:
         for hook in hooks:
@@ -107,16 +113,18 @@ def _collect(model: nn.Module, unit: StochasticUnit, loader: Iterable[Any], run:
     def thin(values: Tensor, keep: float) -> Tensor:
         return values if keep == 1 else values[torch.rand(values.shape, generator=generator) < keep]
 
-    def see(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def see(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
         nonlocal share, total
-        kept.append(thin(args[0].detach().float().flatten().cpu(), share))
+        logits = (args[0] if args else kwargs["logits"]).detach().cpu()
+        check_logits(logits)
+        kept.append(thin(logits.to(wide(logits)).flatten(), share))
         total += kept[-1].numel()
         if total > _KEPT:
             kept[:] = [thin(torch.cat(kept), 0.5)]
             share, total = share / 2, kept[0].numel()
         raise _Seen
 
-    hook = unit.register_forward_pre_hook(see)
+    hook = unit.register_forward_pre_hook(see, with_kwargs=True)
     try:
         for batch in loader:
             try:
@@ -137,5 +145,5 @@ def _set_threshold(unit: StochasticUnit, logits: Tensor, rate: float) -> float:
     closed = min(logits.numel(), max(1, round((1 - rate) * logits.numel())))
     threshold = logits.kthvalue(closed).values
     unit.threshold.copy_(threshold)
-    gates = unit.estimator.deterministic(logits, threshold)
+    gates = unit.estimator.deterministic(logits, unit.threshold.to(logits))
     return (gates != 0).float().mean().item()

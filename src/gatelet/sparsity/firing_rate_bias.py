@@ -48,9 +48,18 @@ class FiringRateBias(Controller):
         self.register_buffer("rate", torch.zeros(0))
         self.register_buffer("bias", torch.zeros(0))
 
-    def shift(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
+    def shift(
+        self, logits: Float[Tensor, "*lead N"], *, generator: torch.Generator | None = None
+    ) -> Float[Tensor, "*lead N"]:
         """Return logits + bias."""
-        return logits if self.bias.numel() == 0 else logits + self.bias.to(logits.dtype)
+        if self.bias.numel() == 0:
+            return logits
+        if self.bias.numel() != logits.shape[-1]:
+            raise ValueError(
+                f"logits: this FiringRateBias keeps biases for {self.bias.numel()} units and was called with "
+                f"{logits.shape[-1]}; give each layer an instance of its own"
+            )
+        return logits + self.bias.to(logits.dtype)
 
     def penalty(
         self, estimator: Estimator, logits: Float[Tensor, "*lead N"], gates: Float[Tensor, "*lead N"]

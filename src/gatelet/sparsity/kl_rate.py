@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gatelet._checks import check_positive, check_rate
 from gatelet.estimators import Estimator
+from gatelet.estimators._base import wide
 from gatelet.sparsity._controller import Controller
 
 
@@ -44,7 +45,7 @@ class KLRate(Controller):
         self, estimator: Estimator, logits: Float[Tensor, "*lead N"], gates: Float[Tensor, "*lead N"]
     ) -> Float[Tensor, ""] | None:
         """Return λ Σ_i KL(s ‖ p_i)."""
-        probability = estimator.fire_probability(logits)
+        probability = estimator.fire_probability(logits.to(wide(logits)))
         if logits.requires_grad and not probability.requires_grad:
             raise ValueError(
                 f"KLRate: the firing probability of {type(estimator).__name__} does not depend smoothly on its "
@@ -52,9 +53,10 @@ class KLRate(Controller):
             )
         if logits.shape[:-1].numel() == 0:
             return logits.new_zeros(())
-        rate = probability.reshape(-1, logits.shape[-1]).float().mean(0)
-        # A saturated unit has rate 0 or 1 in float32; the clamp keeps its penalty large but finite.
-        rate = rate.clamp(1e-6, 1 - 1e-6)
+        rate = probability.reshape(-1, logits.shape[-1]).mean(0)
+        # The penalty stays finite where a rate rounds to 0 or 1. The bounds are the last numbers before these:
+        # a unit beyond them gets no gradient, and the one it should get, s − p per logit, is not small.
+        rate = rate.clamp(torch.finfo(rate.dtype).tiny, 1 - torch.finfo(rate.dtype).eps / 2)
         s = self.target_rate
         entropy = s * math.log(s) + (1 - s) * math.log1p(-s)
         return self.weight * (entropy - s * rate.log() - (1 - s) * torch.log1p(-rate)).sum()

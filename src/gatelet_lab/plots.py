@@ -1,0 +1,75 @@
+"""The pictures of `gatelet reproduce`: learning curves (Figure 2, left) and which gates open for which class."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from torch import Tensor
+
+from gatelet_lab.recipes import ROWS
+from gatelet_lab.train import write_atomically
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+STOCHASTIC = ("noisy_rectifier", "straight_through", "smooth_times_stochastic", "score_function")
+SHOWN_GATES = 120
+
+
+def curves(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """Plot validation error against epochs; the four stochastic methods of Figure 2 solid, the baselines dashed."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    colours = dict(zip(ROWS, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+    for row, make in ROWS.items():
+        runs = [result["history"] for result in results if result["row"] == row]
+        if not runs:
+            continue
+        for index, history in enumerate(runs):
+            axes.plot(
+                [epoch["epoch"] + 1 for epoch in history],
+                [epoch["valid_error"] for epoch in history],
+                color=colours[row],
+                linestyle="-" if row in STOCHASTIC else "--",
+                linewidth=1.8 if row in STOCHASTIC else 1.1,
+                marker="." if len(history) < 20 else None,
+                label=make().title if index == 0 else None,
+            )
+    axes.set(xlabel="epoch", ylabel="validation error (%)", yscale="log", title="Learning curves (Figure 2, left)")
+    axes.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+    axes.yaxis.set_minor_formatter(mpl.ticker.FormatStrFormatter("%g"))
+    axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def save_gates(counts: Tensor, path: Path) -> None:
+    """Keep how often each gate is open for each class, (classes, N)."""
+    write_atomically(path, lambda file: np.save(file, counts.numpy().astype(np.float16)))
+
+
+def gates(results: Sequence[dict[str, Any]], out: Path, path: Path) -> None:
+    """Plot, per sparse row, how often its most class-dependent gates are open for each class."""
+    shown = {result["row"]: result for result in results if result["config"]["target_rate"] and result["seed"] == 0}
+    if not shown:
+        return
+    figure, panels = plt.subplots(
+        len(shown), 1, figsize=(9, 0.6 + 1.7 * len(shown)), layout="constrained", squeeze=False
+    )
+    for axes, (row, result) in zip(panels[:, 0], shown.items(), strict=True):
+        counts = np.load(out / "rows" / f"{row}-seed{result['seed']}.gates.npy").astype(np.float32)
+        selective = np.argsort(-counts.var(axis=0))[:SHOWN_GATES]
+        selective = selective[np.argsort(counts[:, selective].argmax(axis=0), kind="stable")]
+        image = axes.imshow(counts[:, selective], aspect="auto", vmin=0, vmax=1, cmap="magma", interpolation="nearest")
+        axes.set(ylabel="class", yticks=range(0, len(counts), max(1, len(counts) // 5)), xticks=[])
+        axes.set_title(ROWS[row]().title, fontsize=9)
+    panels[-1, 0].set_xlabel(f"the {SHOWN_GATES} gates that differ most between classes, sorted by their class")
+    figure.colorbar(image, ax=panels[:, 0].tolist(), label="share of the class's images with the gate open")
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=130))
+    plt.close(figure)

@@ -1,0 +1,299 @@
+"""`gatelet reproduce`: train the rows of the paper's table side by side and show them beside the paper's numbers."""
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from queue import Empty
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from gatelet._checks import check_choice, check_count
+from gatelet_lab import data, plots, table
+from gatelet_lab.recipes import ROWS, Preset, Recipe, recipe
+from gatelet_lab.train import CheckpointError, Epoch, Stopped, Trainer, write_json
+
+
+@dataclass(frozen=True)
+class Reproduce:
+    """Train the seven rows of the paper's table and show them beside the paper's numbers."""
+
+    preset: Preset = "quick"
+    """quick: ten minutes on two cores, not the paper's result. paper: to convergence, by early stopping."""
+    rows: tuple[str, ...] = tuple(ROWS)
+    """Rows to train, by name."""
+    seeds: int = 1
+    """How many runs of each row, with seeds 0, 1, ..."""
+    epochs: int | None = None
+    """At most so many epochs, instead of the recipe's."""
+    dataset: str = "mnist"
+    """mnist, fashion-mnist, digits (needs no download), or a directory of IDX files."""
+    data_dir: Path | None = None
+    """Where to look for the data set's files first (or the environment variable GATELET_DATA)."""
+    device: str = "cpu"
+    """Torch device to train on."""
+    out: Path = Path("runs/reproduce")
+    """Directory for the table, the plots, the logs and the checkpoints."""
+    resume: bool = False
+    """Continue what is in the output directory; finished rows are kept."""
+    jobs: int | None = None
+    """Rows trained side by side; by default one per core, or one on an accelerator."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row with one seed."""
+
+    recipe: Recipe
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The stem of the job's files."""
+        return f"{self.recipe.row}-seed{self.seed}"
+
+    @property
+    def cost(self) -> int:
+        """Multiply-adds, up to a constant; the longest jobs start first."""
+        return self.recipe.epochs * self.recipe.experts
+
+
+def run(options: Reproduce, console: Console) -> None:
+    """Train what is missing, then write and show the table."""
+    jobs = plan(options)
+    prepare(options)
+    split = data.load(options.dataset, options.data_dir)  # fetched once, before the workers want it
+    console.print(
+        f"{split.name}: {len(split.train_labels)} / {len(split.valid_labels)} / {len(split.test_labels)} examples, "
+        f"{len(jobs)} runs, output in {options.out}"
+    )
+    finished = {job.name: result for job in jobs if (result := read_result(options.out, job)) is not None}
+    open_jobs = sorted((job for job in jobs if job.name not in finished), key=lambda job: -job.cost)
+    if finished:
+        console.print(f"{len(finished)} of them were finished before")
+
+    def finish(job: Job, result: dict[str, Any]) -> None:
+        finished[job.name] = result
+        ordered = [finished[each.name] for each in jobs if each.name in finished]
+        table.write(options.out, ordered, options.preset, options.dataset)
+
+    if open_jobs:
+        train_all(options, open_jobs, console, finish)
+    results = [finished[job.name] for job in jobs]
+    table.write(options.out, results, options.preset, options.dataset)
+    plots.curves(results, options.out / "curves.png")
+    plots.gates(results, options.out, options.out / "gates.png")
+    table.show(results, options.preset, options.dataset, console)
+    console.print(f"table.json, table.md, curves.png, gates.png and tensorboard/ are in {options.out}")
+
+
+def plan(options: Reproduce) -> list[Job]:
+    """Check the options and return the jobs, in the table's order."""
+    if not options.rows:
+        raise ValueError(f"--rows: name at least one of {', '.join(ROWS)}")
+    for row in options.rows:
+        check_choice(row, ROWS, "row")
+    check_count(options.seeds, "--seeds")
+    if options.epochs is not None:
+        check_count(options.epochs, "--epochs")
+    if options.jobs is not None:
+        check_count(options.jobs, "--jobs")
+    try:
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
+    recipes = [recipe(row, options.preset) for row in ROWS if row in options.rows]
+    if options.epochs is not None:
+        recipes = [replace(each, epochs=options.epochs) for each in recipes]
+    return [Job(each, seed) for each in recipes for seed in range(options.seeds)]
+
+
+def prepare(options: Reproduce) -> None:
+    """Make the output directory, or see that what it holds is this run."""
+    out, about = options.out, options.out / "run.json"
+    identity = {"preset": options.preset, "dataset": options.dataset}
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: exists and is not a directory")
+    if out.is_dir() and any(out.iterdir()):
+        if not options.resume:
+            raise ValueError(f"--out {out}: is not empty; continue it with --resume, or name another directory")
+        if not about.is_file():
+            raise ValueError(f"--out {out}: is not the output of `gatelet reproduce`; name another directory")
+        found = read_json(about)
+        for key, value in identity.items():
+            if found.get(key) != value:
+                raise ValueError(
+                    f"--out {out}: holds a run with --{key} {found.get(key)}, not {value}; name another directory"
+                )
+    try:
+        (out / "rows").mkdir(parents=True, exist_ok=True)
+        (out / "checkpoints").mkdir(exist_ok=True)
+        write_json(about, identity | {"version": version("gatelet")})
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot be written ({error.strerror})") from error
+
+
+def read_result(out: Path, job: Job) -> dict[str, Any] | None:
+    """Return the finished result of a job, None if there is none."""
+    path = out / "rows" / f"{job.name}.json"
+    if not path.is_file():
+        return None
+    result = read_json(path)
+    wanted = json.loads(json.dumps(asdict(job.recipe)))
+    differing = [key for key, value in result["config"].items() if wanted.get(key, value) != value]
+    if differing:
+        raise CheckpointError(
+            f"{path}: was trained with another "
+            + ", ".join(f"{key} ({result['config'][key]}, not {wanted[key]})" for key in differing)
+            + "; name another --out, or remove the file"
+        )
+    return result
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON file's object."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    return found
+
+
+# -------------------------------------------------------------------- the workers
+
+_events: Any = None
+_halt: Any = None
+
+
+def _begin_worker(events: Any, halt: Any, threads: int) -> None:
+    """Set up a worker process: it listens to the parent's wish to stop, and stops when the parent is gone."""
+    import signal
+
+    global _events, _halt
+    _events, _halt = events, halt
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    torch.set_num_threads(threads)
+
+
+def _work(job: Job, options: Reproduce) -> dict[str, Any]:
+    """Train one job to its end in a worker process, with a checkpoint after every epoch."""
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    parent = os.getppid()
+    split = data.load(options.dataset, options.data_dir)
+    trainer = Trainer(job.recipe, job.seed, split, options.device)
+    checkpoint = options.out / "checkpoints" / f"{job.name}.pt"
+    if checkpoint.is_file():
+        trainer.load(checkpoint)
+        for row in trainer.history:
+            _events.put((job.name, row))
+    with SummaryWriter(options.out / "tensorboard" / job.name, purge_step=len(trainer.history)) as log:
+        while not trainer.finished:
+            row = trainer.step_epoch(lambda: _halt.is_set() or os.getppid() != parent)
+            trainer.save(checkpoint)
+            for key, value in asdict(row).items():
+                log.add_scalar(key, value, row.epoch)
+            _events.put((job.name, row))
+    result = trainer.result()
+    plots.save_gates(trainer.gates_by_class(), gates_file(options.out, job.name))
+    result["history"] = [asdict(row) for row in trainer.history]
+    write_json(options.out / "rows" / f"{job.name}.json", result)
+    checkpoint.unlink(missing_ok=True)  # 30 MB that nothing needs any more
+    return result
+
+
+def gates_file(out: Path, name: str) -> Path:
+    """Return where a run's open gates per class are kept."""
+    return out / "rows" / f"{name}.gates.npy"
+
+
+def train_all(
+    options: Reproduce, jobs: list[Job], console: Console, finish: Callable[[Job, dict[str, Any]], None]
+) -> None:
+    """Train the jobs in worker processes, and call ``finish`` with each one's result."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(options.jobs or (cores if options.device == "cpu" else 1), len(jobs))
+    context = get_context("spawn")
+    events, halt = context.Queue(), context.Event()
+    pool = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_begin_worker, initargs=(events, halt, max(1, cores // workers))
+    )
+    failures: list[str] = []
+    with _display(jobs, events, console):
+        futures: dict[Future[dict[str, Any]], Job] = {pool.submit(_work, job, options): job for job in jobs}
+        try:
+            pending = set(futures)
+            while pending:
+                # A time limit, so that Ctrl-C is noticed on every platform.
+                done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in done:
+                    if (error := future.exception()) is None:
+                        finish(futures[future], future.result())
+                    elif isinstance(error, BrokenProcessPool):
+                        raise RuntimeError("a worker process was killed (out of memory?); --resume continues")
+                    else:  # the other rows go on
+                        failures.append(f"{futures[future].name}: {error}")
+        finally:
+            halt.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+    if failures:
+        raise RuntimeError("rows that failed, all others are in the table: " + "; ".join(failures))
+
+
+@contextmanager
+def _display(jobs: list[Job], events: Any, console: Console) -> Iterator[None]:
+    """Show every job's progress: bars in a terminal, a line per epoch elsewhere."""
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    tasks: dict[str, TaskID] = {
+        job.name: progress.add_task(job.name, total=job.recipe.epochs, state="waits", start=False) for job in jobs
+    }
+    over = threading.Event()
+
+    def follow() -> None:
+        while True:
+            try:
+                name, row = events.get(timeout=0.2)
+            except Empty:
+                if over.is_set():
+                    return
+                continue
+            show(name, row)
+
+    def show(name: str, row: Epoch) -> None:
+        state = f"valid {row.valid_error:5.2f} %  open {100 * row.open_valid:5.1f} %  {row.seconds:4.1f} s/epoch"
+        if not console.is_terminal:
+            console.print(f"{name}: epoch {row.epoch + 1}: {state}", highlight=False)
+            return
+        if row.epoch == 0:
+            progress.start_task(tasks[name])
+        progress.update(tasks[name], completed=row.epoch + 1, state=state)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        with progress:
+            yield
+    finally:
+        over.set()
+        thread.join()
+
+
+__all__ = ["CheckpointError", "Reproduce", "Stopped", "run"]

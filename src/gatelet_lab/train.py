@@ -1,0 +1,270 @@
+"""Training one row with one seed: plain SGD, max-norm, early stopping, resumable after every epoch."""
+
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import gatelet
+from gatelet_lab.data import Split
+from gatelet_lab.model import PaperNet
+from gatelet_lab.recipes import Recipe
+
+VERSION = 1  # of the checkpoints
+_CALIBRATION = 5000  # training images that set the threshold
+_EVAL_BATCH = 1000
+
+
+class CheckpointError(Exception):
+    """A checkpoint is unreadable, or of another version, recipe or data set."""
+
+
+class Stopped(Exception):  # noqa: N818
+    """The run was asked to stop; it resumes from its last epoch."""
+
+
+@dataclass
+class Epoch:
+    """What one epoch showed; errors in per cent, open gates as a share."""
+
+    epoch: int
+    train_loss: float
+    valid_error: float
+    open_train: float
+    open_valid: float
+    seconds: float
+
+
+class Trainer:
+    """One row, one seed. ``step_epoch`` until ``finished``, then ``result``.
+
+    The state after an epoch is all that decides the rest: the order of the examples follows from the seed and the
+    epoch, the noise from the saved random state. So a resumed run gives the numbers of an uninterrupted one.
+    """
+
+    def __init__(self, recipe: Recipe, seed: int, split: Split, device: str = "cpu") -> None:
+        self.recipe, self.seed, self.split = recipe, seed, split
+        self.device = torch.device(device)
+        torch.manual_seed(seed)
+        self.model = PaperNet(recipe, split.train_images.shape[1], split.classes).to(self.device)
+        gater = {id(parameter) for parameter in self.model.layer.gater.parameters()}
+        rest = [parameter for parameter in self.model.parameters() if id(parameter) not in gater]
+        self.optimizer = torch.optim.SGD(
+            [
+                {"params": rest, "scale": 1.0},
+                {"params": list(self.model.layer.gater.parameters()), "scale": recipe.gater_rate},
+            ],
+            lr=recipe.rate,
+            momentum=recipe.momentum,
+            fused=True,
+        )
+        self.limits = [
+            (
+                module.weight,
+                recipe.gater_max_norm if id(module.weight) in gater else recipe.max_norm,
+            )
+            for module in self.model.modules()
+            if isinstance(module, nn.Linear)
+        ]
+        self.train_images, self.train_labels = self._put(split.train_images), self._put(split.train_labels)
+        self.history: list[Epoch] = []
+        self.best: dict[str, Any] = {}
+        self.best_error, self.best_epoch = math.inf, -1
+
+    def _put(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or ``patience`` of them brought nothing better."""
+        done = len(self.history)
+        return done >= self.recipe.epochs or done - 1 - self.best_epoch >= self.recipe.patience
+
+    def step_epoch(self, stop: Callable[[], bool] = lambda: False) -> Epoch:
+        """Train one epoch, calibrate, validate, and remember the weights if they are the best so far."""
+        began, epoch = time.perf_counter(), len(self.history)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.rate * group["scale"] * self.recipe.rate_decay**epoch
+        order = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        indices = torch.randperm(len(self.train_labels), generator=order).to(self.device)
+        loss_sum, open_sum, batches = 0.0, 0.0, 0
+        self.model.train()
+        for index in indices.split(self.recipe.batch):
+            if stop():
+                raise Stopped
+            loss_sum += self._step(self.train_images[index], self.train_labels[index]) * len(index)
+            open_sum += self.model.layer.active_fraction.item()
+            batches += 1
+        self.calibrate()
+        error, _, share = self.evaluate(self.split.valid_images, self.split.valid_labels)
+        row = Epoch(
+            epoch=epoch,
+            train_loss=loss_sum / max(1, len(indices)),
+            valid_error=error,
+            open_train=open_sum / max(1, batches),
+            open_valid=share,
+            seconds=time.perf_counter() - began,
+        )
+        self.history.append(row)
+        if error < self.best_error:
+            self.best_error, self.best_epoch = error, epoch
+            self.best = copy.deepcopy(self.model.state_dict())
+        return row
+
+    def _step(self, x: Tensor, y: Tensor) -> float:
+        with gatelet.Tape() as tape:
+            losses = F.cross_entropy(self.model(x), y, reduction="none")
+        loss = tape.surrogate(losses).mean() + gatelet.sparsity.penalty(self.model)
+        self.optimizer.zero_grad()
+        value = losses.detach().mean().item()
+        if not math.isfinite(value):
+            raise FloatingPointError(f"training diverged: the loss became {value} in epoch {len(self.history) + 1}")
+        loss.backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            for weight, limit in self.limits:
+                norms = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
+                if (norms > limit).any():
+                    weight.mul_((limit / norms).clamp(max=1))
+        return value
+
+    def calibrate(self) -> None:
+        """Set the test-time threshold on some training images."""
+        if self.recipe.target_rate is not None:
+            images = self.split.train_images[:_CALIBRATION]
+            batches = [self._put(batch) for batch in images.split(_EVAL_BATCH)]
+            gatelet.sparsity.calibrate_thresholds(self.model, batches)
+
+    @torch.no_grad()
+    def evaluate(self, images: Tensor, labels: Tensor, samples: int = 0) -> tuple[float, float, float]:
+        """Return error (per cent), NLL and share of open gates: deterministic, or the mean of some samples."""
+        self.model.eval()
+        wrong, nll, share = 0, 0.0, 0.0
+        for x, y in zip(images.split(_EVAL_BATCH), labels.split(_EVAL_BATCH), strict=True):
+            x, y = self._put(x), self._put(y)
+            if samples == 0:
+                probability = self.model(x).log_softmax(-1)
+                opened = self.model.layer.active_fraction.item()
+            else:
+                with gatelet.sampling(self.model):
+                    draws, opens = [], []
+                    for _ in range(samples):
+                        draws.append(self.model(x).log_softmax(-1))
+                        opens.append(self.model.layer.active_fraction.item())
+                probability = torch.stack(draws).logsumexp(0) - math.log(samples)
+                opened = sum(opens) / samples
+            wrong += int((probability.argmax(-1) != y).sum())
+            nll += F.nll_loss(probability, y, reduction="sum").item()
+            share += opened * len(y)
+        return 100 * wrong / len(labels), nll / len(labels), share / len(labels)
+
+    def result(self) -> dict[str, Any]:
+        """Restore the weights of the best validation error and return the row of ``table.json``."""
+        self.model.load_state_dict(self.best)
+        self.calibrate()
+        split, recipe = self.split, self.recipe
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            valid, _, _ = self.evaluate(split.valid_images, split.valid_labels)
+            test, _, open_test = self.evaluate(split.test_images, split.test_labels)
+            sampled, _, open_sampled = self.evaluate(split.test_images, split.test_labels, samples=1)
+            mean10, _, _ = self.evaluate(split.test_images, split.test_labels, samples=10)
+            _, train_nll, _ = self.evaluate(split.train_images, split.train_labels)
+        seconds = [row.seconds for row in self.history]
+        return {
+            "row": recipe.row,
+            "seed": self.seed,
+            "train_nll": train_nll,
+            "valid_error": valid,
+            "test_error": test,
+            "test_error_sampled": sampled,
+            "test_error_mean_of_10": mean10,
+            "open_test": open_test,
+            "open_test_sampled": open_sampled,
+            "open_train": self.history[self.best_epoch].open_train,
+            "epochs": len(self.history),
+            "best_epoch": self.best_epoch + 1,
+            "seconds_per_epoch": sum(seconds) / len(seconds),
+            "config": {key: value for key, value in asdict(recipe).items() if key != "paper"},
+            "paper": asdict(recipe.paper),
+        }
+
+    @torch.no_grad()
+    def gates_by_class(self) -> Tensor:
+        """Return how often each gate is open for each class, (classes, N), on the test images."""
+        self.model.eval()
+        counts = torch.zeros(self.split.classes, self.recipe.experts)
+        for x, y in zip(
+            self.split.test_images.split(_EVAL_BATCH), self.split.test_labels.split(_EVAL_BATCH), strict=True
+        ):
+            layer = self.model.layer
+            gates = layer.unit(layer.gater(self._put(x))).cpu()
+            counts.index_add_(0, y, (gates != 0).float())
+        return counts / torch.bincount(self.split.test_labels, minlength=self.split.classes).clamp(min=1)[:, None]
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def save(self, path: Path) -> None:
+        """Write the state; a crash in the middle leaves the last good file."""
+        state = {
+            "identity": self._identity(),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": torch.get_rng_state(),
+            "history": [asdict(row) for row in self.history],
+            "best": self.best,
+            "best_error": self.best_error,
+            "best_epoch": self.best_epoch,
+        }
+        if self.device.type == "cuda":
+            state["random_cuda"] = torch.cuda.get_rng_state(self.device)
+        write_atomically(path, lambda file: torch.save(state, file))
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint of the same version, recipe, seed and data."""
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            found = json.loads(state["identity"])
+        except Exception as error:
+            raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from error
+        wanted = json.loads(self._identity())
+        differing = [key for key in wanted if found.get(key) != wanted[key]]
+        if differing:
+            told = ", ".join(f"{key} was {found.get(key)!r}, is {wanted[key]!r}" for key in differing)
+            raise CheckpointError(f"{path}: belongs to another run: {told}; name another --out, or remove the file")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"].cpu())
+        if "random_cuda" in state:
+            torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.device)
+        self.history = [Epoch(**row) for row in state["history"]]
+        self.best, self.best_error, self.best_epoch = state["best"], state["best_error"], state["best_epoch"]
+
+    def _identity(self) -> str:
+        recipe = {key: value for key, value in asdict(self.recipe).items() if key not in ("paper", "title")}
+        sizes = [len(self.split.train_labels), self.split.train_images.shape[1], self.split.classes]
+        return json.dumps({"version": VERSION, "seed": self.seed, "data": [self.split.name, *sizes], **recipe})
+
+
+def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
+    """Let ``write`` fill a file that appears whole or not at all."""
+    temporary = path.with_name(f".{path.name}.part")
+    with temporary.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file that appears whole or not at all."""
+    write_atomically(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
