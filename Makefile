@@ -7,8 +7,8 @@ ARGS   ?=
 
 .PHONY: reproduce test lint format docs clean
 
-reproduce: $(READY)  ## train the seven rows of the paper's table and show them beside the paper's
-	$(BIN)/gatelet reproduce $(ARGS)
+reproduce: $(READY)  ## train the seven rows of the paper's table and show them beside the paper's; again: continue
+	$(BIN)/gatelet reproduce --resume $(ARGS)
 
 test: $(READY)       ## the whole test-suite: tests, doctests, the README's code
 	$(BIN)/python -m pytest -n 2 $(ARGS)

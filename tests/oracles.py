@@ -162,8 +162,9 @@ def noisy_sigmoid_support(std, order):
 
 def _order(method, units):
     """Nodes per panel: as many as a tensor product over the units affords."""
-    fine = {1: 160, 2: 96, 3: 30}[units]
-    return fine if method.law == "logistic" else min(fine, 48)
+    if method.law == "logistic":
+        return {1: 160, 2: 96}[units]
+    return 48 if units < 3 else 30
 
 
 # ---------------------------------------------------------------- gradients by the estimator's name
@@ -209,7 +210,7 @@ def noisy_rectifier(objective, logits, method):
 
 def noisy_sigmoid(objective, logits, method):
     """∂E[L]/∂a by the law of h."""
-    return _gradient(objective, logits, noisy_sigmoid_support(method.std, _order(method, logits.shape[-1])))
+    return _gradient(objective, logits, noisy_sigmoid_support(method.std, 120 if logits.shape[-1] < 3 else 64))
 
 
 def rectifier(objective, logits, method):
@@ -238,7 +239,9 @@ EXPECTED = {
 def truth(name, method):
     """Return the function (objective, logits, method) -> (B, N) that the expected gradient must equal."""
     if not method.unbiased:
-        assert name in EXPECTED, f"bias must be declared: {name} is biased and oracles.EXPECTED has no closed form for it"
+        assert name in EXPECTED, (
+            f"bias must be declared: {name} is biased and oracles.EXPECTED has no closed form for it"
+        )
         return EXPECTED[name]
     if method.binary:
         return lambda objective, logits, method: bernoulli_gradient(objective, logits)

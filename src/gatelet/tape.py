@@ -10,15 +10,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatelet._checks import check_count, check_logits, check_noise
-from gatelet.estimators import Estimator, Objective, resolve
+from gatelet.estimators import ALL, Estimator, Objective, resolve
 
 _current: ContextVar["Tape | None"] = ContextVar("gatelet_tape", default=None)
 
 
 class _Record(NamedTuple):
     estimator: Estimator
-    logits: Tensor
+    logits: Tensor  # (K, B, ..., N)
     gates: Tensor
+    noise: Tensor
 
 
 class Tape:
@@ -44,6 +45,7 @@ class Tape:
 
     def __init__(self) -> None:
         self._records: list[_Record] | None = []  # None: spent
+        self.samples = 1
         self._token: Token[Tape | None] | None = None
 
     def __enter__(self) -> "Tape":
@@ -64,23 +66,52 @@ class Tape:
         """Return the innermost open tape, or None."""
         return _current.get()
 
-    def record(self, estimator: Estimator, logits: Tensor, gates: Tensor) -> None:
-        """Remember a unit's logits and gates (``StochasticUnit`` calls this)."""
+    def replicate(self, x: Tensor, samples: int) -> Tensor:
+        """Return ``x`` (B, ...) K times, (K·B, ...), so that one forward pass draws K samples of every example.
+
+        Replicate everything that has a batch, inputs and targets, with the same K. Estimators that compare
+        replicas (``leave_one_out``, ``disarm``, ...) need at least two; the others average them.
+
+        >>> import torch, gatelet
+        >>> net = torch.nn.Sequential(torch.nn.Linear(5, 4), gatelet.StochasticUnit("leave_one_out"))
+        >>> x = torch.randn(8, 5)
+        >>> with gatelet.Tape() as tape:
+        ...     loss = net(tape.replicate(x, 3)).square().sum(-1)                 # (3·8,)
+        >>> tape.surrogate(loss).mean().backward()
+        """
+        if check_count(samples, "samples") != self.samples and (self.samples > 1 or self._records):
+            raise ValueError(
+                f"samples: this tape's forward pass has {self.samples} replicas, not {samples}; replicate all "
+                "inputs and targets alike, before the first unit runs"
+            )
+        self.samples = samples
+        return x.expand(samples, *x.shape).flatten(0, 1)
+
+    def record(
+        self,
+        estimator: Estimator,
+        logits: Float[Tensor, "K *lead N"],
+        gates: Float[Tensor, "K *lead N"],
+        noise: Float[Tensor, "..."],
+    ) -> None:
+        """Remember what a unit drew (``StochasticUnit`` calls this)."""
         assert self._records is not None, "an open tape is not spent"
-        self._records.append(_Record(estimator, logits, gates))
+        self._records.append(_Record(estimator, logits, gates, noise))
 
     def surrogate(self, loss: Float[Tensor, "*lead"]) -> Float[Tensor, "*lead"]:
         """Return the loss, with the gradient of every recorded unit's estimator added to its own.
 
         Args:
-            loss: one loss per example (B,): as the units' logits (B, ..., N) without the units, and without any
-                middle dimensions in which one example's units acted several times.
+            loss: one loss per example (B,), or (K·B,) where the inputs were replicated: as the units' logits
+                (B, ..., N) without the units, and without any middle dimensions in which one example's units
+                acted several times.
 
         Returns:
-            (B,), equal to ``loss``. Reduce it as you would the loss: ``.mean().backward()``.
+            equal to ``loss``. Reduce it as you would the loss: ``.mean().backward()``.
 
         Raises:
-            ValueError: if the loss was already reduced, or does not fit a recorded unit's shape.
+            ValueError: if the loss was already reduced, or does not fit a recorded unit's shape; if an estimator for a
+                single stochastic layer met several.
             RuntimeError: inside the ``with`` block, or if the surrogate of this tape was taken before (its units'
                 moving averages have seen the loss).
         """
@@ -92,33 +123,48 @@ class Tape:
             raise TypeError(f"loss must be a torch.Tensor, not {type(loss).__name__}")
         if not loss.is_floating_point():  # it could carry no gradient
             raise TypeError(f"loss must have a floating dtype, not {loss.dtype}")
-        for _, logits, _ in self._records:
-            lead = logits.shape[:-1]
-            if (loss.dim() == 0 and lead) or loss.shape != lead[: loss.dim()]:
-                shapes = " or ".join(str(tuple(lead[:n])) for n in range(min(1, len(lead)), len(lead) + 1))
-                raise ValueError(
-                    f"loss must hold one loss per example, shape {shapes} for units with "
-                    f"logits {tuple(logits.shape)}, but has shape {tuple(loss.shape)}"
-                    + ("; it was already reduced: compute it with reduction='none'" if loss.dim() == 0 else "")
-                )
+        for record in self._records:
+            self._check(record, loss)
         records, self._records = self._records, None
+        if not records:
+            return loss
         # An estimator that ran several times is asked once: its baseline must not see this loss between two uses.
         uses: dict[tuple[int, int], list[_Record]] = {}
         for record in records:
             uses.setdefault((id(record.estimator), record.logits.shape[-1]), []).append(record)
-        total = loss
+        losses = loss.reshape(self.samples, -1, *loss.shape[1:]) if self.samples > 1 else loss.unsqueeze(0)
+        total = losses
         for group in uses.values():
-            logits, gates = (_join(tensors, loss.dim()) for tensors in list(zip(*group, strict=True))[1:])
-            # A single vector of units is a batch of one.
-            signal = group[0].estimator.signal(logits, gates, loss if loss.dim() else loss.reshape(1))
-            total = total + signal.reshape(loss.shape)
-        return total
+            logits = _join([record.logits for record in group], losses.dim())
+            gates = _join([record.gates for record in group], losses.dim())
+            total = total + group[0].estimator.signal(logits, gates, losses, group[0].noise)
+        return total.reshape(loss.shape)
+
+    def _check(self, record: _Record, loss: Tensor) -> None:
+        """Raise unless the loss fits this unit and the unit's estimator fits the network."""
+        samples, batch, *rest = (*record.logits.shape[:-1], 1) if record.logits.dim() == 2 else record.logits.shape[:-1]
+        lead = () if record.logits.dim() == 2 else (samples * batch, *rest)
+        if (loss.dim() == 0 and lead) or loss.shape != lead[: loss.dim()]:
+            shapes = " or ".join(str(lead[:n]) for n in range(min(1, len(lead)), len(lead) + 1))
+            raise ValueError(
+                f"loss must hold one loss per example, shape {shapes} for units with "
+                f"logits {(*lead, record.logits.shape[-1])}, but has shape {tuple(loss.shape)}"
+                + ("; it was already reduced: compute it with reduction='none'" if loss.dim() == 0 else "")
+            )
+        if record.estimator.several_layers:
+            return
+        assert self._records is not None
+        same = record.logits.is_cuda or (record.logits == record.logits[:1]).all()
+        if len(self._records) > 1 or not same:
+            fit = [name for name, method in ALL.items() if method.needs == "loss" and method.several_layers]
+            raise ValueError(
+                f"estimator {type(record.estimator).__name__} is for a single stochastic layer, whose logits are the "
+                f"same in all replicas; in a deeper network take one of {', '.join(fit)}"
+            )
 
 
 def _join(tensors: Sequence[Tensor], lead: int) -> Tensor:
-    """Concatenate (B, ..., N) along one middle dimension, behind the ``lead`` dimensions of the loss."""
-    if lead == 0:
-        return _join([tensor[None] for tensor in tensors], 1)
+    """Concatenate (K, B, ..., N) along one middle dimension, behind the ``lead`` dimensions of the losses."""
     if len(tensors) == 1:
         return tensors[0]
     middle = [tensor.flatten(lead, -2) if tensor.dim() > lead + 1 else tensor.unsqueeze(-2) for tensor in tensors]
@@ -129,11 +175,11 @@ def surrogate(
     objective: Objective,
     logits: Float[Tensor, "*lead N"],
     estimator: str | Estimator,
-    samples: int = 1,
+    samples: int | None = None,
     *,
-    noise: Float[Tensor, "K *lead N"] | None = None,
+    noise: Float[Tensor, "..."] | None = None,
     generator: torch.Generator | None = None,
-) -> Float[Tensor, "*lead"]:
+) -> Float[Tensor, "*batch"]:
     """Monte-Carlo loss of stochastic gates whose gradient is the chosen estimator's.
 
     The value is (1/K) Σ_k L(h_k); its gradient is the estimator's for the logits and the ordinary one for
@@ -141,11 +187,12 @@ def surrogate(
 
     Args:
         objective: maps gates (K, B, N) to losses (K, B).
-        logits: (B, N), any leading shape.
+        logits: (B, N), any leading shape; (B, N, C) for categorical units.
         estimator: a name of ``gatelet.estimators.ALL`` or an instance. A stateful estimator (one with a
             moving-average baseline) must be passed as an instance to keep its state between calls.
-        samples: K, the number of replicas.
-        noise: (K, B, N), instead of drawing it; gives K where ``samples`` is left out.
+        samples: K, the number of replicas; by default the least that the estimator works with, mostly 1.
+        noise: of the shape ``estimator.noise_shape((K, B, N))``, instead of drawing it; gives K where ``samples`` is
+            left out.
         generator: the source of the noise; torch's global one by default.
 
     Returns:
@@ -164,10 +211,20 @@ def surrogate(
     """
     method = resolve(estimator)
     check_logits(logits)
-    replicas = logits.expand(check_count(samples, "samples"), *logits.shape)
+    if samples is None:
+        given = isinstance(noise, Tensor) and noise.dim() == logits.dim() + 1 + bool(method.extra_laws)
+        samples = noise.shape[0] * (1 + method.antithetic) if given and noise is not None else method.replicas
+    check_samples(method, check_count(samples, "samples"))
+    replicas = logits.expand(samples, *logits.shape)
     if noise is None:
         noise = method.draw_noise(replicas, generator)
     else:
-        given = isinstance(noise, Tensor) and noise.dim() > 0 and samples == 1
-        check_noise(noise, torch.Size((max(1, noise.shape[0]) if given else samples, *logits.shape)))
+        check_noise(noise, method.noise_shape(replicas.shape))
     return method.surrogate(objective, logits, noise)
+
+
+def check_samples(method: Estimator, samples: int, hint: str = "") -> None:
+    """Raise unless the estimator can work with this number of replicas."""
+    if samples < method.replicas or (method.antithetic and samples % 2):
+        wanted = "an even number of samples" if method.antithetic else f"at least {method.replicas} samples"
+        raise ValueError(f"samples: {type(method).__name__} needs {wanted} per example, not {samples}{hint}")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gatelet._checks import check_logits, check_noise, check_rate
 from gatelet.estimators import Estimator, resolve
-from gatelet.tape import Tape
+from gatelet.tape import Tape, check_samples
 
 
 class StochasticUnit(nn.Module):
@@ -82,20 +82,27 @@ class StochasticUnit(nn.Module):
         if not self.training and not self.sample_in_eval:
             self._check_calibrated()
             return self.estimator.deterministic(logits, self.threshold)
+        tape = Tape.current()
+        samples = 1 if tape is None else tape.samples
+        replicas = logits.reshape(samples, -1, *logits.shape[1:]) if samples > 1 else logits.unsqueeze(0)
+        learns = self.estimator.needs == "loss" and logits.requires_grad and torch.is_grad_enabled()
+        if learns or self.estimator.antithetic:
+            check_samples(self.estimator, samples, "; replicate inputs and targets by tape.replicate(x, samples)")
         if noise is None:
-            noise = self.estimator.draw_noise(logits, generator)
+            noise = self.estimator.draw_noise(replicas, generator)
         else:
-            check_noise(noise, logits.shape)
-        gates: Tensor = self.estimator(logits, noise)
-        if self.estimator.needs == "loss" and logits.requires_grad and torch.is_grad_enabled():
-            tape = Tape.current()
+            expected = self.estimator.noise_shape(replicas.shape)
+            check_noise(noise, expected if samples > 1 else expected[1:])
+            noise = noise.reshape(expected)
+        gates: Tensor = self.estimator(replicas, noise)
+        if learns:
             if tape is None:
                 raise RuntimeError(
                     f"estimator {type(self.estimator).__name__} learns from the loss and found no tape: run the "
                     "forward pass under `with gatelet.Tape() as tape:` and call tape.surrogate(loss).mean().backward()"
                 )
-            tape.record(self.estimator, logits, gates)
-        return gates
+            tape.record(self.estimator, replicas, gates, noise)
+        return gates.reshape(logits.shape)
 
     def _check_calibrated(self) -> None:
         # A threshold on an accelerator is not looked at: that would synchronise. NaN closes every gate there.
@@ -115,8 +122,8 @@ class StochasticUnit(nn.Module):
 
 
 @contextmanager
-def sampling(model: nn.Module) -> Iterator[None]:
-    """Let the stochastic units of ``model`` sample in ``eval()`` too, inside the block.
+def sampling(model: nn.Module, on: bool = True) -> Iterator[None]:
+    """Let the stochastic units of ``model`` sample in ``eval()`` too (or, ``on=False``, not), inside the block.
 
     >>> import torch
     >>> unit = StochasticUnit("straight_through", threshold=None).eval()
@@ -128,7 +135,7 @@ def sampling(model: nn.Module) -> Iterator[None]:
     before = [unit.sample_in_eval for unit in units]
     try:
         for unit in units:
-            unit.sample_in_eval = True
+            unit.sample_in_eval = on
         yield
     finally:
         for unit, flag in zip(units, before, strict=True):

@@ -18,6 +18,8 @@ def main() -> None:
     from gatelet_lab.data import DataError
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=120)  # a file has no width of its own
     app = tyro.extras.SubcommandApp()
 
     @app.command(name="reproduce")

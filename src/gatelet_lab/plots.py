@@ -4,15 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
 from torch import Tensor
 
 from gatelet_lab.recipes import ROWS
 from gatelet_lab.train import write_atomically
-
-mpl.use("Agg")
-import matplotlib.pyplot as plt
 
 STOCHASTIC = ("noisy_rectifier", "straight_through", "smooth_times_stochastic", "score_function")
 SHOWN_GATES = 120
@@ -20,8 +16,9 @@ SHOWN_GATES = 120
 
 def curves(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Plot validation error against epochs; the four stochastic methods of Figure 2 solid, the baselines dashed."""
+    plt, mpl = _matplotlib()
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    colours = dict(zip(ROWS, plt.get_cmap("tab10").colors, strict=False))  # type: ignore[attr-defined]
+    colours = dict(zip(ROWS, plt.get_cmap("tab10").colors, strict=False))
     for row, make in ROWS.items():
         runs = [result["history"] for result in results if result["row"] == row]
         if not runs:
@@ -55,6 +52,7 @@ def gates(results: Sequence[dict[str, Any]], out: Path, path: Path) -> None:
     shown = {result["row"]: result for result in results if result["config"]["target_rate"] and result["seed"] == 0}
     if not shown:
         return
+    plt, _ = _matplotlib()
     figure, panels = plt.subplots(
         len(shown), 1, figsize=(9, 0.6 + 1.7 * len(shown)), layout="constrained", squeeze=False
     )
@@ -70,6 +68,16 @@ def gates(results: Sequence[dict[str, Any]], out: Path, path: Path) -> None:
     _save(figure, path)
 
 
+def _matplotlib() -> tuple[Any, Any]:
+    """Import matplotlib when a picture is drawn: the worker processes, which draw none, start faster without."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt, mpl
+
+
 def _save(figure: Any, path: Path) -> None:
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=130))
-    plt.close(figure)
+    _matplotlib()[0].close(figure)

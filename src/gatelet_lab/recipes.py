@@ -83,7 +83,11 @@ def straight_through() -> Recipe:
 
 
 def smooth_times_stochastic() -> Recipe:
-    """Section 2.2, with Beta noise and momentum."""
+    """Section 2.2, with Beta noise and momentum.
+
+    The gater starts sharp and at the target (√p = 0.1): 2.4 % validation error after 4 epochs at a rate of 0.3,
+    against 3.7 % from the paper's start (all gates half open) at its rate of 0.1.
+    """
     return Recipe(
         row="smooth_times_stochastic",
         title="Smooth Times Stoch.",
@@ -92,11 +96,19 @@ def smooth_times_stochastic() -> Recipe:
         kl_weight=0.001,
         beta_noise=40.1,
         momentum=0.5,
+        rate=0.3,
+        gate_scale=16.0,
+        gater_max_norm=6.0,
+        gate_bias=-4.6,
     )
 
 
 def score_function() -> Recipe:
-    """Section 3, with the per-unit minimum-variance baseline; the gater's rate is 100 times smaller."""
+    """Section 3, with the per-unit minimum-variance baseline; the gater's rate is 100 times smaller.
+
+    The gater starts sharp, with a max-norm of its own: from the paper's start every gate draws almost independently
+    of the input for many epochs (21 % validation error after 4 epochs, against 4.5 % after 3).
+    """
     return Recipe(
         row="score_function",
         title="Stoch. Binary Neuron",
@@ -104,6 +116,9 @@ def score_function() -> Recipe:
         estimator="score_function",
         kl_weight=1.0,
         gater_rate=0.01,
+        gate_scale=16.0,
+        gater_max_norm=6.0,
+        gate_bias=-4.7,
     )
 
 
@@ -139,6 +154,7 @@ def sigmoid() -> Recipe:
         experts=200,
         bottleneck=40,
         target_rate=None,
+        rate=0.3,
     )
 
 
@@ -161,4 +177,4 @@ ROWS: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
 def recipe(row: str, preset: Preset) -> Recipe:
     """Return a row's recipe; ``quick`` shortens it to a few epochs of a faster falling rate."""
     full = ROWS[row]()
-    return full if preset == "paper" else replace(full, epochs=10, rate_decay=0.8)
+    return full if preset == "paper" else replace(full, epochs=8, rate_decay=0.75)

@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -71,8 +72,9 @@ class Job:
 def run(options: Reproduce, console: Console) -> None:
     """Train what is missing, then write and show the table."""
     jobs = plan(options)
-    prepare(options)
+    check_output(options)
     split = data.load(options.dataset, options.data_dir)  # fetched once, before the workers want it
+    make_output(options)
     console.print(
         f"{split.name}: {len(split.train_labels)} / {len(split.valid_labels)} / {len(split.test_labels)} examples, "
         f"{len(jobs)} runs, output in {options.out}"
@@ -118,29 +120,35 @@ def plan(options: Reproduce) -> list[Job]:
     return [Job(each, seed) for each in recipes for seed in range(options.seeds)]
 
 
-def prepare(options: Reproduce) -> None:
-    """Make the output directory, or see that what it holds is this run."""
-    out, about = options.out, options.out / "run.json"
-    identity = {"preset": options.preset, "dataset": options.dataset}
+def check_output(options: Reproduce) -> None:
+    """See that the output directory is free, or with --resume that it holds this run."""
+    out = options.out
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out}: exists and is not a directory")
-    if out.is_dir() and any(out.iterdir()):
-        if not options.resume:
-            raise ValueError(f"--out {out}: is not empty; continue it with --resume, or name another directory")
-        if not about.is_file():
-            raise ValueError(f"--out {out}: is not the output of `gatelet reproduce`; name another directory")
-        found = read_json(about)
-        for key, value in identity.items():
-            if found.get(key) != value:
-                raise ValueError(
-                    f"--out {out}: holds a run with --{key} {found.get(key)}, not {value}; name another directory"
-                )
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not options.resume:
+        raise ValueError(f"--out {out}: is not empty; continue it with --resume, or name another directory")
+    if not (out / "run.json").is_file():
+        raise ValueError(f"--out {out}: is not the output of `gatelet reproduce`; name another directory")
+    found = read_json(out / "run.json")
+    for key, value in _identity(options).items():
+        if found.get(key) != value:
+            raise ValueError(f"--out {out}: holds a run of {key} {found.get(key)}, not {value}; name another directory")
+
+
+def make_output(options: Reproduce) -> None:
+    """Make the output directory and note in it which run it holds."""
     try:
-        (out / "rows").mkdir(parents=True, exist_ok=True)
-        (out / "checkpoints").mkdir(exist_ok=True)
-        write_json(about, identity | {"version": version("gatelet")})
+        (options.out / "rows").mkdir(parents=True, exist_ok=True)
+        (options.out / "checkpoints").mkdir(exist_ok=True)
+        write_json(options.out / "run.json", _identity(options))
     except OSError as error:
-        raise ValueError(f"--out {out}: cannot be written ({error.strerror})") from error
+        raise ValueError(f"--out {options.out}: cannot be written ({error.strerror})") from error
+
+
+def _identity(options: Reproduce) -> dict[str, str]:
+    return {"preset": options.preset, "dataset": options.dataset, "version": version("gatelet")}
 
 
 def read_result(out: Path, job: Job) -> dict[str, Any] | None:
@@ -181,6 +189,14 @@ def _begin_worker(events: Any, halt: Any, threads: int) -> None:
 
     global _events, _halt
     _events, _halt = events, halt
+    parent = os.getppid()
+
+    def watch() -> None:  # a parent that was killed cannot say so; no state is lost, checkpoints are whole
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     torch.set_num_threads(threads)
 
@@ -189,7 +205,6 @@ def _work(job: Job, options: Reproduce) -> dict[str, Any]:
     """Train one job to its end in a worker process, with a checkpoint after every epoch."""
     from torch.utils.tensorboard.writer import SummaryWriter
 
-    parent = os.getppid()
     split = data.load(options.dataset, options.data_dir)
     trainer = Trainer(job.recipe, job.seed, split, options.device)
     checkpoint = options.out / "checkpoints" / f"{job.name}.pt"
@@ -199,7 +214,7 @@ def _work(job: Job, options: Reproduce) -> dict[str, Any]:
             _events.put((job.name, row))
     with SummaryWriter(options.out / "tensorboard" / job.name, purge_step=len(trainer.history)) as log:
         while not trainer.finished:
-            row = trainer.step_epoch(lambda: _halt.is_set() or os.getppid() != parent)
+            row = trainer.step_epoch(_halt.is_set)
             trainer.save(checkpoint)
             for key, value in asdict(row).items():
                 log.add_scalar(key, value, row.epoch)
@@ -280,7 +295,7 @@ def _display(jobs: list[Job], events: Any, console: Console) -> Iterator[None]:
     def show(name: str, row: Epoch) -> None:
         state = f"valid {row.valid_error:5.2f} %  open {100 * row.open_valid:5.1f} %  {row.seconds:4.1f} s/epoch"
         if not console.is_terminal:
-            console.print(f"{name}: epoch {row.epoch + 1}: {state}", highlight=False)
+            console.print(f"{name}: epoch {row.epoch + 1}: {state}", highlight=False, soft_wrap=True)
             return
         if row.epoch == 0:
             progress.start_task(tasks[name])

@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -15,19 +16,19 @@ from gatelet_lab.train import write_atomically, write_json
 Result = dict[str, Any]
 
 _COLUMNS: Sequence[tuple[str, Callable[[Result], float], str]] = (
-    ("train NLL", lambda row: row["train_nll"], "{:.1e}"),
-    ("valid %", lambda row: row["valid_error"], "{:.2f}"),
-    ("test %", lambda row: row["test_error"], "{:.2f}"),
-    ("sampled %", lambda row: row["test_error_sampled"], "{:.2f}"),
+    ("our train", lambda row: row["train_nll"], "{:.1e}"),
+    ("our valid", lambda row: row["valid_error"], "{:.2f}"),
+    ("our test", lambda row: row["test_error"], "{:.2f}"),
+    ("our smpl.", lambda row: row["test_error_sampled"], "{:.2f}"),
     ("open %", lambda row: 100 * row["open_test"], "{:.1f}"),
-    ("epochs", lambda row: row["epochs"], "{:.0f}"),
-    ("s/epoch", lambda row: row["seconds_per_epoch"], "{:.1f}"),
+    ("ep.", lambda row: row["epochs"], "{:.0f}"),
 )
 _PAPER = (("train_nll", "{:.1e}"), ("valid_error", "{:.2f}"), ("test_error", "{:.2f}"))
 
 LEGEND = (
-    "Ours: deterministic thresholded gates, weights of the best validation error; sampled: gates drawn with noise; "
-    "open: share of gates ≠ 0 on the test set. Paper: its single run."
+    "train: negative log-likelihood; valid, test: error in per cent. Ours: weights of the best validation error, "
+    "deterministic thresholded gates; smpl.: gates drawn with noise; open: share of gates ≠ 0 on the test set, "
+    "deterministic. Paper: its single run."
 )
 
 
@@ -47,9 +48,9 @@ def write(out: Path, results: Sequence[Result], preset: Preset, dataset: str) ->
 def show(results: Sequence[Result], preset: Preset, dataset: str, console: Console) -> None:
     """Print the table, the paper's numbers beside ours."""
     header, body = cells(results)
-    grid = Table(title=f"{dataset}, preset {preset}")
+    grid = Table(title=f"{dataset}, preset {preset}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, name in enumerate(header):
-        grid.add_column(name, justify="left" if index == 0 else "right")
+        grid.add_column(name.replace(" ", "\n"), justify="left" if index == 0 else "right", no_wrap=True)
     for line in body:
         grid.add_row(*line)
     console.print(grid)
@@ -68,18 +69,22 @@ def caveat(preset: Preset, dataset: str) -> str:
 
 def cells(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
     """Return the header and a line per row, mean ± standard deviation over its seeds."""
-    header = ["row", *(name for name, _, _ in _COLUMNS), "paper: train", "valid %", "test %"]
+    header = ["row", *(name for name, _, _ in _COLUMNS), "paper train", "paper valid", "paper test"]
     lines = []
     for name, make in ROWS.items():
         runs = [row for row in results if row["row"] == name]
         if not runs:
             continue
         ours = [_spread([value(row) for row in runs], form) for _, value, form in _COLUMNS]
-        paper = [form.format(runs[0]["paper"][key]) for key, form in _PAPER]
+        paper = [_format(form, runs[0]["paper"][key]) for key, form in _PAPER]
         lines.append([make().title, *ours, *paper])
     return header, lines
 
 
 def _spread(values: Sequence[float], form: str) -> str:
-    mean = form.format(statistics.fmean(values))
-    return mean if len(values) == 1 else f"{mean} ± {form.format(statistics.stdev(values))}"
+    mean = _format(form, statistics.fmean(values))
+    return mean if len(values) == 1 else f"{mean} ± {_format(form, statistics.stdev(values))}"
+
+
+def _format(form: str, value: float) -> str:
+    return form.format(value).replace("e-0", "e-").replace("e+0", "e+")

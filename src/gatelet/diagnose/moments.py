@@ -59,7 +59,7 @@ def moments(
     per interval, and the sum is exact; for a smooth one Gauss–Legendre nodes are placed in each interval. The
     nodes of the variables form a tensor product.
 
-    Bias and variance: none. Where the gate is smooth in the noise, the quadrature's error is about 1e-13 for
+    Bias and variance: none. Where the gate is smooth in the noise, the quadrature's error is about 1e-12 for
     Gaussian and 1e-10 for logistic noise at the default order, for an objective as smooth as tanh. Cost: Q
     calls of the surrogate, Q = (nodes per variable)^(K·N), vectorised by ``torch.func.vmap``.
 

@@ -9,6 +9,7 @@ from gatelet.estimators._base import Objective as Objective
 from gatelet.estimators.deterministic import NoisySigmoid as NoisySigmoid
 from gatelet.estimators.deterministic import Rectifier as Rectifier
 from gatelet.estimators.deterministic import Sigmoid as Sigmoid
+from gatelet.estimators.leave_one_out import LeaveOneOut as LeaveOneOut
 from gatelet.estimators.noisy_rectifier import NoisyRectifier as NoisyRectifier
 from gatelet.estimators.score_function import ScoreFunction as ScoreFunction
 from gatelet.estimators.smooth_times_stochastic import SmoothTimesStochastic as SmoothTimesStochastic
@@ -20,6 +21,7 @@ ALL: Mapping[str, type[Estimator]] = MappingProxyType(
         "smooth_times_stochastic": SmoothTimesStochastic,
         "score_function": ScoreFunction,
         "straight_through": StraightThrough,
+        "leave_one_out": LeaveOneOut,
         "rectifier": Rectifier,
         "sigmoid": Sigmoid,
         "noisy_sigmoid": NoisySigmoid,

@@ -20,13 +20,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
+
+from gatelet._checks import check_choice
 
 Objective = Callable[[Tensor], Tensor]
 """Maps gates (K, B, N) to a loss per replica and example (K, B)."""
 
-Law = Literal["none", "uniform", "gaussian", "logistic"]
+Law = Literal["none", "uniform", "gaussian", "logistic", "gumbel", "sign"]
+Kind = Literal["bernoulli", "categorical"]
 Support = Literal["none", "open", "all"]
 
 
@@ -50,10 +53,28 @@ class Estimator(nn.Module):
     piecewise_constant: ClassVar[bool] = True
     """Whether gates and gradient are constant in the noise between its breaks (they are smooth there otherwise)."""
     law: Law = "uniform"
+    extra_laws: tuple[Law, ...] = ()
+    """Laws of further noise per unit; the noise then has a last dimension (K, B, N, 1 + extra), first of it ``law``."""
+    replicas: ClassVar[int] = 1
+    """The least number of replicas; a number of samples is a multiple of it where ``antithetic``."""
+    antithetic: ClassVar[bool] = False
+    """Whether replicas come in pairs that share their noise, which then has half as many rows."""
+    several_layers: ClassVar[bool] = True
+    """Whether the estimate stays right where the logits of one stochastic layer depend on another's gates."""
+    kinds: ClassVar[tuple[Kind, ...]] = ("bernoulli",)
+    """What units there is a form for. Categorical: the logits' last dimension are classes, a gate is one-hot."""
+
+    def __init__(self, kind: Kind = "bernoulli") -> None:
+        super().__init__()
+        if check_choice(kind, ("bernoulli", "categorical"), "kind") not in self.kinds:
+            raise ValueError(f"kind: {type(self).__name__} has no {kind} form")
+        self.kind: Kind = kind
+        if kind == "categorical":
+            self.law = "gumbel"
 
     # ---------------------------------------------------------------- what an estimator defines
 
-    def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
+    def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "..."]) -> Float[Tensor, "*lead N"]:
         """Return the gates for this noise; differentiable in the logits iff ``needs == "path"``."""
         raise NotImplementedError
 
@@ -62,17 +83,23 @@ class Estimator(nn.Module):
         logits: Float[Tensor, "K *lead N"],
         gates: Float[Tensor, "K *lead N"],
         losses: Float[Tensor, "K *lead"],
+        noise: Float[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "K *lead N"]:
-        """Return each replica's estimate of ∂E[L]/∂logits from its loss (estimators that need the loss)."""
+        """Return each replica's estimate of ∂E[L]/∂logits from the losses (estimators that need the loss)."""
         raise NotImplementedError(f"{type(self).__name__} has no coefficients: it needs the {self.needs}")
 
     def fire_probability(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
         """Return P(h ≠ 0), differentiable in the logits."""
-        return logits.sigmoid()
+        return self.probability(logits)
 
     def logit_at(self, probability: float) -> float:
         """Return the logit at which a gate fires with this probability (inverse of ``fire_probability``)."""
         return math.log(probability) - math.log1p(-probability)
+
+    @property
+    def always_open(self) -> bool:
+        """Whether gates are open at every logit, so that there is no rate to hold and no threshold to find."""
+        return self.logit_at(0.5) == -math.inf
 
     def open_value(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
         """Return the value of an open gate in deterministic mode."""
@@ -84,50 +111,85 @@ class Estimator(nn.Module):
 
     # ---------------------------------------------------------------- what all estimators share
 
+    @property
+    def event_dims(self) -> int:
+        """How many of the logits' last dimensions one loss spans: units, or variables and classes."""
+        return 1 if self.kind == "bernoulli" else 2
+
+    def probability(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
+        """Return σ(a), or for categorical units softmax(a)."""
+        return logits.sigmoid() if self.kind == "bernoulli" else logits.softmax(-1)
+
+    def sample(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
+        """Return binary gates 1[u < σ(a)] from uniform noise, or one-hot ones argmax(a + g) from Gumbel noise.
+
+        They carry no gradient. (The paper's eq. 3 prints 1[z > σ(a)], which would fire with 1 − σ(a).)
+        """
+        exact = logits.detach().to(noise.dtype)
+        if self.kind == "bernoulli":
+            return (noise < exact.sigmoid()).to(logits.dtype)
+        return one_hot((exact + noise).argmax(-1), logits)
+
+    def threshold(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
+        """Return the most probable gates, 1[a > 0] or one-hot argmax(a), without gradient."""
+        if self.kind == "bernoulli":
+            return (logits > 0).to(logits.dtype)
+        return one_hot(logits.argmax(-1), logits)
+
+    def noise_shape(self, shape: torch.Size) -> torch.Size:
+        """Return the shape of the noise for replicated logits of this shape (K, *lead, N)."""
+        rows = shape[0] // 2 if self.antithetic else shape[0]
+        extra = (1 + len(self.extra_laws),) if self.extra_laws else ()
+        return torch.Size((rows, *shape[1:], *extra))
+
     def draw_noise(
-        self, logits: Float[Tensor, "*lead N"], generator: torch.Generator | None = None
-    ) -> Float[Tensor, "*lead N"]:
-        """Draw the unit's noise for these logits, from ``generator`` or torch's global one.
+        self, logits: Float[Tensor, "K *lead N"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "..."]:
+        """Draw the units' noise for replicated logits (K, *lead, N), from ``generator`` or torch's global one.
 
         Half-precision logits get float32 noise: a uniform number in bfloat16 has 8 bits, which would make
         a unit at p = 0.1 fire visibly too often or too seldom.
         """
-        shape, device = logits.shape, logits.device
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        if self.law == "none":
-            return logits.new_zeros(()).expand(shape)
-        if self.law == "gaussian":
-            return torch.randn(shape, dtype=dtype, device=device, generator=generator)
-        uniform = torch.rand(shape, dtype=dtype, device=device, generator=generator)
-        return uniform if self.law == "uniform" else uniform.logit(eps=torch.finfo(dtype).tiny)
+        shape = self.noise_shape(logits.shape)
+        if not self.extra_laws:
+            return draw(self.law, shape, logits, generator)
+        return torch.stack([draw(law, shape[:-1], logits, generator) for law in (self.law, *self.extra_laws)], -1)
 
     def deterministic(self, logits: Float[Tensor, "*lead N"], threshold: Float[Tensor, ""]) -> Float[Tensor, "*lead N"]:
         """Return the test-time gates: open, at :meth:`open_value`, iff the logit exceeds ``threshold``.
 
         The firing probability of every unit grows with its logit, so this is the paper's rule (A.3) with
-        the threshold expressed as a logit, where saturated probabilities can still be told apart.
+        the threshold expressed as a logit, where saturated probabilities can still be told apart. A categorical
+        gate is the most probable class.
         """
+        if self.kind == "categorical":
+            return self.threshold(logits)
         return torch.where(logits > threshold, self.open_value(logits), torch.zeros_like(logits))
 
     def surrogate(
         self,
         objective: Objective,
         logits: Float[Tensor, "*lead N"],
-        noise: Float[Tensor, "K *lead N"],
-    ) -> Float[Tensor, "*lead"]:
+        noise: Float[Tensor, "..."],
+    ) -> Float[Tensor, "*batch"]:
         """Return the mean loss over the replicas, with this estimator's gradient for the logits."""
-        replicas = logits.expand(noise.shape)
+        replicas = self.replicate(logits, noise)
         gates = self(replicas, noise)
-        losses = evaluate(objective, gates)
+        losses = evaluate(objective, gates, self.event_dims)
         if self.needs == "path":
             return losses.mean(0)
-        return (losses + self.signal(replicas, gates, losses)).mean(0)
+        return (losses + self.signal(replicas, gates, losses, noise)).mean(0)
+
+    def replicate(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "..."]) -> Float[Tensor, "K *lead N"]:
+        """Return the logits once per replica of this noise."""
+        return logits.expand(noise.shape[0] * (2 if self.antithetic else 1), *logits.shape)
 
     def signal(
         self,
         logits: Float[Tensor, "K *lead N"],
         gates: Float[Tensor, "K *lead N"],
         losses: Float[Tensor, "K *rest"],
+        noise: Float[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "K *rest"]:
         """Return a zero whose gradient to the logits is :meth:`coefficients`.
 
@@ -136,16 +198,46 @@ class Estimator(nn.Module):
         """
         with torch.no_grad():
             full = losses.reshape(losses.shape + (1,) * (logits.dim() - 1 - losses.dim()))
-            value = self.coefficients(logits, gates, full.expand(logits.shape[:-1]).to(wide(logits)))
-        # The product is formed in the logits' own dtype: a coefficient is a gradient of theirs.
-        inner = (value.to(logits.dtype) * logits).flatten(losses.dim()).sum(-1)
-        return (inner - inner.detach()).to(losses.dtype)
+            value = self.coefficients(logits, gates, full.expand(logits.shape[:-1]).to(wide(logits)), noise)
+        return carry(value, logits, losses)
 
 
-def evaluate(objective: Objective, gates: Float[Tensor, "K *lead N"]) -> Float[Tensor, "K *lead"]:
+def carry(
+    value: Float[Tensor, "K *lead N"], logits: Float[Tensor, "K *lead N"], losses: Float[Tensor, "K *rest"]
+) -> Float[Tensor, "K *rest"]:
+    """Return a zero of the losses' shape whose gradient to the logits is ``value``."""
+    # The product is formed in the logits' own dtype: a coefficient is a gradient of theirs.
+    inner = (value.detach().to(logits.dtype) * logits).flatten(losses.dim()).sum(-1)
+    return (inner - inner.detach()).to(losses.dtype)
+
+
+def draw(law: Law, shape: torch.Size, like: Tensor, generator: torch.Generator | None) -> Float[Tensor, "..."]:
+    """Draw noise of a law, in at least float32, on the device of ``like``."""
+    dtype, device = wide(like), like.device
+    if law == "none":
+        return like.new_zeros(()).expand(shape)
+    if law == "gaussian":
+        return torch.randn(shape, dtype=dtype, device=device, generator=generator)
+    uniform = torch.rand(shape, dtype=dtype, device=device, generator=generator)
+    if law == "uniform":
+        return uniform
+    if law == "sign":
+        return torch.where(uniform < 0.5, -1.0, 1.0)
+    tiny = torch.finfo(dtype).tiny
+    if law == "gumbel":
+        return -(-uniform.clamp_min(tiny).log()).clamp_min(tiny).log()
+    return uniform.logit(eps=tiny)
+
+
+def one_hot(index: Tensor, like: Float[Tensor, "*lead C"]) -> Float[Tensor, "*lead C"]:
+    """Return one-hot vectors in the classes of ``like``."""
+    return torch.zeros_like(like).scatter(-1, index.unsqueeze(-1), 1.0)
+
+
+def evaluate(objective: Objective, gates: Float[Tensor, "K *lead N"], event_dims: int = 1) -> Float[Tensor, "K *batch"]:
     """Call the objective and check the shape of what it returns."""
     losses = objective(gates)
-    expected = gates.shape[:-1]
+    expected = gates.shape[:-event_dims]
     if not isinstance(losses, Tensor) or losses.shape != expected:
         found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
         raise ValueError(
@@ -158,11 +250,6 @@ def evaluate(objective: Objective, gates: Float[Tensor, "K *lead N"]) -> Float[T
 def wide(tensor: Tensor) -> torch.dtype:
     """Return the dtype in which probabilities and noise are compared: at least float32."""
     return torch.promote_types(tensor.dtype, torch.float32)
-
-
-def bernoulli(probability: Float[Tensor, "*s"], noise: Float[Tensor, "*s"]) -> Bool[Tensor, "*s"]:
-    """Return 1[u < p], true with probability p (the paper's eq. 3 prints >, which gives 1 − p)."""
-    return noise < probability
 
 
 def straight_through(value: Float[Tensor, "*s"], path: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatelet._checks import check_choice, check_rate
-from gatelet.estimators._base import Estimator, bernoulli, wide
+from gatelet.estimators._base import Estimator, Kind
 
 
 class ScoreFunction(Estimator):
@@ -24,6 +24,7 @@ class ScoreFunction(Estimator):
         baseline: ``"per_unit"``: the minimum-variance constant, as two moving averages per unit; ``"running_mean"``:
             one moving average of the loss; ``"none"``.
         decay: the moving averages' coefficient (paper's code: 0.9).
+        kind: ``"bernoulli"``, or ``"categorical"``: h one-hot, ĝ = (h − softmax(a))·(L − L̄), L̄ per class.
 
     Raises:
         ValueError: for an unknown baseline, or a decay outside (0, 1); when units of another number share
@@ -46,6 +47,7 @@ class ScoreFunction(Estimator):
     needs = "loss"
     support = "none"
     reference = "Bengio, Léonard, Courville 2013, arXiv:1308.3432, section 3; Williams 1992; Weaver, Tao 2001"
+    kinds = ("bernoulli", "categorical")
     variants = ({"baseline": "running_mean"}, {"baseline": "none"})
 
     numerator: Tensor
@@ -55,8 +57,9 @@ class ScoreFunction(Estimator):
         self,
         baseline: Literal["per_unit", "running_mean", "none"] = "per_unit",
         decay: float = 0.9,
+        kind: Kind = "bernoulli",
     ) -> None:
-        super().__init__()
+        super().__init__(kind)
         self.baseline = check_choice(baseline, ("per_unit", "running_mean", "none"), "baseline")
         self.decay = check_rate(decay, "decay")
         # L̄ = numerator / denominator: averages of wL and w, with w = (h − σ)² per unit, or 1. Both start at
@@ -66,16 +69,17 @@ class ScoreFunction(Estimator):
 
     def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
         """Return the sample; it carries no gradient."""
-        return bernoulli(logits.detach().to(wide(logits)).sigmoid(), noise).to(logits.dtype)
+        return self.sample(logits, noise)
 
     def coefficients(
         self,
         logits: Float[Tensor, "K *lead N"],
         gates: Float[Tensor, "K *lead N"],
         losses: Float[Tensor, "K *lead"],
+        noise: Float[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "K *lead N"]:
         """Return (h − σ(a))·(L − L̄), then take these losses into L̄."""
-        difference = gates.to(losses.dtype) - logits.to(losses.dtype).sigmoid()
+        difference = gates.to(losses.dtype) - self.probability(logits.to(losses.dtype))
         losses = losses.unsqueeze(-1)
         if self.baseline == "none":
             return difference * losses

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gatelet.estimators._base import Estimator, bernoulli, wide
+from gatelet.estimators._base import Estimator, wide
 
 
 class SmoothTimesStochastic(Estimator):
@@ -39,7 +39,7 @@ class SmoothTimesStochastic(Estimator):
     def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
         """Return b·√p."""
         root = self.fire_probability(logits.to(wide(logits)))  # half precision would round the probability
-        fires = bernoulli(root.detach(), noise)
+        fires = noise < root.detach()
         return (root * fires.to(root.dtype)).to(logits.dtype)
 
     def fire_probability(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatelet._checks import check_choice
-from gatelet.estimators._base import Estimator, bernoulli, straight_through, wide
+from gatelet.estimators._base import Estimator, Kind, straight_through
 
 
 class StraightThrough(Estimator):
@@ -22,6 +22,7 @@ class StraightThrough(Estimator):
     Args:
         slope: ``"identity"`` (the paper found it better) or ``"sigmoid"``.
         unit: ``"sampled"`` or ``"hard"``, which ignores the noise.
+        kind: ``"bernoulli"``, or ``"categorical"``: h one-hot, the sigmoid replaced by the softmax.
 
     >>> import torch
     >>> a = torch.tensor([0.0, 0.0], requires_grad=True)
@@ -40,6 +41,7 @@ class StraightThrough(Estimator):
     needs = "path"
     support = "all"
     reference = "Bengio, Léonard, Courville 2013, arXiv:1308.3432, section 4; Hinton 2012, lecture 15b"
+    kinds = ("bernoulli", "categorical")
     variants = (
         {"slope": "sigmoid"},
         {"unit": "hard"},
@@ -50,8 +52,9 @@ class StraightThrough(Estimator):
         self,
         slope: Literal["identity", "sigmoid"] = "identity",
         unit: Literal["sampled", "hard"] = "sampled",
+        kind: Kind = "bernoulli",
     ) -> None:
-        super().__init__()
+        super().__init__(kind)
         self.slope = check_choice(slope, ("identity", "sigmoid"), "slope")
         self.unit = check_choice(unit, ("sampled", "hard"), "unit")
         if self.unit == "hard":
@@ -59,15 +62,13 @@ class StraightThrough(Estimator):
 
     def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
         """Return the sample (or the hard threshold) with the chosen slope behind it."""
-        hard = self.unit == "hard"
-        fires = logits > 0 if hard else bernoulli(logits.detach().to(wide(logits)).sigmoid(), noise)
-        path = logits if self.slope == "identity" else logits.sigmoid()
-        return straight_through(fires.to(logits.dtype), path)
+        path = logits if self.slope == "identity" else self.probability(logits)
+        return straight_through(self.threshold(logits) if self.unit == "hard" else self.sample(logits, noise), path)
 
     def fire_probability(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
-        """Return σ(a); on a hard unit 1[a > 0], with the sigmoid's derivative so that a rate can be held."""
-        probability = logits.sigmoid()
-        return probability if self.unit == "sampled" else straight_through((logits > 0).to(logits.dtype), probability)
+        """Return σ(a) or softmax(a); on a hard unit 1[a > 0], with their derivative so that a rate can be held."""
+        probability = self.probability(logits)
+        return probability if self.unit == "sampled" else straight_through(self.threshold(logits), probability)
 
     def logit_at(self, probability: float) -> float:
         """Return the logit of the probability; on a hard unit 0, where it opens."""

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatelet._checks import check_count, check_rate
-from gatelet.estimators import Estimator
+from gatelet.estimators import Estimator, resolve
 from gatelet.nn.gater import Gater, glorot_
 from gatelet.sparsity._controller import Controller, Penalised
 from gatelet.sparsity.adaptive_l1 import AdaptiveL1
@@ -30,8 +30,8 @@ class ConditionalLinear(Penalised):
         out_features: N.
         bottleneck: M, the width of the gater's hidden layer.
         estimator: a name of ``gatelet.estimators.ALL`` or an instance.
-        target_rate: the share of gates to be open; ``None``: no constraint and no threshold, for gates that are
-            always open.
+        target_rate: the share of gates to be open; ``None``: no constraint, and in ``eval()`` a gate is open iff its
+            firing probability exceeds ½. Without meaning for gates that are always open (``"sigmoid"``).
         group_size: consecutive units that share a gate; divides N.
         sparsity: the controllers that hold the rate; by default ``KLRate(target_rate)``, or ``AdaptiveL1(target_rate)``
             where the firing probability has no gradient.
@@ -74,9 +74,12 @@ class ConditionalLinear(Penalised):
             check_rate(target_rate)
         self.group_size = group_size
         self.gater = Gater(in_features, out_features // group_size, bottleneck, detach_gater_input)
-        self.unit = StochasticUnit(estimator, threshold=None, target_rate=target_rate)
-        if target_rate is None:
-            self.unit.threshold.fill_(-float("inf"))
+        estimator = resolve(estimator)
+        if estimator.always_open:
+            target_rate = None
+        self.unit = StochasticUnit(estimator, 0.5 if target_rate is None else None, target_rate)
+        if target_rate is not None:  # start at the target: the paper starts at 0, most gates open, and loses epochs
+            nn.init.constant_(self.gater.gates.bias, estimator.logit_at(target_rate))
         self.expert = nn.Linear(in_features, out_features)
         glorot_(self.expert)
         if sparsity is None:

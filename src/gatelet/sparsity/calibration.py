@@ -1,6 +1,6 @@
 """Supplement A.3: the test-time threshold at which the target share of gates is open."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def calibrate_thresholds(
 
     Returns:
         unit's name -> share of its gates that are open now, on ``loader``. It differs from s where gates tie
-        or, for rectifiers, where fewer than s are above zero.
+        or, for rectifiers, where fewer than s are above zero. Units whose gates are always open are left out.
 
     Raises:
         ValueError: if no unit has a target rate, the loader is an iterator or yields nothing, a rate lies outside
@@ -58,14 +58,16 @@ def calibrate_thresholds(
         for name, module in model.named_modules()
         if isinstance(module, StochasticUnit) and (module.target_rate is not None)
     }
-    if iter(loader) is loader:
+    if isinstance(loader, Iterator):
         raise ValueError("loader: must allow several passes; give a list or a DataLoader, not a generator")
-    if not units:
+    if not units and not any(isinstance(it, StochasticUnit) and it.estimator.always_open for it in model.modules()):
         raise ValueError("model: holds no stochastic unit with a target_rate, so there is nothing to calibrate")
+    if not units:
+        return {}
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), sampling(model, on=False):
             done: dict[str, float] = {}
             for name in _order(model, units, loader, run):
                 logits = _collect(model, units[name], loader, run)
@@ -113,7 +115,7 @@ def _collect(model: nn.Module, unit: StochasticUnit, loader: Iterable[Any], run:
     def thin(values: Tensor, keep: float) -> Tensor:
         return values if keep == 1 else values[torch.rand(values.shape, generator=generator) < keep]
 
-    def see(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+    def see(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         nonlocal share, total
         logits = (args[0] if args else kwargs["logits"]).detach().cpu()
         check_logits(logits)

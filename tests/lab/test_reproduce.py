@@ -1,0 +1,193 @@
+"""The command line, on data that need no download: its output, its errors, and that nothing is lost."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gatelet_lab import reproduce, table
+from gatelet_lab.recipes import ROWS
+
+GATELET = str(Path(sys.executable).with_name("gatelet"))
+SMALL = ("--dataset", "digits", "--rows", "sigmoid", "noisy_sigmoid")
+TIMES = ("seconds_per_epoch",)
+
+
+def gatelet(*arguments, **options):
+    return subprocess.run([GATELET, *map(str, arguments)], capture_output=True, text=True, timeout=120, **options)
+
+
+def rows(out):
+    found = json.loads((out / "table.json").read_text())["rows"]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in found]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "out"
+    done = gatelet("reproduce", *SMALL, "straight_through", "--epochs", 3, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_the_output_is_complete(finished):
+    out, done = finished
+    content = json.loads((out / "table.json").read_text())
+    assert content["dataset"] == "digits"
+    assert content["preset"] == "quick"
+    assert content["version"]
+    assert [row["row"] for row in content["rows"]] == ["straight_through", "noisy_sigmoid", "sigmoid"]
+    for row in content["rows"]:
+        assert {
+            "row",
+            "seed",
+            "train_nll",
+            "valid_error",
+            "test_error",
+            "test_error_sampled",
+            "open_test",
+            "open_train",
+            "epochs",
+            "seconds_per_epoch",
+            "config",
+            "paper",
+        } <= set(row)
+        assert row["epochs"] == 3
+    assert content["rows"][0]["paper"]["test_error"] == 1.39
+    assert (out / "table.md").read_text().count("\n| ") == 5
+    for name in ("curves.png", "gates.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    assert len(list((out / "tensorboard").glob("*/events*"))) == 3
+    assert "Baseline Sigmoid+Noise" in done.stdout
+    assert "1.87" in done.stdout  # the paper's number beside it
+    assert not list((out / "checkpoints").iterdir())
+
+
+def test_a_second_run_refuses_the_directory_and_overwrites_nothing(finished):
+    out, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    done = gatelet("reproduce", *SMALL, "--epochs", 3, "--out", out)
+    assert done.returncode == 2
+    assert "--resume" in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
+
+
+def test_resuming_a_finished_run_shows_it_again(finished):
+    out, _ = finished
+    before = rows(out)
+    done = gatelet("reproduce", *SMALL, "straight_through", "--epochs", 3, "--out", out, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert rows(out) == before
+
+
+LONGER = ("reproduce", *SMALL, "--epochs", "12", "--out")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "out"
+    done = gatelet(*LONGER, out)
+    assert done.returncode == 0, done.stderr
+    return rows(out)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_an_interrupted_run_resumes_to_the_same_numbers(how, tmp_path, uninterrupted):
+    process = subprocess.Popen(
+        [GATELET, *LONGER, str(tmp_path / "cut")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    checkpoints = tmp_path / "cut" / "checkpoints"
+    deadline = time.monotonic() + 60
+    while not list(checkpoints.glob("*.pt")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(how)
+    _, told = process.communicate(timeout=30)  # ends only when the workers, who share the pipe, are gone too
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert b"--resume" in told
+    resumed = gatelet(*LONGER, tmp_path / "cut", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert rows(tmp_path / "cut") == uninterrupted
+
+
+def bad_calls(out, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    alien = tmp_path / "alien"
+    alien.mkdir()
+    (alien / "thesis.txt").write_text("")
+    return {
+        "unknown row": (("--rows", "straight_thru", "--out", tmp_path / "a"), "straight_through"),
+        "no row": (("--rows", "--out", tmp_path / "a"), "--rows"),
+        "no seed": (("--seeds", 0, "--out", tmp_path / "a"), "--seeds"),
+        "no epoch": (("--epochs", 0, "--out", tmp_path / "a"), "--epochs"),
+        "text for a number": (("--epochs", "many", "--out", tmp_path / "a"), "--epochs"),
+        "unknown option": (("--presets", "quick"), "--preset"),
+        "unknown preset": (("--preset", "fast"), "quick"),
+        "unknown data": (("--dataset", "nowhere", "--out", tmp_path / "a"), "nowhere"),
+        "no such device": (("--device", "abacus", "--out", tmp_path / "a"), "abacus"),
+        "output is a file": (("--out", file, "--dataset", "digits"), "not a directory"),
+        "output is under a file": (("--out", file / "x", "--dataset", "digits"), "--out"),
+        "output is somebody's": (("--out", alien, "--dataset", "digits", "--resume"), "not the output of"),
+        "another preset": (("--out", out, "--dataset", "digits", "--preset", "paper", "--resume"), "preset"),
+        "another length": (("--out", out, *SMALL, "--epochs", 5, "--resume"), "epochs (3, not 5)"),
+    }
+
+
+def test_bad_calls_name_the_argument_without_a_traceback(finished, tmp_path, monkeypatch, capsys):
+    from gatelet_lab import cli
+
+    out, _ = finished
+    for case, (arguments, told) in bad_calls(out, tmp_path).items():
+        monkeypatch.setattr(sys, "argv", ["gatelet", "reproduce", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        message = " ".join((captured.out + captured.err).split())
+        assert exit_.value.code == 2, case
+        assert told in message, f"{case}: {message}"
+        assert "Traceback" not in message, case
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_damaged_result_is_told(finished):
+    out, _ = finished
+    path = out / "rows" / "sigmoid-seed0.json"
+    good = path.read_text()
+    try:
+        path.write_text(good[:50])
+        done = gatelet("reproduce", *SMALL, "--epochs", 3, "--out", out, "--resume")
+        assert done.returncode == 2
+        assert "sigmoid-seed0.json" in "".join(done.stderr.split())
+    finally:
+        path.write_text(good)
+
+
+def test_seeds_are_shown_as_mean_and_deviation():
+    row = {
+        "row": "sigmoid",
+        "train_nll": 1e-3,
+        "valid_error": 2.0,
+        "test_error_sampled": 2.0,
+        "open_test": 1.0,
+        "epochs": 8,
+        "paper": {"train_nll": 1e-3, "valid_error": 1.0, "test_error": 1.0},
+    }
+    _, lines = table.cells([row | {"test_error": 1.0}, row | {"test_error": 3.0}])
+    assert len(lines) == 1
+    assert "2.00 ± 1.41" in lines[0]
+
+
+def test_jobs_come_in_the_tables_order():
+    jobs = reproduce.plan(reproduce.Reproduce(rows=("sigmoid", "noisy_rectifier"), seeds=2))
+    assert [job.name for job in jobs] == [
+        "noisy_rectifier-seed0",
+        "noisy_rectifier-seed1",
+        "sigmoid-seed0",
+        "sigmoid-seed1",
+    ]
+    assert next(iter(ROWS)) == "noisy_rectifier"

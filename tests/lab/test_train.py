@@ -1,0 +1,145 @@
+"""Training is resumable to the bit, its checkpoints are whole or refused, and each recipe does what it says."""
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from gatelet_lab import data, train
+from gatelet_lab.recipes import ROWS, recipe
+from gatelet_lab.train import CheckpointError, Trainer
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+def small(row, **changes):
+    experts = 60 if ROWS[row]().target_rate else 30
+    return replace(recipe(row, "quick"), experts=experts, bottleneck=20, epochs=4, **changes)
+
+
+def history(trainer):
+    return [{key: value for key, value in asdict(row).items() if key != "seconds"} for row in trainer.history]
+
+
+def run(trainer, epochs):
+    for _ in range(epochs):
+        trainer.step_epoch()
+    return trainer
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(row, digits, tmp_path):
+    whole = run(Trainer(small(row), 3, digits), 4)
+    run(Trainer(small(row), 3, digits), 2).save(tmp_path / "half.pt")
+    torch.manual_seed(99)  # what another process would have done to the random state
+    resumed = Trainer(small(row), 3, digits)
+    resumed.load(tmp_path / "half.pt")
+    run(resumed, 2)
+    assert history(resumed) == history(whole)
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], value, rtol=0, atol=0, equal_nan=True)
+    first, second = whole.result(), resumed.result()
+    assert {k: v for k, v in first.items() if k != "seconds_per_epoch"} == {
+        k: v for k, v in second.items() if k != "seconds_per_epoch"
+    }
+
+
+def test_seeds_differ_and_repeat(digits):
+    one, again, other = (run(Trainer(small("straight_through"), seed, digits), 1) for seed in (0, 0, 1))
+    assert history(one) == history(again)
+    assert history(one) != history(other)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if ROWS[row]().target_rate])
+def test_sparse_rows_end_at_their_target(row, digits):
+    result = run(Trainer(small(row), 0, digits), 4).result()
+    assert result["open_test"] <= 0.12
+    if row != "rectifier":  # cannot open more gates than are above zero
+        assert result["open_test"] == pytest.approx(0.1, abs=0.02)
+
+
+def test_weights_stay_within_their_max_norm(digits):
+    trainer = run(Trainer(small("score_function"), 0, digits), 1)
+    limits = [limit for _, limit in trainer.limits]
+    assert sorted(set(limits)) == [2.0, 6.0]
+    for weight, limit in trainer.limits:
+        assert torch.linalg.vector_norm(weight, dim=1).max() <= limit + 1e-4
+
+
+def test_the_gater_has_its_own_rate(digits):
+    rates = [group["lr"] for group in Trainer(small("score_function"), 0, digits).optimizer.param_groups]
+    trainer = Trainer(small("score_function"), 0, digits)
+    trainer.step_epoch()
+    main, gater = (group["lr"] for group in trainer.optimizer.param_groups)
+    assert gater == pytest.approx(main / 100)
+    assert rates[0] == main  # the first epoch runs at the full rate
+
+
+def test_early_stopping_counts_epochs_without_improvement(digits):
+    trainer = Trainer(small("sigmoid", patience=2, rate=0.0), 0, digits)
+    epochs = 0
+    while not trainer.finished:
+        trainer.step_epoch()
+        epochs += 1
+    assert epochs == 3  # the first is the best, two more bring nothing
+
+
+def test_a_checkpoint_of_another_run_is_refused_and_names_what_differs(digits, tmp_path):
+    path = tmp_path / "one.pt"
+    run(Trainer(small("straight_through"), 0, digits), 1).save(path)
+    with pytest.raises(CheckpointError, match=r"one\.pt.*seed was 0, is 1"):
+        Trainer(small("straight_through"), 1, digits).load(path)
+    with pytest.raises(CheckpointError, match=r"rate was 0\.3, is 0\.2"):
+        Trainer(small("straight_through", rate=0.2), 0, digits).load(path)
+
+
+def test_a_checkpoint_of_another_version_is_refused(digits, tmp_path, monkeypatch):
+    path = tmp_path / "one.pt"
+    run(Trainer(small("sigmoid"), 0, digits), 1).save(path)
+    monkeypatch.setattr(train, "VERSION", train.VERSION + 1)
+    with pytest.raises(CheckpointError, match="version was 1, is 2"):
+        Trainer(small("sigmoid"), 0, digits).load(path)
+
+
+def test_a_truncated_checkpoint_is_refused(digits, tmp_path):
+    path = tmp_path / "one.pt"
+    run(Trainer(small("sigmoid"), 0, digits), 1).save(path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="not a readable checkpoint"):
+        Trainer(small("sigmoid"), 0, digits).load(path)
+
+
+def test_a_crash_while_writing_leaves_the_last_good_file(tmp_path):
+    path = tmp_path / "file"
+    train.write_atomically(path, lambda file: file.write(b"good"))
+
+    def crash(file):
+        file.write(b"ba")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        train.write_atomically(path, crash)
+    assert path.read_bytes() == b"good"
+
+
+def test_divergence_is_told_by_its_epoch(digits):
+    trainer = Trainer(small("sigmoid", rate=1e30), 0, digits)
+    with pytest.raises(FloatingPointError, match="the loss became nan in epoch 1"):
+        trainer.step_epoch()
+
+
+def test_a_stop_is_noticed_within_an_epoch(digits):
+    trainer = Trainer(small("sigmoid"), 0, digits)
+    with pytest.raises(train.Stopped):
+        trainer.step_epoch(stop=lambda: True)
+
+
+def test_samples_are_averaged_as_probabilities(digits):
+    trainer = run(Trainer(small("straight_through"), 0, digits), 2)
+    _, single, share = trainer.evaluate(digits.test_images, digits.test_labels, samples=1)
+    _, mean, _ = trainer.evaluate(digits.test_images, digits.test_labels, samples=20)
+    assert mean < single  # Jensen: the mean of probabilities has the smaller NLL
+    assert 0 < share < 1

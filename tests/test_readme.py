@@ -1,0 +1,37 @@
+"""The README's code runs as printed, and with every other estimator in place of the one it names."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import gatelet
+
+README = Path(__file__).parents[1] / "README.md"
+LOOP, UNIT = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+MODULES = [name for name, method in gatelet.estimators.ALL.items() if method.needs != "objective"]
+
+
+def test_the_loop_has_about_twenty_lines():
+    assert LOOP.count("\n") <= 22
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_one_word_trains_the_loop_with_another_estimator(name, capsys):
+    namespace: dict[str, object] = {}
+    exec(LOOP.replace("straight_through", name), namespace)
+    printed = re.fullmatch(r"error ([\d.]+)%, open gates ([\d.]+)%\n", capsys.readouterr().out)
+    assert printed
+    assert float(printed[1]) < 25, "the task is learned: chance is 75 %"
+    expected = {"sigmoid": 100, "noisy_sigmoid": 100}.get(name, 10)
+    if name == "rectifier":  # cannot open more gates than are above zero
+        assert 5 < float(printed[2]) <= 11
+    else:
+        assert float(printed[2]) == pytest.approx(expected, abs=1)
+
+
+def test_the_unit_example_agrees_with_the_exact_gradient(capsys):
+    namespace: dict = {}
+    exec(UNIT, namespace)
+    exact = gatelet.exact_gradient(namespace["objective"], namespace["logits"])
+    assert (namespace["logits"].grad - exact).abs().max() < 0.05
