@@ -82,10 +82,16 @@ class StochasticUnit(nn.Module):
         if not self.training and not self.sample_in_eval:
             self._check_calibrated()
             return self.estimator.deterministic(logits, self.threshold)
-        tape = Tape.current()
-        samples = 1 if tape is None else tape.samples
-        replicas = logits.reshape(samples, -1, *logits.shape[1:]) if samples > 1 else logits.unsqueeze(0)
         learns = self.estimator.needs == "loss" and logits.requires_grad and torch.is_grad_enabled()
+        # Other units do not look for a tape: torch.compile cannot trace that.
+        tape = Tape.current() if learns or self.estimator.antithetic else None
+        samples = 1 if tape is None else tape.samples
+        if samples > 1 and (logits.dim() < 2 or logits.shape[0] % samples):
+            raise ValueError(
+                f"logits {tuple(logits.shape)}: this tape's forward pass has {samples} replicas, but the batch is no "
+                "multiple of it; replicate all inputs by tape.replicate(x, samples)"
+            )
+        replicas = logits.unflatten(0, (samples, -1)) if samples > 1 else logits.unsqueeze(0)
         if learns or self.estimator.antithetic:
             check_samples(self.estimator, samples, "; replicate inputs and targets by tape.replicate(x, samples)")
         if noise is None:

@@ -65,13 +65,20 @@ def states(make, batch, units):
     if any(True for _ in used.buffers()):
         for seed in range(3):
             logits = logits_for(batch, units)
-            noise = used.draw_noise(logits.expand(4, *logits.shape), torch.Generator().manual_seed(seed))
+            noise = draw(used, logits, samples=4, seed=seed)
             used.surrogate(lambda h: 3 + h.sum(-1), logits, noise)
         yield used
 
 
+def replicas_for(method, samples=1):
+    """The number of replicas: ``samples`` times the least that the estimator works with."""
+    return samples * method.replicas
+
+
 def draw(method, logits, samples=1, seed=0):
-    return method.draw_noise(logits.expand(samples, *logits.shape), torch.Generator().manual_seed(seed))
+    """Noise for that many replicas; ``method.replicate(logits, noise)`` are the logits that go with it."""
+    replicas = logits.expand(replicas_for(method, samples), *logits.shape)
+    return method.draw_noise(replicas, torch.Generator().manual_seed(seed))
 
 
 def gradient(method, objective, logits, noise):
@@ -96,6 +103,7 @@ def check_expectation(name, make, objective, batch, units):
     truth = oracles.truth(name, make())(loss, logits, make())
     for method in states(make, batch, units):
         found = moments(loss, logits, method, order=order_for(method, units))
+        assert found.mean.shape == logits.shape
         tolerance = QUADRATURE if is_smooth(method) else ENUMERATED
         torch.testing.assert_close(found.mean, truth, rtol=0, atol=tolerance)
         assert (found.variance >= 0).all()
@@ -110,7 +118,7 @@ def check_expectation_of_replicas(name, make):
         logits, loss = logits_for(3, 1), oracles.quadratic(3, 1)
     truth = oracles.truth(name, make())(loss, logits, make())
     for method in states(make, *logits.shape):
-        found = moments(loss, logits, method, samples=2, order=96)
+        found = moments(loss, logits, method, samples=2 * method.replicas, order=96)
         torch.testing.assert_close(found.mean, truth, rtol=0, atol=QUADRATURE if is_smooth(method) else ENUMERATED)
 
 
@@ -185,7 +193,8 @@ def check_breaks(name, make):
         ends_of_cell = [torch.lerp(left, right, share) for share in (0.01, 0.99)]
         gates = [method(logits, noise) for noise in ends_of_cell]
         assert torch.equal(*gates)
-        assert torch.equal(*(gradient(make(), squares, logits, noise[None]) for noise in ends_of_cell))
+        rows = method.noise_shape(torch.Size((method.replicas, *logits.shape)))[0]
+        assert torch.equal(*(gradient(make(), squares, logits, z.expand(rows, *z.shape)) for z in ends_of_cell))
 
 
 def check_logit_at(name, make):
@@ -207,11 +216,11 @@ def check_half_precision(name, make):
     method = make()
     for dtype in (torch.bfloat16, torch.float16):
         logits = torch.linspace(-4, 4, 65).to(dtype)
-        gates = method(logits, method.draw_noise(logits))
+        gates = method(logits[None], method.draw_noise(logits[None]))
         assert gates.dtype == dtype
         if method.law == "none":
             continue
-        assert method.draw_noise(logits).dtype == torch.float32
+        assert method.draw_noise(logits[None]).dtype == torch.float32
         if method.law == "uniform":
             edge = method.breaks(logits.float())
             for share in (1 - 1e-4, 1 + 1e-4):
@@ -230,7 +239,7 @@ def check_value_kept(name, make):
         logits = logits_for(3, 4, dtype)
         for method in states(make, 3, 4):
             noise = draw(method, logits, samples)
-            gates = method(logits.expand(noise.shape), noise)
+            gates = method(method.replicate(logits, noise), noise)
             value = method.surrogate(squares, logits.clone().requires_grad_(), noise)
             assert torch.equal(value, squares(gates).mean(0))
 
@@ -247,7 +256,7 @@ def check_other_parameters(name, make):
 
     for method in states(make, 3, 4):
         noise = draw(method, logits, samples=3)
-        gates = method(logits.expand(noise.shape), noise).detach()
+        gates = method(method.replicate(logits, noise), noise).detach()
         (ordinary,) = torch.autograd.grad(objective(gates).mean(0).sum(), weight)
         value = method.surrogate(objective, logits.clone().requires_grad_(), noise)
         (found,) = torch.autograd.grad(value.sum(), weight)
@@ -260,9 +269,9 @@ def check_generator(name, make):
         results = []
         for given in (False, False, True):
             logits = logits_for(3, 4, torch.float32).requires_grad_()
-            source = torch.Generator().manual_seed(5)
-            how = {"noise": method.draw_noise(logits.expand(2, 3, 4), source)} if given else {"generator": source}
-            value = gatelet.surrogate(squares, logits, copy.deepcopy(method), samples=2, **how)
+            source, samples = torch.Generator().manual_seed(5), replicas_for(method, 2)
+            how = {"noise": method.draw_noise(logits.expand(samples, 3, 4), source)} if given else {"generator": source}
+            value = gatelet.surrogate(squares, logits, copy.deepcopy(method), samples=samples, **how)
             results.append((value.detach(), torch.autograd.grad(value.sum(), logits)[0]))
         for value, slope in results[1:]:
             assert torch.equal(value, results[0][0])
@@ -275,7 +284,7 @@ def check_saturated(name, make):
         logits = torch.tensor([[-100.0, 100.0, -30.0, 30.0, 0.0]], dtype=dtype)
         for method, seed in itertools.product(states(make, 1, 5), range(3)):
             noise = draw(method, logits, samples=2, seed=seed)
-            assert method(logits.expand(noise.shape), noise).isfinite().all()
+            assert method(method.replicate(logits, noise), noise).isfinite().all()
             assert gradient(method, squares, logits, noise).isfinite().all()
             leaf = logits.clone().requires_grad_()
             probability = method.fire_probability(leaf)
@@ -290,7 +299,7 @@ def check_dtypes(name, make):
         logits = logits_for(3, 4, dtype)
         method = make()
         noise = draw(method, logits)
-        assert method(logits.expand(noise.shape), noise).dtype == dtype
+        assert method(method.replicate(logits, noise), noise).dtype == dtype
         assert method.surrogate(squares, logits, noise).dtype == dtype
         assert gradient(method, squares, logits, noise).dtype == dtype
     noise = draw(make(), logits_for(3, 4))
@@ -305,7 +314,7 @@ def check_empty_batch(name, make):
     logits = torch.zeros(0, 4)
     for method in states(make, 2, 4):
         noise = draw(method, logits, samples=2)
-        assert method(logits.expand(noise.shape), noise).shape == (2, 0, 4)
+        assert method(method.replicate(logits, noise), noise).shape == (replicas_for(method, 2), 0, 4)
         assert method.surrogate(squares, logits, noise).shape == (0,)
         assert gradient(method, squares, logits, noise).shape == (0, 4)
         assert all(buffer.isfinite().all() for buffer in method.buffers())
@@ -322,7 +331,7 @@ def check_layouts(name, make):
     ]
     for (strange, plain), method in itertools.product(layouts, states(make, 3, 4)):
         noise = draw(method, plain, samples=2)
-        strange_noise = noise.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+        strange_noise = noise.movedim(2, 0).contiguous().movedim(0, 2)
         outcomes = []
         for these, z in ((plain, noise), (strange, strange_noise)):
             again = copy.deepcopy(method)
@@ -358,7 +367,7 @@ def check_support(name, make):
     method = make()
     logits = logits_for(8, 4).requires_grad_()
     noise = draw(method, logits, samples=4)
-    replicas = logits.expand(noise.shape)
+    replicas = method.replicate(logits, noise)
     gates = method(replicas, noise)
     if method.support == "none":
         assert not gates.requires_grad

@@ -11,14 +11,14 @@ from gatelet.estimators import NoisyRectifier, ScoreFunction, SmoothTimesStochas
 class SignError(ScoreFunction):
     """(σ − h)·(L − L̄): climbs instead of descending."""
 
-    def coefficients(self, logits, gates, losses):
-        return -super().coefficients(logits, gates, losses)
+    def coefficients(self, logits, gates, losses, noise=None):
+        return -super().coefficients(logits, gates, losses, noise)
 
 
 class OwnLossInBaseline(ScoreFunction):
     """Takes the batch into L̄ before L̄ is subtracted from it."""
 
-    def coefficients(self, logits, gates, losses):
+    def coefficients(self, logits, gates, losses, noise=None):
         difference = gates - logits.sigmoid()
         self.current_baseline(logits.shape[-1])
         self.update(difference, losses.unsqueeze(-1))
@@ -74,8 +74,8 @@ class DrawsItsOwnNoise(ScoreFunction):
 class CountsItsLossTwice(ScoreFunction):
     """The signal's product is not cancelled in the value."""
 
-    def signal(self, logits, gates, losses):
-        return super().signal(logits, gates, losses) + losses.detach()
+    def signal(self, logits, gates, losses, noise=None):
+        return super().signal(logits, gates, losses, noise) + losses.detach()
 
 
 class RoundsItsProbability(ScoreFunction):
@@ -88,7 +88,7 @@ class RoundsItsProbability(ScoreFunction):
 class NoGradient(ScoreFunction):
     """Samples, and sends nothing down (the mean-zero estimator that a peer ships)."""
 
-    def coefficients(self, logits, gates, losses):
+    def coefficients(self, logits, gates, losses, noise=None):
         return torch.zeros_like(gates)
 
 

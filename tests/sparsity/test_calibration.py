@@ -13,7 +13,8 @@ from gatelet.estimators import ALL
 from gatelet.nn import ConditionalLinear
 from gatelet.sparsity import FiringRateBias, calibrate_thresholds, calibration
 
-STOCHASTIC = [name for name, kind in ALL.items() if kind.needs != "objective" and kind().law != "none"]
+UNITS = {name: kind() for name, kind in ALL.items() if kind.needs != "objective" and not kind.antithetic}
+STOCHASTIC = [name for name, unit in UNITS.items() if unit.law != "none" and not unit.always_open]
 
 
 @pytest.fixture
@@ -308,9 +309,17 @@ def test_inside_sampling_the_earlier_units_are_still_deterministic():
 
 
 def test_nothing_to_calibrate():
-    for model in (nn.Linear(6, 2), StochasticUnit("straight_through"), layer(estimator="sigmoid", target_rate=None)):
+    for model in (nn.Linear(6, 2), StochasticUnit("straight_through"), layer(target_rate=None)):
         with pytest.raises(ValueError, match="model: holds no stochastic unit with a target_rate"):
             calibrate_thresholds(model, batches())
+
+
+def test_gates_that_are_always_open_have_nothing_to_calibrate():
+    net = nn.Sequential(layer(estimator="sigmoid"), layer(50, 40))
+    assert list(calibrate_thresholds(net, batches())) == ["1.unit"]
+    assert calibrate_thresholds(net[0], batches()) == {}
+    net.eval()(torch.randn(3, 6))
+    assert net[0].active_fraction == 1
 
 
 def test_units_that_never_run():

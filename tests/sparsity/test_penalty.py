@@ -117,6 +117,7 @@ def test_layers_of_other_dtypes():
 def test_training_with_the_penalty_reaches_the_rate():
     net = layer(20, 100, sparsity=[KLRate(0.1, weight=0.5)])
     x, sgd = torch.randn(256, 20), torch.optim.SGD(net.parameters(), 0.1)
+    net.gater.gates.bias.data.zero_()
     net(x)
     before = net.active_fraction.item()
     penalty(net)

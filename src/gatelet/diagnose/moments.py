@@ -21,11 +21,11 @@ _CHUNK = 1 << 20  # gates held at once
 class Moments(NamedTuple):
     """What :func:`moments` returns; every entry is float64."""
 
-    mean: Float[Tensor, "*lead N"]
+    mean: Float[Tensor, "..."]
     """E[ĝ], the expected estimate of the gradient."""
-    variance: Float[Tensor, "*lead N"]
+    variance: Float[Tensor, "..."]
     """E[(ĝ − E[ĝ])²], per logit."""
-    value: Float[Tensor, "*lead"]
+    value: Float[Tensor, "..."]
     """The expected value of the surrogate, E[L]."""
 
 
@@ -48,16 +48,16 @@ def moments(
     objective: Objective,
     logits: Float[Tensor, "*lead N"],
     estimator: str | Estimator,
-    samples: int = 1,
+    samples: int | None = None,
     *,
     order: int = 64,
 ) -> Moments:
     """Exact mean and variance of an estimator's gradient, in float64, without Monte Carlo.
 
-    E[ĝ] = ∫ ĝ(z) dF(z) over the K·N noise variables of an example: each one's range is split at the
+    E[ĝ] = ∫ ĝ(z) dF(z) over the K·N units' noise of an example: each one's range is split at the
     estimator's ``breaks``, where a gate jumps or has a kink. An estimator that is constant in between needs one node
     per interval, and the sum is exact; for a smooth one Gauss–Legendre nodes are placed in each interval. The
-    nodes of the variables form a tensor product.
+    nodes of the units form a tensor product. A categorical unit has its C outcomes for nodes.
 
     Bias and variance: none. Where the gate is smooth in the noise, the quadrature's error is about 1e-12 for
     Gaussian and 1e-10 for logistic noise at the default order, for an objective as smooth as tanh. Cost: Q
@@ -69,9 +69,9 @@ def moments(
 
     Args:
         objective: maps gates (K, B, N), of the logits' dtype, to losses (K, B); of operations that ``vmap`` knows.
-        logits: (B, N), any leading shape.
+        logits: (B, N), any leading shape; (B, N, C) for categorical units.
         estimator: a name of ``gatelet.estimators.ALL`` or an instance.
-        samples: K, the number of replicas.
+        samples: K, the number of replicas; by default the least that the estimator works with, mostly 1.
         order: Gauss–Legendre nodes per interval, for gates that vary smoothly with the noise.
 
     Returns:
@@ -79,7 +79,8 @@ def moments(
 
     Raises:
         ValueError: for logits that are not finite, an unknown estimator, an objective that does not return one loss
-            per replica and example, or more outcomes than can be enumerated.
+            per replica and example, more outcomes than can be enumerated, or a categorical estimator that is smooth in
+            its noise.
 
     >>> import torch
     >>> a = torch.zeros(1, 1)
@@ -96,10 +97,12 @@ def moments(
     """
     method = resolve(estimator)
     check_logits(logits)
+    samples = method.replicas if samples is None else check_count(samples, "samples")
     exact = logits.detach().to(torch.float64)
     nodes, weights = _quadrature(method, exact, check_count(order, "order"))
-    count, units = nodes.shape[0], logits.shape[-1]
-    variables = check_count(samples, "samples") * units
+    count, units = nodes.shape[0], logits.shape[-method.event_dims]
+    rows = method.noise_shape(torch.Size((samples, *logits.shape)))[0]
+    variables = rows * units
     if count**variables * samples * max(1, logits.numel()) > MAX_GATES:
         raise ValueError(
             f"logits, samples: {variables} noise variables of {count} nodes have {count}^{variables} outcomes, each of "
@@ -110,28 +113,29 @@ def moments(
     step = max(1, _CHUNK // max(1, samples * logits.numel()))
     parts = []
     for outcome in torch.arange(count**variables, device=logits.device).split(step):
-        index = (outcome[:, None] // powers % count).reshape(-1, samples, units)
-        mass = _pick(weights, index).prod(1).prod(-1)
+        index = (outcome[:, None] // powers % count).reshape(-1, rows, units)
+        mass = _pick(weights, index, weights.dim() - 2).prod(1).prod(-1)
+        noise = _pick(nodes, index, weights.dim() - 2)
         # A copy: a baseline is updated when it is used.
-        value, gradient = _estimates(copy.deepcopy(method), objective, exact, _pick(nodes, index), logits.dtype)
+        value, gradient = _estimates(copy.deepcopy(method), objective, exact, noise, logits.dtype)
         parts.append((mass, value, gradient))
     mass, value, gradient = (torch.cat(part) for part in zip(*parts, strict=True))
-    mean = (mass.unsqueeze(-1) * gradient).sum(0)
-    variance = (mass.unsqueeze(-1) * (gradient - mean).square()).sum(0)
+    share = mass.reshape(*mass.shape, *(1,) * method.event_dims)
+    mean = (share * gradient).sum(0)
+    variance = (share * (gradient - mean).square()).sum(0)
     return Moments(mean, variance, (mass * value).sum(0))
 
 
 def _estimates(
-    method: Estimator,
-    objective: Objective,
-    logits: Float[Tensor, "*lead N"],
-    noise: Float[Tensor, "Q K *lead N"],
-    dtype: torch.dtype,
-) -> tuple[Float[Tensor, "Q *lead"], Float[Tensor, "Q *lead N"]]:
-    """Return the surrogate and its gradient for every outcome: a call each (vectorised), so none sees another."""
+    method: Estimator, objective: Objective, logits: Tensor, noise: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the surrogate (Q, *lead) and its gradient (Q, *logits) for every outcome's noise (Q, ...).
+
+    Each outcome is a call of its own (vectorised), so that none sees another.
+    """
 
     def wide(gates: Tensor) -> Tensor:
-        return evaluate(objective, gates.to(dtype)).to(torch.float64)
+        return evaluate(objective, gates.to(dtype), method.event_dims).to(torch.float64)
 
     def surrogate(one: Tensor, its_noise: Tensor) -> Tensor:
         return method.surrogate(wide, one, its_noise)
@@ -140,27 +144,55 @@ def _estimates(
     with torch.enable_grad():
         value = torch.func.vmap(surrogate, randomness="different")(leaves, noise)
         # The zero gives a loss that ignores its gates the gradient it has.
-        (gradient,) = torch.autograd.grad((value + 0 * leaves.sum(-1)).sum(), leaves)
+        (gradient,) = torch.autograd.grad(value.sum() + 0 * leaves.sum(), leaves)
     return value.detach(), gradient
 
 
-def _pick(table: Float[Tensor, "M *lead N"], index: Tensor) -> Tensor:
-    """Return (Q, K, *lead, N): for each outcome's node indices (Q, K, N), every example's own node."""
+def _pick(table: Tensor, index: Tensor, lead: int) -> Tensor:
+    """Return (Q, R, *lead, N, ...): for each outcome's node indices (Q, R, N), every example's own node."""
     units = torch.arange(index.shape[-1], device=index.device)
-    return table.movedim(-1, 1)[index, units].movedim(2, -1)
+    return table.movedim(1 + lead, 1)[index, units].movedim(2, 2 + lead)
 
 
-def _quadrature(method: Estimator, logits: Float[Tensor, "*lead N"], order: int) -> tuple[Tensor, Tensor]:
-    """Return the nodes and weights (M, *lead, N) of each unit's noise."""
+def _quadrature(method: Estimator, logits: Tensor, order: int) -> tuple[Tensor, Tensor]:
+    """Return each unit's nodes (M, *lead, N, ...) and weights (M, *lead, N); "...": several numbers a unit, if so."""
     if method.law == "none":
-        return logits.new_zeros((1, *logits.shape)), logits.new_ones((1, *logits.shape))
-    law = _LAWS[method.law]
-    inner = method.breaks(logits).detach().clamp(law.low, law.high).sort(-1).values
-    ends = logits.new_tensor([law.low, law.high]).expand(*logits.shape, 2)
+        lead = logits.shape if method.kind == "bernoulli" else logits.shape[:-1]
+        return logits.new_zeros((1, *logits.shape)), logits.new_ones((1, *lead))
+    if method.kind == "categorical":
+        if not method.piecewise_constant or method.extra_laws:
+            raise ValueError(
+                f"estimator: {type(method).__name__}(kind='categorical') is smooth in C noise variables per unit, "
+                "which moments cannot integrate; with two classes its Bernoulli form is the same"
+            )
+        # Any Gumbel noise under which class c wins stands for all of it.
+        wins = torch.eye(logits.shape[-1], dtype=logits.dtype, device=logits.device)
+        wins = wins.reshape(-1, *(1,) * (logits.dim() - 1), logits.shape[-1])
+        return wins - logits, logits.softmax(-1).movedim(-1, 0)
+    nodes, weights = _intervals(method.law, method.breaks(logits).detach(), method.piecewise_constant, order)
+    if not method.extra_laws:
+        return nodes, weights
+    nodes = nodes.unsqueeze(-1)
+    for law in method.extra_laws:
+        more, its_weights = _intervals(law, logits.new_zeros((*logits.shape, 0)), law == "sign", order)
+        pairs = torch.cartesian_prod(torch.arange(len(nodes)), torch.arange(len(more)))
+        nodes = torch.cat([nodes[pairs[:, 0]], more[pairs[:, 1]].unsqueeze(-1)], -1)
+        weights = weights[pairs[:, 0]] * its_weights[pairs[:, 1]]
+    return nodes, weights
+
+
+def _intervals(law: Law, breaks: Tensor, constant: bool, order: int) -> tuple[Tensor, Tensor]:
+    """Return nodes and weights (M, *lead, N) of one noise variable per unit, split at its breaks (*lead, N, J)."""
+    if law == "sign":
+        signs = breaks.new_tensor([-1.0, 1.0]).reshape(2, *(1,) * (breaks.dim() - 1)).expand(2, *breaks.shape[:-1])
+        return signs, torch.full_like(signs, 0.5)
+    noise = _LAWS[law]
+    inner = breaks.clamp(noise.low, noise.high).sort(-1).values
+    ends = breaks.new_tensor([noise.low, noise.high]).expand(*breaks.shape[:-1], 2)
     edges = torch.cat([ends[..., :1], inner, ends[..., 1:]], -1).movedim(-1, 0)
     low, high = edges[:-1], edges[1:]
-    if method.piecewise_constant:
-        return (low + high) / 2, law.cumulative(high) - law.cumulative(low)
-    at, weight = (logits.new_tensor(x).reshape(-1, *(1,) * low.dim()) for x in np.polynomial.legendre.leggauss(order))
+    if constant:
+        return (low + high) / 2, noise.cumulative(high) - noise.cumulative(low)
+    at, weight = (breaks.new_tensor(x).reshape(-1, *(1,) * low.dim()) for x in np.polynomial.legendre.leggauss(order))
     nodes = low + (high - low) * (1 + at) / 2
-    return nodes.flatten(0, 1), ((high - low) / 2 * weight * law.density(nodes)).flatten(0, 1)
+    return nodes.flatten(0, 1), ((high - low) / 2 * weight * noise.density(nodes)).flatten(0, 1)
