@@ -10,6 +10,9 @@ import gatelet
 README = Path(__file__).parents[1] / "README.md"
 LOOP, UNIT = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 MODULES = [name for name, method in gatelet.estimators.ALL.items() if method.needs != "objective"]
+REPLICATED = LOOP.replace("net(x[batch])", "net(tape.replicate(x[batch], 2))").replace(
+    ", y[batch],", ", tape.replicate(y[batch], 2),"
+)
 
 
 def test_the_loop_has_about_twenty_lines():
@@ -19,7 +22,8 @@ def test_the_loop_has_about_twenty_lines():
 @pytest.mark.parametrize("name", MODULES)
 def test_one_word_trains_the_loop_with_another_estimator(name, capsys):
     namespace: dict[str, object] = {}
-    exec(LOOP.replace("straight_through", name), namespace)
+    loop = LOOP if gatelet.estimators.ALL[name].replicas == 1 else REPLICATED
+    exec(loop.replace("straight_through", name), namespace)
     printed = re.fullmatch(r"error ([\d.]+)%, open gates ([\d.]+)%\n", capsys.readouterr().out)
     assert printed
     assert float(printed[1]) < 25, "the task is learned: chance is 75 %"

@@ -1,7 +1,7 @@
 """How a per-example loss reaches the units: ``Tape`` for modules, ``surrogate`` for a function of the gates."""
 
+import threading
 from collections.abc import Sequence
-from contextvars import ContextVar, Token
 from types import TracebackType
 from typing import NamedTuple
 
@@ -12,7 +12,14 @@ from torch import Tensor
 from gatelet._checks import check_count, check_logits, check_noise
 from gatelet.estimators import ALL, Estimator, Objective, resolve
 
-_current: ContextVar["Tape | None"] = ContextVar("gatelet_tape", default=None)
+
+class _Current(threading.local):
+    """The innermost open tape of this thread. (Not a ContextVar: torch.compile cannot trace one.)"""
+
+    tape: "Tape | None" = None
+
+
+_current = _Current()
 
 
 class _Record(NamedTuple):
@@ -30,7 +37,7 @@ class Tape:
     (h − σ(a))·(L − L̄) for :class:`~gatelet.estimators.ScoreFunction`. Units of other kinds do not use the
     tape and are not touched by it, so a training loop may always have one.
 
-    The tape is the innermost one of the thread (or asyncio task) that runs the forward pass.
+    A unit uses the innermost open tape of the thread that runs the forward pass; ``torch.compile`` sees through it.
 
     >>> import torch, gatelet
     >>> unit = gatelet.StochasticUnit("score_function")
@@ -46,25 +53,24 @@ class Tape:
     def __init__(self) -> None:
         self._records: list[_Record] | None = []  # None: spent
         self.samples = 1
-        self._token: Token[Tape | None] | None = None
+        self._open = False
+        self._outer: Tape | None = None
 
     def __enter__(self) -> "Tape":
-        if self._records is None or self._token is not None:
+        if self._records is None or self._open:
             raise RuntimeError("a Tape serves one forward pass: open a new one with `with gatelet.Tape() as tape:`")
-        self._token = _current.set(self)
+        self._outer, _current.tape, self._open = _current.tape, self, True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._token is not None
-        _current.reset(self._token)
-        self._token = None
+        _current.tape, self._outer, self._open = self._outer, None, False
 
     @staticmethod
     def current() -> "Tape | None":
         """Return the innermost open tape, or None."""
-        return _current.get()
+        return _current.tape
 
     def replicate(self, x: Tensor, samples: int) -> Tensor:
         """Return ``x`` (B, ...) K times, (K·B, ...), so that one forward pass draws K samples of every example.
@@ -115,7 +121,7 @@ class Tape:
             RuntimeError: inside the ``with`` block, or if the surrogate of this tape was taken before (its units'
                 moving averages have seen the loss).
         """
-        if self._token is not None:
+        if self._open:
             raise RuntimeError("tape.surrogate(loss) belongs after the `with Tape() as tape:` block, not inside it")
         if self._records is None:
             raise RuntimeError("the surrogate of this tape was taken before: open a new Tape for every forward pass")

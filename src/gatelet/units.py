@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from gatelet._checks import check_logits, check_noise, check_rate
 from gatelet.estimators import Estimator, resolve
+from gatelet.estimators._base import draw
 from gatelet.tape import Tape, check_samples
 
 
@@ -83,8 +84,9 @@ class StochasticUnit(nn.Module):
             self._check_calibrated()
             return self.estimator.deterministic(logits, self.threshold)
         learns = self.estimator.needs == "loss" and logits.requires_grad and torch.is_grad_enabled()
-        # Other units do not look for a tape: torch.compile cannot trace that.
-        tape = Tape.current() if learns or self.estimator.antithetic else None
+        if self.estimator.antithetic and not learns:  # a sample that is compared with nothing needs no twin
+            return self.estimator.sample(logits, draw("uniform", logits.shape, logits, generator))
+        tape = Tape.current() if learns else None
         samples = 1 if tape is None else tape.samples
         if samples > 1 and (logits.dim() < 2 or logits.shape[0] % samples):
             raise ValueError(
@@ -92,7 +94,7 @@ class StochasticUnit(nn.Module):
                 "multiple of it; replicate all inputs by tape.replicate(x, samples)"
             )
         replicas = logits.unflatten(0, (samples, -1)) if samples > 1 else logits.unsqueeze(0)
-        if learns or self.estimator.antithetic:
+        if learns:
             check_samples(self.estimator, samples, "; replicate inputs and targets by tape.replicate(x, samples)")
         if noise is None:
             noise = self.estimator.draw_noise(replicas, generator)

@@ -164,7 +164,7 @@ class Estimator(nn.Module):
         """
         if self.kind == "categorical":
             return self.threshold(logits)
-        return torch.where(logits > threshold, self.open_value(logits), torch.zeros_like(logits))
+        return torch.where(logits.to(wide(logits)) > threshold, self.open_value(logits), torch.zeros_like(logits))
 
     def surrogate(
         self,
@@ -207,8 +207,9 @@ def carry(
 ) -> Float[Tensor, "K *rest"]:
     """Return a zero of the losses' shape whose gradient to the logits is ``value``."""
     # The product is formed in the logits' own dtype: a coefficient is a gradient of theirs.
-    inner = (value.detach().to(logits.dtype) * logits).flatten(losses.dim()).sum(-1)
-    return (inner - inner.detach()).to(losses.dtype)
+    # logits − logits is an exact zero; their products' sum might overflow in half precision.
+    zero = value.detach().to(logits.dtype) * (logits - logits.detach())
+    return zero.flatten(losses.dim()).sum(-1).to(losses.dtype)
 
 
 def draw(law: Law, shape: torch.Size, like: Tensor, generator: torch.Generator | None) -> Float[Tensor, "..."]:

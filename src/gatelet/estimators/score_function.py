@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gatelet._checks import check_choice, check_rate
 from gatelet.estimators._base import Estimator, Kind
+from gatelet.estimators._distributed import batch_mean
 
 
 class ScoreFunction(Estimator):
@@ -101,14 +102,17 @@ class ScoreFunction(Estimator):
         return torch.where(self.denominator > 0, self.numerator / self.denominator, 0.0)
 
     def update(self, difference: Float[Tensor, "*lead N"], losses: Float[Tensor, "*lead 1"]) -> None:
-        """Take a batch into the two moving averages; processes of torch.distributed average theirs."""
-        if losses.numel() == 0:
-            return
-        weight = difference.square() if self.baseline == "per_unit" else torch.ones_like(losses)
-        sums = torch.stack([(weight * losses).flatten(0, -2).mean(0), weight.flatten(0, -2).mean(0)])
-        sums = all_reduce_mean(sums).to(self.numerator)
-        self.numerator = torch.lerp(sums[0], self.numerator, self.decay)
-        self.denominator = torch.lerp(sums[1], self.denominator, self.decay)
+        """Take a batch into the two moving averages, that of all processes under torch.distributed.
+
+        A loss that is not finite (a step that gradient scaling will skip) is left out: it would stay for ever.
+        """
+        finite = losses.isfinite()
+        weight = finite * (difference.square() if self.baseline == "per_unit" else torch.ones_like(losses))
+        means = batch_mean(torch.cat([weight * torch.where(finite, losses, 0.0), weight], -1))
+        if means is not None:
+            numerator, denominator = means.to(self.numerator).chunk(2)
+            self.numerator = torch.lerp(numerator, self.numerator, self.decay)
+            self.denominator = torch.lerp(denominator, self.denominator, self.decay)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The buffers' size comes with the first batch, or with the checkpoint.
@@ -116,11 +120,3 @@ class ScoreFunction(Estimator):
             if prefix + name in state_dict:
                 setattr(self, name, torch.zeros_like(state_dict[prefix + name], device=self.numerator.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def all_reduce_mean(tensor: Tensor) -> Tensor:
-    """Return the mean over the processes of torch.distributed; the tensor itself without it."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(tensor)
-        tensor = tensor / torch.distributed.get_world_size()
-    return tensor

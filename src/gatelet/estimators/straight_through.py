@@ -77,3 +77,38 @@ class StraightThrough(Estimator):
     def breaks(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N J"]:
         """Return σ(a), where a sampled gate jumps; nothing for a hard one."""
         return super().breaks(logits) if self.unit == "sampled" else logits.new_zeros((*logits.shape, 0))
+
+
+class ClippedStraightThrough(StraightThrough):
+    """Straight-through that stops where the logit has left [−1, 1]: the derivative of the hard tanh.
+
+    h ~ Bernoulli(σ(a)), or h = 1[a > 0] on a hard unit; ∂L/∂a ≈ ∂L/∂h · 1[|a| ≤ 1] (Hubara et al., eq. 4).
+
+    Bias: E[ĝ_i] = E_h[∂L/∂h_i]·1[|a_i| ≤ 1], with ∂L/∂h taken at the sample: that of straight-through inside, and no
+    gradient at all outside, so that logits do not run away; a unit outside stays there unless its input moves.
+    Variance: that of ∂L/∂h inside, 0 outside.
+
+    Args:
+        unit: ``"sampled"`` or ``"hard"``, which ignores the noise (the binarised networks of the source).
+
+    >>> import torch
+    >>> a = torch.tensor([0.5, 2.0], requires_grad=True)
+    >>> h = ClippedStraightThrough(unit="hard")(a, torch.zeros(2))
+    >>> torch.autograd.grad((h * torch.tensor([3.0, 5.0])).sum(), a)[0]
+    tensor([3., 0.])
+
+    Reference: I. Hubara, M. Courbariaux, D. Soudry, R. El-Yaniv, Y. Bengio, "Binarized Neural Networks", 2016,
+    arXiv:1602.02830, section 1.3.
+    """
+
+    reference = "Hubara, Courbariaux, Soudry, El-Yaniv, Bengio 2016, arXiv:1602.02830"
+    kinds = ("bernoulli",)
+    variants = ({"unit": "hard"},)
+
+    def __init__(self, unit: Literal["sampled", "hard"] = "sampled") -> None:
+        super().__init__(unit=unit)
+
+    def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
+        """Return the sample (or the hard threshold) with the derivative of clamp(a, −1, 1)."""
+        gates = self.threshold(logits) if self.unit == "hard" else self.sample(logits, noise)
+        return straight_through(gates, logits.clamp(-1.0, 1.0))

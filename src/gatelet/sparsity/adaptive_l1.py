@@ -7,7 +7,7 @@ from torch import Tensor
 from gatelet._checks import check_positive, check_rate
 from gatelet.estimators import Estimator
 from gatelet.estimators._base import wide
-from gatelet.estimators.score_function import all_reduce_mean
+from gatelet.estimators._distributed import batch_mean
 from gatelet.sparsity._controller import Controller
 
 
@@ -53,12 +53,14 @@ class AdaptiveL1(Controller):
         self, estimator: Estimator, logits: Float[Tensor, "*lead N"], gates: Float[Tensor, "*lead N"]
     ) -> Float[Tensor, ""] | None:
         """Return λ times the mean over the batch of Σ_i |h_i|, then adapt λ."""
-        if gates.numel() == 0:
-            return gates.new_zeros(())
         # Half precision would overflow, or round, over thousands of gates.
-        term = self.weight * gates.to(wide(gates)).abs().sum(-1).mean()
+        size = gates.to(wide(gates)).abs().sum(-1)
+        term = self.weight * (size.mean() if size.numel() else size.sum())
         with torch.no_grad():
-            share = all_reduce_mean((gates != 0).float().mean())
+            share = batch_mean((gates != 0).float())
+            if share is None:
+                return term
+            share = share.mean()
             up = (share > self.target_rate + self.band).to(share)
             down = (share < self.target_rate - self.band).to(share)
             self.weight = (self.weight * (1 + self.step * (up - down))).clamp(self.LOWEST, self.HIGHEST)

@@ -1,5 +1,6 @@
 """Supplement A.3: the test-time threshold at which the target share of gates is open."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from gatelet._checks import check_logits, check_rate
 from gatelet.estimators._base import wide
+from gatelet.estimators._distributed import is_distributed
 from gatelet.units import StochasticUnit, sampling
 
 _KEPT = 1 << 25  # logits kept per layer; above, a random half is dropped (the quantile's error is then < 1e-4)
@@ -69,8 +71,8 @@ def calibrate_thresholds(
     try:
         with torch.no_grad(), sampling(model, on=False):
             done: dict[str, float] = {}
-            for name in _order(model, units, loader, run):
-                logits = _collect(model, units[name], loader, run)
+            for name, calls in _order(model, units, loader, run).items():
+                logits = _collect(model, units[name], calls, loader, run)
                 rate = target_rate if target_rate is not None else units[name].target_rate
                 assert rate is not None
                 done[name] = _set_threshold(units[name], logits, rate)
@@ -86,13 +88,10 @@ class _Seen(Exception):  # noqa: N818
 
 def _order(
     model: nn.Module, units: dict[str, StochasticUnit], loader: Iterable[Any], run: Callable[..., Any]
-) -> list[str]:
-    """Return the units' names in the order in which one batch runs them."""
-    order: list[str] = []
-    hooks = [
-        unit.register_forward_pre_hook(lambda *_, name=name: order.append(name) if name not in order else None)
-        for name, unit in units.items()
-    ]
+) -> Counter[str]:
+    """Return the units' names in the order in which one batch runs them, and how often it runs each."""
+    order: Counter[str] = Counter()
+    hooks = [unit.register_forward_pre_hook(lambda *_, name=name: order.update([name])) for name, unit in units.items()]
     try:
         with sampling(model):
             for batch in loader:
@@ -106,17 +105,19 @@ def _order(
     raise ValueError("loader: yielded no batch")
 
 
-def _collect(model: nn.Module, unit: StochasticUnit, loader: Iterable[Any], run: Callable[..., Any]) -> Tensor:
-    """Return the unit's logits over the loader, on the CPU."""
+def _collect(
+    model: nn.Module, unit: StochasticUnit, calls: int, loader: Iterable[Any], run: Callable[..., Any]
+) -> Tensor:
+    """Return the unit's logits over the loader, on the CPU; of all its calls on a batch, if there are several."""
     kept: list[Tensor] = []
-    share, total = 1.0, 0
+    share, total, seen = 1.0, 0, 0
     generator = torch.Generator().manual_seed(0)
 
     def thin(values: Tensor, keep: float) -> Tensor:
         return values if keep == 1 else values[torch.rand(values.shape, generator=generator) < keep]
 
     def see(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal share, total
+        nonlocal share, total, seen
         logits = (args[0] if args else kwargs["logits"]).detach().cpu()
         check_logits(logits)
         kept.append(thin(logits.to(wide(logits)).flatten(), share))
@@ -124,15 +125,18 @@ def _collect(model: nn.Module, unit: StochasticUnit, loader: Iterable[Any], run:
         if total > _KEPT:
             kept[:] = [thin(torch.cat(kept), 0.5)]
             share, total = share / 2, kept[0].numel()
-        raise _Seen
+        seen += 1
+        if seen % calls == 0:
+            raise _Seen
 
     hook = unit.register_forward_pre_hook(see, with_kwargs=True)
     try:
-        for batch in loader:
-            try:
-                run(model, batch)
-            except _Seen:
-                continue
+        with sampling(unit):  # between its own calls it has no threshold yet
+            for batch in loader:
+                try:
+                    run(model, batch)
+                except _Seen:
+                    continue
     finally:
         hook.remove()
     if not kept:
@@ -145,7 +149,9 @@ def _set_threshold(unit: StochasticUnit, logits: Tensor, rate: float) -> float:
     if logits.numel() == 0:
         raise ValueError("loader: yielded only empty batches")
     closed = min(logits.numel(), max(1, round((1 - rate) * logits.numel())))
-    threshold = logits.kthvalue(closed).values
-    unit.threshold.copy_(threshold)
+    unit.threshold.copy_(logits.kthvalue(closed).values)
+    if is_distributed():  # each process calibrated on its share of the data
+        torch.distributed.all_reduce(unit.threshold)
+        unit.threshold /= torch.distributed.get_world_size()
     gates = unit.estimator.deterministic(logits, unit.threshold.to(logits))
     return (gates != 0).float().mean().item()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gatelet._checks import check_positive, check_rate
 from gatelet.estimators import Estimator
-from gatelet.estimators.score_function import all_reduce_mean
+from gatelet.estimators._distributed import batch_mean
 from gatelet.sparsity._controller import Controller
 
 
@@ -65,14 +65,14 @@ class FiringRateBias(Controller):
         self, estimator: Estimator, logits: Float[Tensor, "*lead N"], gates: Float[Tensor, "*lead N"]
     ) -> Float[Tensor, ""] | None:
         """Update the rates and raise the biases of the units under the target; adds nothing to the loss."""
-        if gates.numel() == 0:
-            return None
         with torch.no_grad():
+            fired = batch_mean((gates != 0).to(self.rate.dtype))
+            if fired is None:
+                return None
             if self.bias.numel() == 0:
-                self.bias = self.bias.new_zeros(gates.shape[-1])
-                self.rate = self.rate.new_full((gates.shape[-1],), self.target_rate)
-            fired = (gates != 0).to(self.rate.dtype).reshape(-1, gates.shape[-1]).mean(0)
-            self.rate = torch.lerp(all_reduce_mean(fired), self.rate, self.decay)
+                self.bias = torch.zeros_like(fired)
+                self.rate = torch.full_like(fired, self.target_rate)
+            self.rate = torch.lerp(fired, self.rate, self.decay)
             self.bias = self.bias + self.step * (self.rate < self.target_rate).to(self.bias.dtype)
         return None
 
