@@ -219,6 +219,7 @@ def _work(job: Job, options: Reproduce) -> dict[str, Any]:
             for key, value in asdict(row).items():
                 log.add_scalar(key, value, row.epoch)
             _events.put((job.name, row))
+    _events.put((job.name, None))
     result = trainer.result()
     plots.save_gates(trainer.gates_by_class(), gates_file(options.out, job.name))
     result["history"] = [asdict(row) for row in trainer.history]
@@ -290,7 +291,10 @@ def _display(jobs: list[Job], events: Any, console: Console) -> Iterator[None]:
                 if over.is_set():
                     return
                 continue
-            show(name, row)
+            if row is not None:
+                show(name, row)
+            elif console.is_terminal:  # stopped early: the bar ends where the run did
+                progress.update(tasks[name], total=progress.tasks[tasks[name]].completed)
 
     def show(name: str, row: Epoch) -> None:
         state = f"valid {row.valid_error:5.2f} %  open {100 * row.open_valid:5.1f} %  {row.seconds:4.1f} s/epoch"
