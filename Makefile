@@ -11,7 +11,7 @@ reproduce: $(READY)  ## train the seven rows of the paper's table and show them 
 	$(BIN)/gatelet reproduce --resume $(ARGS)
 
 test: $(READY)       ## the whole test-suite: tests, doctests, the README's code
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(READY)       ## formatting, lint, types, one-way imports
 	$(BIN)/ruff format --check .

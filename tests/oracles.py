@@ -238,12 +238,17 @@ EXPECTED = {
 
 def truth(name, method):
     """Return the function (objective, logits, method) -> (B, N) that the expected gradient must equal."""
+    import oracles_multi
+    import oracles_relaxations
+
+    exact = EXACT | oracles_relaxations.EXACT
+    expected = EXPECTED | oracles_multi.BIASED | oracles_relaxations.EXPECTED
     if not method.unbiased:
-        assert name in EXPECTED, (
-            f"bias must be declared: {name} is biased and oracles.EXPECTED has no closed form for it"
-        )
-        return EXPECTED[name]
+        assert name in expected, f"bias must be declared: {name} is biased and no oracle has its closed form"
+        return expected[name]
+    if name == "vimco":  # unbiased for the K-sample bound
+        return lambda objective, logits, method, samples=2: oracles_multi.vimco(objective, logits, samples)[0]
     if method.binary:
         return lambda objective, logits, method: bernoulli_gradient(objective, logits)
-    assert name in EXACT, f"{name} claims to be unbiased; oracles.EXACT must say what the exact gradient is"
-    return EXACT[name]
+    assert name in exact, f"{name} claims to be unbiased; oracles.EXACT must say what the exact gradient is"
+    return exact[name]

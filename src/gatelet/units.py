@@ -18,7 +18,7 @@ class StochasticUnit(nn.Module):
 
     In training the gates are the estimator's, with fresh noise. In ``eval()`` they are deterministic: open
     iff the firing probability exceeds a threshold (A.3), at the estimator's open value (1 for a binary unit,
-    E[h] for the others); :func:`sampling` asks for noise there too.
+    mostly E[h] for the others); :func:`sampling` asks for noise there too.
 
     Args:
         estimator: a name of ``gatelet.estimators.ALL`` or an instance.

@@ -17,6 +17,9 @@ def main() -> None:
     from gatelet_lab import reproduce
     from gatelet_lab.data import DataError
 
+    if sys.argv[1:] == ["--version"]:
+        print(version("gatelet"))
+        return
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)  # a file has no width of its own
@@ -26,9 +29,6 @@ def main() -> None:
     def _reproduce(options: tyro.conf.OmitArgPrefixes[reproduce.Reproduce]) -> None:
         reproduce.run(options, console)
 
-    if sys.argv[1:] == ["--version"]:
-        print(version("gatelet"))
-        return
     try:
         app.cli(prog="gatelet", description="gatelet: networks that decide which of their units to compute.")
     except (ValueError, OSError, RuntimeError, DataError, reproduce.CheckpointError) as error:

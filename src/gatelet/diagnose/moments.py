@@ -96,6 +96,8 @@ def moments(
     Neurons for Conditional Computation", 2013, arXiv:1308.3432, proof of Theorem 1 (binary units).
     """
     method = resolve(estimator)
+    if not method.enumerable:
+        raise ValueError(f"estimator: the noise of {type(method).__name__} cannot be summed over unit by unit")
     check_logits(logits)
     samples = method.replicas if samples is None else check_count(samples, "samples")
     exact = logits.detach().to(torch.float64)
@@ -194,5 +196,10 @@ def _intervals(law: Law, breaks: Tensor, constant: bool, order: int) -> tuple[Te
     if constant:
         return (low + high) / 2, noise.cumulative(high) - noise.cumulative(low)
     at, weight = (breaks.new_tensor(x).reshape(-1, *(1,) * low.dim()) for x in np.polynomial.legendre.leggauss(order))
+    if law == "logistic":  # long tails: nodes at z = sinh(t), dense where relaxed gates turn
+        low, high = low.asinh(), high.asinh()
     nodes = low + (high - low) * (1 + at) / 2
-    return nodes.flatten(0, 1), ((high - low) / 2 * weight * noise.density(nodes)).flatten(0, 1)
+    weights = (high - low) / 2 * weight
+    if law == "logistic":
+        nodes, weights = nodes.sinh(), weights * nodes.cosh()
+    return nodes.flatten(0, 1), (weights * noise.density(nodes)).flatten(0, 1)

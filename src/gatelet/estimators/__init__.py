@@ -6,25 +6,72 @@ from types import MappingProxyType
 from gatelet._checks import check_choice
 from gatelet.estimators._base import Estimator as Estimator
 from gatelet.estimators._base import Objective as Objective
+from gatelet.estimators.antithetic import ARM as ARM
+from gatelet.estimators.antithetic import DisARM as DisARM
+from gatelet.estimators.concrete import Concrete as Concrete
+from gatelet.estimators.concrete import StraightThroughGumbel as StraightThroughGumbel
 from gatelet.estimators.deterministic import NoisySigmoid as NoisySigmoid
 from gatelet.estimators.deterministic import Rectifier as Rectifier
 from gatelet.estimators.deterministic import Sigmoid as Sigmoid
+from gatelet.estimators.enumeration import Enumeration as Enumeration
+from gatelet.estimators.gapped_straight_through import GappedStraightThrough as GappedStraightThrough
+from gatelet.estimators.gumbel_rao import GumbelRao as GumbelRao
+from gatelet.estimators.hard_concrete import HardConcrete as HardConcrete
 from gatelet.estimators.leave_one_out import LeaveOneOut as LeaveOneOut
+from gatelet.estimators.local_expectation import LocalExpectation as LocalExpectation
+from gatelet.estimators.muprop import MuProp as MuProp
 from gatelet.estimators.noisy_rectifier import NoisyRectifier as NoisyRectifier
+from gatelet.estimators.nvil import NVIL as NVIL
+from gatelet.estimators.perturbation import SPSA as SPSA
+from gatelet.estimators.perturbation import FieteSeung as FieteSeung
+from gatelet.estimators.perturbation import FiniteDifferences as FiniteDifferences
+from gatelet.estimators.rebar import REBAR as REBAR
+from gatelet.estimators.rebar import RELAX as RELAX
+from gatelet.estimators.reinmax import ReinMax as ReinMax
 from gatelet.estimators.score_function import ScoreFunction as ScoreFunction
 from gatelet.estimators.smooth_times_stochastic import SmoothTimesStochastic as SmoothTimesStochastic
+from gatelet.estimators.straight_through import ClippedStraightThrough as ClippedStraightThrough
 from gatelet.estimators.straight_through import StraightThrough as StraightThrough
+from gatelet.estimators.unordered_set import UnorderedSet as UnorderedSet
+from gatelet.estimators.vimco import VIMCO as VIMCO
 
 ALL: Mapping[str, type[Estimator]] = MappingProxyType(
     {
+        # the paper
         "noisy_rectifier": NoisyRectifier,
         "smooth_times_stochastic": SmoothTimesStochastic,
         "score_function": ScoreFunction,
         "straight_through": StraightThrough,
-        "leave_one_out": LeaveOneOut,
         "rectifier": Rectifier,
         "sigmoid": Sigmoid,
         "noisy_sigmoid": NoisySigmoid,
+        # straight-through's successors
+        "clipped_straight_through": ClippedStraightThrough,
+        "reinmax": ReinMax,
+        "straight_through_gumbel": StraightThroughGumbel,
+        "gumbel_rao": GumbelRao,
+        "gapped_straight_through": GappedStraightThrough,
+        # relaxed gates
+        "concrete": Concrete,
+        "hard_concrete": HardConcrete,
+        # score function with other baselines and control variates
+        "leave_one_out": LeaveOneOut,
+        "vimco": VIMCO,
+        "nvil": NVIL,
+        "muprop": MuProp,
+        "rebar": REBAR,
+        "relax": RELAX,
+        # antithetic pairs
+        "arm": ARM,
+        "disarm": DisARM,
+        # several evaluations per unit
+        "local_expectation": LocalExpectation,
+        "enumeration": Enumeration,
+        "unordered_set": UnorderedSet,
+        # perturbation, the paper's prior work
+        "finite_differences": FiniteDifferences,
+        "spsa": SPSA,
+        "fiete_seung": FieteSeung,
     }
 )
 

@@ -52,6 +52,10 @@ class Estimator(nn.Module):
     """Whether the gates are 0 or 1, so that the expected loss is a sum over 2^N outcomes."""
     piecewise_constant: ClassVar[bool] = True
     """Whether gates and gradient are constant in the noise between its breaks (they are smooth there otherwise)."""
+    closed: ClassVar[float] = 0.0
+    """A gate counts as open above this value; ½ for relaxed gates, which are never exactly 0."""
+    enumerable: ClassVar[bool] = True
+    """Whether its expectation is a sum or an integral unit by unit, so that ``diagnose.moments`` can compute it."""
     law: Law = "uniform"
     extra_laws: tuple[Law, ...] = ()
     """Laws of further noise per unit; the noise then has a last dimension (K, B, N, 1 + extra), first of it ``law``."""
@@ -223,7 +227,7 @@ def draw(law: Law, shape: torch.Size, like: Tensor, generator: torch.Generator |
     if law == "uniform":
         return uniform
     if law == "sign":
-        return torch.where(uniform < 0.5, -1.0, 1.0)
+        return torch.where(uniform < 0.5, -1.0, 1.0).to(dtype)
     tiny = torch.finfo(dtype).tiny
     if law == "gumbel":
         return -(-uniform.clamp_min(tiny).log()).clamp_min(tiny).log()

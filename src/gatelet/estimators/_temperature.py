@@ -47,7 +47,8 @@ def at(value: float | Tensor, dtype: torch.dtype, name: str = "temperature") -> 
 
 def relax(z: Float[Tensor, "*lead N"], temperature: float | Tensor, kind: Kind) -> Float[Tensor, "*lead N"]:
     """Return σ(z/τ), or softmax(z/τ): the relaxed gates of perturbed logits z."""
-    scaled = z / at(temperature, z.dtype)
+    # Contiguous: the vectorised sigmoid and the plain one, which strides choose between, differ in the last bit.
+    scaled = z.contiguous() / at(temperature, z.dtype)
     return scaled.sigmoid() if kind == "bernoulli" else scaled.softmax(-1)
 
 

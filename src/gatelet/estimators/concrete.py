@@ -40,6 +40,7 @@ class Concrete(Estimator):
     needs = "path"
     support = "all"
     binary = False
+    closed = 0.5
     piecewise_constant = False
     law: Law = "logistic"
     kinds = ("bernoulli", "categorical")

@@ -57,7 +57,7 @@ class GappedStraightThrough(Estimator):
 
     def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
         """Return the sample, with the derivative of the relaxation at the gapped logits."""
-        wide = logits.to(noise.dtype)
+        wide = logits.to(noise.dtype).contiguous()
         gates = self.sample(wide, noise)
         path = relax(straight_through(self._gapped(wide.detach(), gates), wide), self.temperature, self.kind)
         return straight_through(gates, path).to(logits.dtype)

@@ -18,8 +18,10 @@ class REBAR(Estimator):
     appendix C). Categorical: Gumbel noise, softmax in place of σ.
 
     Bias: none, for any η and τ: E over z̃ of the terms with η is zero, as ∂E[L(σ(z/τ))] = ∂E_h E_z̃|h[L(σ(z̃/τ))].
-    Variance: small where L at the relaxed gates follows L at the hard ones; of the score function where η = 0. The
-    objective is evaluated three times and must be differentiable in its gates.
+    Variance: less than the score function's (that of η = 0) where L at the relaxed gates follows L at the hard ones,
+    and never more at the best η; with a fixed η it can be more, where L moves much between its hard gates: for
+    (h − .45)² at a = −2, 1.33e-2 by default, 8.87e-3 at η = 0. The objective is evaluated three times and must
+    be differentiable in its gates.
 
     Learned η and τ (pass ``nn.Parameter`` and give ``parameters()`` to the optimiser) minimise the variance: the
     gradient that the surrogate sends them is that of the mean of ĝ² over replicas, examples and logits, under
@@ -40,7 +42,7 @@ class REBAR(Estimator):
     >>> loss
     tensor([0.3025], grad_fn=<MeanBackward1>)
     >>> torch.autograd.grad(loss.sum(), a)[0]
-    tensor([[0.0528]])
+    tensor([[0.1769]])
 
     Reference: G. Tucker, A. Mnih, C. J. Maddison, D. Lawson, J. Sohl-Dickstein, "REBAR: Low-variance, unbiased
     gradient estimates for discrete latent variable models", 2017, arXiv:1703.07370.
@@ -113,21 +115,23 @@ class REBAR(Estimator):
         values: Mapping[str, Tensor],
     ) -> Float[Tensor, "K *lead N"]:
         """Return each replica's ĝ, differentiable in ``values``, this module's parameters and buffers by name."""
-        exact, hard = logits.to(noise.dtype), gates.to(noise.dtype)
+        exact, hard = logits.to(noise.dtype).contiguous(), gates.to(noise.dtype).contiguous()
+        drawn, again = (part.contiguous() for part in noise.unbind(-1))
 
         def difference(a: Tensor) -> tuple[Tensor, Tensor]:
             def control(z: Tensor) -> Tensor:
                 return self._control(objective, z, values, logits.dtype)
 
-            free = control(a + noise[..., 0])
-            bound = control(condition(a, hard, noise[..., 1], self.kind))
+            free = control(a + drawn)
+            bound = control(condition(a, hard, again, self.kind))
             return (free - bound).sum(), bound
 
         path, bound = torch.func.grad(difference, has_aux=True)(exact)
         eta = values.get("eta", self.eta)
         signal = losses.to(noise.dtype) - eta * bound
         score = hard - self.probability(exact)
-        return score * signal.reshape(*signal.shape, *(1,) * self.event_dims) + eta * path
+        slope: Tensor = score * signal.reshape(*signal.shape, *(1,) * self.event_dims) + eta * path
+        return slope
 
     def _control(
         self,
@@ -195,7 +199,6 @@ class RELAX(REBAR):
     ) -> Float[Tensor, "K *batch"]:
         """Return L(σ(z/τ)) + r_φ(z)."""
         losses = super()._control(objective, z, values, dtype)
-
         mine = {name.removeprefix("control."): value for name, value in values.items() if name.startswith("control.")}
         learned: Tensor = torch.func.functional_call(self.control, mine, (z,))
         if learned.shape == (*losses.shape, 1):

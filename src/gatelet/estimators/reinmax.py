@@ -1,6 +1,5 @@
 """Second-order straight-through."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -52,7 +51,7 @@ class ReinMax(Estimator):
 
     def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
         """Return the sample, with the second-order derivative behind it."""
-        wide = logits.to(noise.dtype)
+        wide = logits.to(noise.dtype).contiguous()
         gates = self.sample(wide, noise)
         middle = (gates + self.probability(wide / self.temperature)) / 2
         path = 2 * self._slope(middle, wide) - self._slope(self.probability(wide), wide) / 2
@@ -65,4 +64,4 @@ class ReinMax(Estimator):
         fixed = probability.detach()
         if self.kind == "bernoulli":
             return fixed * (1 - fixed) * logits
-        return fixed * (logits - torch.linalg.vecdot(fixed, logits).unsqueeze(-1))
+        return fixed * (logits - (fixed * logits).sum(-1, keepdim=True))

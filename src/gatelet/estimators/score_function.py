@@ -110,6 +110,9 @@ class ScoreFunction(Estimator):
         weight = finite * (difference.square() if self.baseline == "per_unit" else torch.ones_like(losses))
         means = batch_mean(torch.cat([weight * torch.where(finite, losses, 0.0), weight], -1))
         if means is not None:
+            if not torch.compiler.is_compiling():  # a tensor of torch.func.grad must not outlive it
+                while torch._C._functorch.is_gradtrackingtensor(means):
+                    means = torch._C._functorch.get_unwrapped(means)
             numerator, denominator = means.to(self.numerator).chunk(2)
             self.numerator = torch.lerp(numerator, self.numerator, self.decay)
             self.denominator = torch.lerp(denominator, self.denominator, self.decay)

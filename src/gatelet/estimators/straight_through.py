@@ -102,8 +102,8 @@ class ClippedStraightThrough(StraightThrough):
     """
 
     reference = "Hubara, Courbariaux, Soudry, El-Yaniv, Bengio 2016, arXiv:1602.02830"
-    kinds = ("bernoulli",)
-    variants = ({"unit": "hard"},)
+    kinds = ("bernoulli",)  # type: ignore[assignment]  # mypy takes the base's value for its type
+    variants = ({"unit": "hard"},)  # type: ignore[assignment]
 
     def __init__(self, unit: Literal["sampled", "hard"] = "sampled") -> None:
         super().__init__(unit=unit)
