@@ -213,6 +213,17 @@ def noisy_sigmoid(objective, logits, method):
     return _gradient(objective, logits, noisy_sigmoid_support(method.std, 120 if logits.shape[-1] < 3 else 64))
 
 
+def straight_through_open(objective, logits, method):
+    """Σ_h P(h)·h_i·∂L/∂h_i."""
+    p = 1 / (1 + torch.exp(-logits))
+    return sum(part * on for part, on in _sum_of_slopes(objective, *_two_points(p)))
+
+
+def straight_through_sampled(objective, logits, method):
+    """E[ĝ_i] = E_h[∂L/∂h_i]: the share q cancels."""
+    return sum(part for part, _ in _sum_of_slopes(objective, *_two_points(1 / (1 + torch.exp(-logits)))))
+
+
 def rectifier(objective, logits, method):
     """∂L/∂h_i at h = max(0, a), where a_i > 0."""
     return slope_at(objective, logits.clamp_min(0)[None])[0] * (logits > 0)
@@ -233,6 +244,8 @@ EXACT = {
 EXPECTED = {
     "straight_through": straight_through,
     "smooth_times_stochastic": smooth_times_stochastic,
+    "straight_through_open": straight_through_open,
+    "straight_through_sampled": straight_through_sampled,
 }
 
 

@@ -176,7 +176,8 @@ def _quadrature(method: Estimator, logits: Tensor, order: int) -> tuple[Tensor, 
         return nodes, weights
     nodes = nodes.unsqueeze(-1)
     for law in method.extra_laws:
-        more, its_weights = _intervals(law, logits.new_zeros((*logits.shape, 0)), law == "sign", order)
+        breaks = logits.new_tensor(method.extra_breaks).expand(*logits.shape, -1)
+        more, its_weights = _intervals(law, breaks, method.piecewise_constant, order)
         pairs = torch.cartesian_prod(torch.arange(len(nodes)), torch.arange(len(more)))
         nodes = torch.cat([nodes[pairs[:, 0]], more[pairs[:, 1]].unsqueeze(-1)], -1)
         weights = weights[pairs[:, 0]] * its_weights[pairs[:, 1]]

@@ -30,6 +30,8 @@ from gatelet.estimators.rebar import RELAX as RELAX
 from gatelet.estimators.reinmax import ReinMax as ReinMax
 from gatelet.estimators.score_function import ScoreFunction as ScoreFunction
 from gatelet.estimators.smooth_times_stochastic import SmoothTimesStochastic as SmoothTimesStochastic
+from gatelet.estimators.sparse_straight_through import StraightThroughOpen as StraightThroughOpen
+from gatelet.estimators.sparse_straight_through import StraightThroughSampled as StraightThroughSampled
 from gatelet.estimators.straight_through import ClippedStraightThrough as ClippedStraightThrough
 from gatelet.estimators.straight_through import StraightThrough as StraightThrough
 from gatelet.estimators.unordered_set import UnorderedSet as UnorderedSet
@@ -46,6 +48,8 @@ ALL: Mapping[str, type[Estimator]] = MappingProxyType(
         "sigmoid": Sigmoid,
         "noisy_sigmoid": NoisySigmoid,
         # straight-through's successors
+        "straight_through_open": StraightThroughOpen,
+        "straight_through_sampled": StraightThroughSampled,
         "clipped_straight_through": ClippedStraightThrough,
         "reinmax": ReinMax,
         "straight_through_gumbel": StraightThroughGumbel,

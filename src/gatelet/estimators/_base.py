@@ -30,7 +30,7 @@ Objective = Callable[[Tensor], Tensor]
 
 Law = Literal["none", "uniform", "gaussian", "logistic", "gumbel", "sign"]
 Kind = Literal["bernoulli", "categorical"]
-Support = Literal["none", "open", "all"]
+Support = Literal["none", "open", "sampled", "all"]
 
 
 class Estimator(nn.Module):
@@ -38,7 +38,8 @@ class Estimator(nn.Module):
 
     Class attributes: ``unbiased`` (the expected gradient is the gradient of the expected loss), ``needs``
     (``"path"``, ``"loss"`` or ``"objective"``, see the module), ``support`` (which gates ask for ∂L/∂h:
-    ``"none"``, the ``"open"`` ones, ``"all"``; a closed gate outside of it may be skipped in training),
+    ``"none"``, the ``"open"`` ones, ``"sampled"`` ones too, ``"all"``; a closed unit outside of it may be skipped in
+    training),
     ``law`` (the distribution of the noise), ``reference`` (the source), ``variants`` (option sets that are
     certified beside the defaults).
     """
@@ -59,6 +60,8 @@ class Estimator(nn.Module):
     law: Law = "uniform"
     extra_laws: tuple[Law, ...] = ()
     """Laws of further noise per unit; the noise then has a last dimension (K, B, N, 1 + extra), first of it ``law``."""
+    extra_breaks: tuple[float, ...] = ()
+    """Values of the further noise at which a gate or its gradient jumps."""
     replicas: ClassVar[int] = 1
     """The least number of replicas; a number of samples is a multiple of it where ``antithetic``."""
     antithetic: ClassVar[bool] = False
