@@ -1,10 +1,11 @@
 """gatelet: networks that decide, per example, which of their units to compute."""
 
-from gatelet import diagnose as diagnose
 from gatelet import estimators as estimators
 from gatelet import nn as nn
 from gatelet import sparsity as sparsity
+from gatelet.diagnose import diagnose as diagnose
 from gatelet.diagnose import exact_gradient as exact_gradient
+from gatelet.model_diagnosis import diagnose_model as diagnose_model
 from gatelet.tape import Tape as Tape
 from gatelet.tape import surrogate as surrogate
 from gatelet.units import StochasticUnit as StochasticUnit

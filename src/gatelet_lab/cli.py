@@ -2,7 +2,10 @@
 
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Annotated, Any, Literal
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # tensorboard's noise
 
@@ -14,23 +17,49 @@ def main() -> None:
         from rich.console import Console
     except ImportError as error:
         sys.exit(f"gatelet: the command line needs the extra packages of gatelet[lab] ({error})")
-    from gatelet_lab import reproduce
+    from gatelet_lab import bench_estimators, diagnose, reproduce, vae
     from gatelet_lab.data import DataError
 
     if sys.argv[1:] == ["--version"]:
         print(version("gatelet"))
         return
+    named = tyro.conf.subcommand
+
+    @dataclass(frozen=True)
+    class Train(vae.TrainVAE):
+        __doc__ = vae.TrainVAE.__doc__
+        model: tyro.conf.Positional[Literal["vae"]] = "vae"
+        """What to train."""
+
+    @dataclass(frozen=True)
+    class Bench(bench_estimators.BenchEstimators):
+        __doc__ = bench_estimators.BenchEstimators.__doc__
+        subject: tyro.conf.Positional[Literal["estimators"]] = "estimators"
+        """What to time."""
+
+    run: dict[type, Callable[[Any, Console], None]] = {
+        reproduce.Reproduce: reproduce.run,
+        diagnose.Diagnose: diagnose.run,
+        Train: vae.run,
+        Bench: bench_estimators.run,
+    }
+    command = (
+        Annotated[reproduce.Reproduce, named("reproduce")]
+        | Annotated[diagnose.Diagnose, named("diagnose")]
+        | Annotated[Train, named("train")]
+        | Annotated[Bench, named("bench")]
+    )
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)  # a file has no width of its own
-    app = tyro.extras.SubcommandApp()
-
-    @app.command(name="reproduce")
-    def _reproduce(options: tyro.conf.OmitArgPrefixes[reproduce.Reproduce]) -> None:
-        reproduce.run(options, console)
-
     try:
-        app.cli(prog="gatelet", description="gatelet: networks that decide which of their units to compute.")
+        options = tyro.cli(
+            command,
+            prog="gatelet",
+            description="gatelet: networks that decide which of their units to compute.",
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        )
+        run[type(options)](options, console)
     except (ValueError, OSError, RuntimeError, DataError, reproduce.CheckpointError) as error:
         Console(stderr=True).print(f"gatelet: {error}", style="bold red", highlight=False, markup=False)
         sys.exit(2)

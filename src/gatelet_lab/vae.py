@@ -425,7 +425,10 @@ class Trainer:
         return gradients.mean(0), gradients.var(0)
 
     def moments_at(self, model: VAE) -> tuple[Tensor, Tensor]:
-        """Return mean and variance of the gradient at foreign weights, to which moving averages get used first."""
+        """Return mean and variance of the gradient at foreign weights, to which moving averages get used first.
+
+        What an estimator has learned by gradient (NVIL's network, RELAX's control variate) stays as it is.
+        """
         units, own, self.model = copy.deepcopy(self.units), self.model, model
         try:
             for step in range(_WARM):
@@ -496,11 +499,18 @@ def train(trainer: Trainer, options: TrainVAE, console: Console) -> None:
 
 Result = dict[str, Any]
 
-LEGEND = (
-    "ELBO: nats per image, Bernoulli latents, one sample. Variance: of the gradient for the first layer's logits, mean "
-    f"over {_PROBE} images and all latents; at the end of the own training, and at the weights that {{first}} "
-    "ended with, the same for all. Bias, there too: |E[ĝ] − exact| / |exact|, in brackets its standard error."
-)
+
+def legend(results: Sequence[Result]) -> str:
+    """Return what the columns are."""
+    told = (
+        "ELBO: nats per image, Bernoulli latents, one sample. Variance: of the gradient for the first layer's logits, "
+        f"mean over {_PROBE} images and all latents: with the weights of the own training's end, and with those that "
+        f"{results[0]['estimator']} ended with, the same for all; moving averages get used to these first, networks "
+        "that an estimator learned stay as they are."
+    )
+    if "relative_bias" in results[0]:
+        told += " Bias, with the same weights: |E[ĝ] − exact| / |exact|, in brackets its standard error."
+    return told
 
 
 def collect(options: TrainVAE, trainers: Sequence[Trainer]) -> list[Result]:
@@ -580,7 +590,7 @@ def write_table(options: TrainVAE, results: Sequence[Result]) -> None:
     header, body = table(options, results)
     lines = [" | ".join(line) for line in [header, ["---"] * len(header), *body]]
     text = "\n".join(f"| {line} |" for line in lines)
-    text = f"# {_title(options)}\n\n{text}\n\n{LEGEND.format(first=results[0]['estimator'])}\n"
+    text = f"# {_title(options)}\n\n{text}\n\n{legend(results)}\n"
     write_atomically(options.out / "table.md", lambda file: file.write(text.encode()))
 
 
@@ -589,11 +599,11 @@ def show(options: TrainVAE, results: Sequence[Result], console: Console) -> None
     header, body = table(options, results)
     grid = Table(title=_title(options), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, name in enumerate(header):
-        grid.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+        grid.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for line in body:
         grid.add_row(*line)
     console.print(grid)
-    console.print(LEGEND.format(first=results[0]["estimator"]), highlight=False, markup=False)
+    console.print(legend(results), highlight=False, markup=False)
 
 
 def plot(options: TrainVAE, results: Sequence[Result], path: Path) -> None:

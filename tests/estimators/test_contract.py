@@ -86,8 +86,7 @@ def shapes_for(method):
             continue
         cells = method.breaks(torch.zeros(units)).shape[-1] + 1
         nodes = cells * (order_for(method, units) if is_smooth(method) else 1)
-        for law in method.extra_laws:
-            nodes *= order_for(method, units) if is_smooth(method) else 2
+        nodes *= (order_for(method, units) if is_smooth(method) else 2) ** len(method.extra_laws)
         rows = method.noise_shape(torch.Size((method.replicas, batch, units)))[0]
         if nodes ** (rows * units) * method.replicas * batch * units <= BUDGET:
             fits.append((batch, units))

@@ -101,16 +101,17 @@ def moments(
     check_logits(logits)
     samples = method.replicas if samples is None else check_count(samples, "samples")
     exact = logits.detach().to(torch.float64)
-    nodes, weights = _quadrature(method, exact, check_count(order, "order"))
-    count, units = nodes.shape[0], logits.shape[-method.event_dims]
-    rows = method.noise_shape(torch.Size((samples, *logits.shape)))[0]
+    # Counted before any of them is made: a unit with ten noise variables has more nodes than memory holds.
+    count = _count_nodes(method, exact, check_count(order, "order"))
+    units, rows = logits.shape[-method.event_dims], method.noise_shape(torch.Size((samples, *logits.shape)))[0]
     variables = rows * units
-    if count**variables * samples * max(1, logits.numel()) > MAX_GATES:
+    if noise_outcomes(method, exact, samples, order) * samples * max(1, logits.numel()) > MAX_GATES:
         raise ValueError(
             f"logits, samples: {variables} noise variables of {count} nodes have {count}^{variables} outcomes, each of "
             f"{samples} x {logits.numel()} gates; moments enumerates at most {MAX_GATES} gates. Take fewer units, "
             "examples or samples" + ("" if method.piecewise_constant else ", or a lower order")
         )
+    nodes, weights = _quadrature(method, exact, order)
     powers = count ** torch.arange(variables, device=logits.device)
     step = max(1, _CHUNK // max(1, samples * logits.numel()))
     parts = []
@@ -126,6 +127,25 @@ def moments(
     mean = (share * gradient).sum(0)
     variance = (share * (gradient - mean).square()).sum(0)
     return Moments(mean, variance, (mass * value).sum(0))
+
+
+def noise_outcomes(method: Estimator, logits: Tensor, samples: int, order: int) -> int:
+    """Return how many outcomes of the noise :func:`moments` sums over."""
+    rows = method.noise_shape(torch.Size((samples, *logits.shape)))[0]
+    outcomes: int = _count_nodes(method, logits, order) ** (rows * logits.shape[-method.event_dims])
+    return outcomes
+
+
+def _count_nodes(method: Estimator, logits: Tensor, order: int) -> int:
+    """Return how many nodes :func:`_quadrature` gives a unit."""
+    if method.law == "none":
+        return 1
+    if method.kind == "categorical":
+        return logits.shape[-1]
+    each = 1 if method.piecewise_constant else order
+    nodes = (method.breaks(logits.detach()).shape[-1] + 1) * each
+    more = (len(method.extra_breaks) + 1) * each
+    return nodes * math.prod(2 if law == "sign" else more for law in method.extra_laws)
 
 
 def _estimates(
