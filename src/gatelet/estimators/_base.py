@@ -183,13 +183,15 @@ class Estimator(nn.Module):
         replicas = self.replicate(logits, noise)
         gates = self(replicas, noise)
         losses = evaluate(objective, gates, self.event_dims)
-        if self.needs == "path":
-            return losses.mean(0)
-        return (losses + self.signal(replicas, gates, losses, noise)).mean(0)
+        if self.needs == "loss":
+            losses = losses + self.signal(replicas, gates, losses, noise)
+        return losses.squeeze(0) if len(losses) == 1 else losses.mean(0)
 
     def replicate(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "..."]) -> Float[Tensor, "K *lead N"]:
         """Return the logits once per replica of this noise."""
-        return logits.expand(noise.shape[0] * (2 if self.antithetic else 1), *logits.shape)
+        samples = noise.shape[0] * (2 if self.antithetic else 1)
+        # One replica by unsqueeze: the backward of an expand sums, even over a single row.
+        return logits.unsqueeze(0) if samples == 1 else logits.expand(samples, *logits.shape)
 
     def signal(
         self,
@@ -214,9 +216,12 @@ def carry(
 ) -> Float[Tensor, "K *rest"]:
     """Return a zero of the losses' shape whose gradient to the logits is ``value``."""
     # The product is formed in the logits' own dtype: a coefficient is a gradient of theirs.
-    # logits − logits is an exact zero; their products' sum might overflow in half precision.
-    zero = value.detach().to(logits.dtype) * (logits - logits.detach())
-    return zero.flatten(losses.dim()).sum(-1).to(losses.dtype)
+    value = value.detach().to(logits.dtype)
+    if logits.dtype == torch.float16:  # where the products' sum might overflow: logits − logits is an exact zero
+        return (value * (logits - logits.detach())).flatten(losses.dim()).sum(-1).to(losses.dtype)
+    inner: Tensor = torch.linalg.vecdot(value.flatten(losses.dim()), logits.flatten(losses.dim()))
+    zero = inner - inner.detach()
+    return zero.to(losses.dtype)
 
 
 def draw(law: Law, shape: torch.Size, like: Tensor, generator: torch.Generator | None) -> Float[Tensor, "..."]:

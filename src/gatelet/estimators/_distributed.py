@@ -11,11 +11,16 @@ def batch_mean(values: Float[Tensor, "*lead N"]) -> Float[Tensor, " N"] | None:
     Every process takes part, one with an empty batch too: the others would wait for it.
     """
     rows = values.reshape(-1, values.shape[-1])
+    return mean_of_sums(rows.sum(0), len(rows))
+
+
+def mean_of_sums(sums: Float[Tensor, "*s"], count: int) -> Float[Tensor, "*s"] | None:
+    """Return the sums over this process's ``count`` examples as a mean over those of all processes."""
     if not is_distributed():
-        return rows.mean(0) if len(rows) else None
-    sums = torch.cat([rows.sum(0), rows.new_full((1,), len(rows))])
-    torch.distributed.all_reduce(sums)
-    return sums[:-1] / sums[-1] if sums[-1] > 0 else None
+        return sums / count if count else None
+    packed = torch.cat([sums.flatten(), sums.new_full((1,), count)])
+    torch.distributed.all_reduce(packed)
+    return (packed[:-1] / packed[-1]).reshape(sums.shape) if packed[-1] > 0 else None
 
 
 def is_distributed() -> bool:

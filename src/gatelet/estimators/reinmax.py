@@ -1,5 +1,6 @@
 """Second-order straight-through."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -52,6 +53,14 @@ class ReinMax(Estimator):
     def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
         """Return the sample, with the second-order derivative behind it."""
         wide = logits.to(noise.dtype).contiguous()
+        if self.kind == "bernoulli":  # the slope is a number per unit
+            with torch.no_grad():
+                p = wide.sigmoid()
+                tempered = p if self.temperature == 1 else (wide / self.temperature).sigmoid()
+                gates = (noise < p).to(wide.dtype)
+                middle = (gates + tempered) / 2
+                slope = 2 * middle * (1 - middle) - p * (1 - p) / 2
+            return straight_through(gates, wide * slope).to(logits.dtype)
         gates = self.sample(wide, noise)
         middle = (gates + self.probability(wide / self.temperature)) / 2
         path = 2 * self._slope(middle, wide) - self._slope(self.probability(wide), wide) / 2
@@ -60,8 +69,6 @@ class ReinMax(Estimator):
     def _slope(
         self, probability: Float[Tensor, "*lead N"], logits: Float[Tensor, "*lead N"]
     ) -> Float[Tensor, "*lead N"]:
-        """Return a function linear in the logits, with the derivative of σ or softmax where it has this value."""
+        """Return a function linear in the logits, with the derivative of the softmax where it has this value."""
         fixed = probability.detach()
-        if self.kind == "bernoulli":
-            return fixed * (1 - fixed) * logits
         return fixed * (logits - (fixed * logits).sum(-1, keepdim=True))

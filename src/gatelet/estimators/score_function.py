@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gatelet._checks import check_choice, check_rate
 from gatelet.estimators._base import Estimator, Kind
-from gatelet.estimators._distributed import batch_mean
+from gatelet.estimators._distributed import mean_of_sums
 
 
 class ScoreFunction(Estimator):
@@ -106,14 +106,21 @@ class ScoreFunction(Estimator):
 
         A loss that is not finite (a step that gradient scaling will skip) is left out: it would stay for ever.
         """
+        losses = losses.reshape(1, -1)
         finite = losses.isfinite()
-        weight = finite * (difference.square() if self.baseline == "per_unit" else torch.ones_like(losses))
-        means = batch_mean(torch.cat([weight * torch.where(finite, losses, 0.0), weight], -1))
+        weight = (
+            difference.reshape(losses.numel(), difference.shape[-1]).square()
+            if self.baseline == "per_unit"
+            else losses.new_ones(1)
+        )
+        weight = weight.expand(losses.numel(), -1)
+        both = torch.cat([torch.where(finite, losses, 0.0), finite.to(losses.dtype)])
+        means = mean_of_sums(both @ weight, losses.numel())
         if means is not None:
             if not torch.compiler.is_compiling():  # a tensor of torch.func.grad must not outlive it
                 while torch._C._functorch.is_gradtrackingtensor(means):
                     means = torch._C._functorch.get_unwrapped(means)
-            numerator, denominator = means.to(self.numerator).chunk(2)
+            numerator, denominator = means.to(self.numerator)
             self.numerator = torch.lerp(numerator, self.numerator, self.decay)
             self.denominator = torch.lerp(denominator, self.denominator, self.decay)
 

@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -109,6 +110,6 @@ class ClippedStraightThrough(StraightThrough):
         super().__init__(unit=unit)
 
     def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
-        """Return the sample (or the hard threshold) with the derivative of clamp(a, −1, 1)."""
+        """Return the sample (or the hard threshold) with the derivative of the hard tanh, clamp(a, −1, 1)."""
         gates = self.threshold(logits) if self.unit == "hard" else self.sample(logits, noise)
-        return straight_through(gates, logits.clamp(-1.0, 1.0))
+        return straight_through(gates, torch.nn.functional.hardtanh(logits))

@@ -1,0 +1,376 @@
+"""`gatelet bench estimators`: what each estimator costs beside the same thing written by hand in plain PyTorch.
+
+The objective is deliberately cheap, Σ_i (h_i − 0.45)²/N per example: what is timed is the estimator. Before a pair is
+timed, its two sides must give the same gradient from the same seed: a speed is only compared where the result is the
+same.
+"""
+
+import copy
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import gatelet
+from gatelet._checks import check_choice, check_count
+from gatelet.estimators import ALL, Estimator
+from gatelet_lab.train import write_json
+
+SHAPES: Mapping[str, tuple[int, int]] = {"32x2000": (32, 2000), "256x200": (256, 200)}
+GOALS: Mapping[str, float] = {"path": 1.2, "loss": 1.5}
+_TARGET = 0.45
+
+
+@dataclass(frozen=True)
+class BenchEstimators:
+    """Time forward and backward of each estimator against the same thing written by hand."""
+
+    estimators: tuple[str, ...] = tuple(ALL)
+    """Names of gatelet.estimators.ALL."""
+    shapes: tuple[str, ...] = tuple(SHAPES)
+    """Batch × units."""
+    rounds: int = 60
+    """Interleaved rounds; the medians over them are reported."""
+    threads: int = 1
+    """Threads of PyTorch."""
+    out: Path | None = None
+    """A JSON file for the figures."""
+
+
+@dataclass
+class Row:
+    """One estimator at one shape; medians in milliseconds."""
+
+    estimator: str
+    needs: str
+    batch: int
+    units: int
+    samples: int
+    surrogate_ms: float
+    module_ms: float | None
+    """StochasticUnit (with a Tape where the estimator needs the loss); None where the objective is needed."""
+    hand_ms: float | None
+    """None: three lines do not make this estimator."""
+    surrogate_ratio: float | None
+    """Over the hand-written one: the median of the rounds' ratios."""
+    module_ratio: float | None
+    goal: float | None
+
+    @property
+    def missed(self) -> bool:
+        """Whether one of the two ways is above the goal."""
+        ratios = [ratio for ratio in (self.surrogate_ratio, self.module_ratio) if ratio is not None]
+        return self.goal is not None and max(ratios, default=0.0) > self.goal
+
+
+# -------------------------------------------------------------------- by hand
+# Each takes logits (B, N) that require a gradient and the objective, and returns what to call backward() on. They draw
+# their noise in the order in which the library does, so that the same seed gives the same gradient.
+
+Objective = Callable[[Tensor], Tensor]
+Hand = Callable[[Tensor, Objective], Tensor]
+
+
+def _mean(objective: Objective, gates: Tensor) -> Tensor:
+    return objective(gates).mean()
+
+
+def _noisy_rectifier(a: Tensor, objective: Objective) -> Tensor:
+    return _mean(objective, F.relu(a + torch.randn_like(a)))
+
+
+def _smooth_times_stochastic(a: Tensor, objective: Objective) -> Tensor:
+    root = a.sigmoid().sqrt()
+    return _mean(objective, root * (torch.rand_like(a) < root.detach()).to(a.dtype))
+
+
+def _straight_through(a: Tensor, objective: Objective) -> Tensor:
+    gates = (torch.rand_like(a) < a.detach().sigmoid()).to(a.dtype)
+    return _mean(objective, gates + a - a.detach())
+
+
+def _clipped_straight_through(a: Tensor, objective: Objective) -> Tensor:
+    gates = (torch.rand_like(a) < a.detach().sigmoid()).to(a.dtype)
+    path = F.hardtanh(a)
+    return _mean(objective, gates + path - path.detach())
+
+
+def _reinmax(a: Tensor, objective: Objective) -> Tensor:
+    p = a.detach().sigmoid()
+    gates = (torch.rand_like(a) < p).to(a.dtype)
+    path = (gates - p).abs() / 2 * a
+    return _mean(objective, gates + path - path.detach())
+
+
+def _rectifier(a: Tensor, objective: Objective) -> Tensor:
+    return _mean(objective, F.relu(a))
+
+
+def _sigmoid(a: Tensor, objective: Objective) -> Tensor:
+    return _mean(objective, a.sigmoid())
+
+
+def _noisy_sigmoid(a: Tensor, objective: Objective) -> Tensor:
+    return _mean(objective, (a + torch.randn_like(a)).sigmoid())
+
+
+def _logistic(a: Tensor) -> Tensor:
+    return torch.rand_like(a).logit(eps=torch.finfo(a.dtype).tiny)
+
+
+def _concrete(a: Tensor, objective: Objective) -> Tensor:
+    return _mean(objective, ((a + _logistic(a)) / 0.5).sigmoid())
+
+
+def _straight_through_gumbel(a: Tensor, objective: Objective) -> Tensor:
+    z = a + _logistic(a)
+    soft = (z / 0.5).sigmoid()
+    return _mean(objective, (z.detach() > 0).to(a.dtype) + soft - soft.detach())
+
+
+def _hard_concrete(a: Tensor, objective: Objective) -> Tensor:
+    return _mean(objective, (((a + _logistic(a)) * 1.5).sigmoid() * 1.2 - 0.1).clamp(0, 1))
+
+
+def _gapped_straight_through(a: Tensor, objective: Objective) -> Tensor:
+    gates = (torch.rand_like(a) < a.detach().sigmoid()).to(a.dtype)
+    moved = torch.where(gates > 0, a.detach().clamp_min(1.0), a.detach().clamp_max(-1.0))
+    soft = (moved + a - a.detach()).sigmoid()
+    return _mean(objective, gates + soft - soft.detach())
+
+
+def _log_prob(a: Tensor, gates: Tensor) -> Tensor:
+    return -F.binary_cross_entropy_with_logits(a.expand_as(gates), gates, reduction="none").sum(-1)
+
+
+class _ScoreFunction:
+    """With the library's default baseline, two moving averages per unit; the one that keeps a state."""
+
+    def __init__(self) -> None:
+        self.numerator, self.denominator = torch.zeros(()), torch.zeros(())
+
+    def __call__(self, a: Tensor, objective: Objective) -> Tensor:
+        p = a.detach().sigmoid()
+        gates = (torch.rand_like(a) < p).to(a.dtype)
+        losses = objective(gates)
+        difference, loss = gates - p, losses.detach().unsqueeze(-1)
+        signal = difference * (loss - self.numerator / self.denominator.clamp_min(1e-12))
+        weight = difference.square()
+        self.numerator = 0.9 * self.numerator + 0.1 * (weight * loss).mean(0)
+        self.denominator = 0.9 * self.denominator + 0.1 * weight.mean(0)
+        return (losses + (signal * a).sum(-1)).mean()
+
+
+def _leave_one_out(a: Tensor, objective: Objective) -> Tensor:
+    gates = (torch.rand(2, *a.shape, dtype=a.dtype) < a.detach().sigmoid()).to(a.dtype)
+    losses = objective(gates)
+    return (losses + (losses - losses.flip(0)).detach() * _log_prob(a, gates)).mean()
+
+
+def _antithetic(a: Tensor, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    u = torch.rand_like(a)
+    gates = (torch.stack([u, 1 - u]) < a.detach().sigmoid()).to(a.dtype)
+    return u, gates, objective(gates)
+
+
+def _arm(a: Tensor, objective: Objective) -> Tensor:
+    u, _, losses = _antithetic(a, objective)
+    signal = (losses[1] - losses[0]).detach()
+    return (losses.mean(0) + signal * ((u - 0.5) * a).sum(-1)).mean()
+
+
+def _disarm(a: Tensor, objective: Objective) -> Tensor:
+    _, gates, losses = _antithetic(a, objective)
+    signal = (losses[0] - losses[1]).detach() / 2
+    return (losses.mean(0) + signal * ((gates[0] - gates[1]) * a.detach().abs().sigmoid() * a).sum(-1)).mean()
+
+
+HAND: Mapping[str, Hand] = {
+    "noisy_rectifier": _noisy_rectifier,
+    "smooth_times_stochastic": _smooth_times_stochastic,
+    "straight_through": _straight_through,
+    "clipped_straight_through": _clipped_straight_through,
+    "reinmax": _reinmax,
+    "rectifier": _rectifier,
+    "sigmoid": _sigmoid,
+    "noisy_sigmoid": _noisy_sigmoid,
+    "concrete": _concrete,
+    "straight_through_gumbel": _straight_through_gumbel,
+    "hard_concrete": _hard_concrete,
+    "gapped_straight_through": _gapped_straight_through,
+    "score_function": _ScoreFunction(),
+    "leave_one_out": _leave_one_out,
+    "arm": _arm,
+    "disarm": _disarm,
+}
+
+
+def by_hand(name: str) -> Hand:
+    """Return the hand-written estimator, without what an earlier use left in it."""
+    return copy.deepcopy(HAND[name])
+
+
+# -------------------------------------------------------------------- the library's two ways
+
+
+def _objective(gates: Tensor) -> Tensor:
+    return (gates - _TARGET).square().mean(-1)
+
+
+def by_surrogate(method: Estimator) -> Hand:
+    """Return the estimator, called through ``gatelet.surrogate``."""
+    return lambda a, objective: gatelet.surrogate(objective, a, method, samples=method.replicas).mean()
+
+
+def by_module(method: Estimator) -> Hand:
+    """Return the estimator, called through ``StochasticUnit`` and, where it needs the loss, a ``Tape``."""
+    unit = gatelet.StochasticUnit(method)
+
+    def path(a: Tensor, objective: Objective) -> Tensor:
+        return objective(unit(a)).mean()
+
+    def taped(a: Tensor, objective: Objective) -> Tensor:
+        with gatelet.Tape() as tape:
+            loss = objective(unit(tape.replicate(a, method.replicas) if method.replicas > 1 else a))
+        return tape.surrogate(loss).mean()
+
+    return path if method.needs == "path" else taped
+
+
+def gradient(way: Hand, logits: Tensor, seed: int = 0) -> Tensor:
+    """Return the gradient that one way gives from this seed."""
+    a = logits.clone().requires_grad_()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        way(a, _objective).backward()
+    assert a.grad is not None
+    return a.grad
+
+
+# -------------------------------------------------------------------- timing
+
+
+def run(options: BenchEstimators, console: Console) -> None:
+    """Check that each pair agrees, time it, and show the table."""
+    rows = measure(options)
+    if options.out is not None:
+        machine = {"torch": torch.__version__, "threads": options.threads, "rounds": options.rounds}
+        write_json(options.out, {"version": version("gatelet"), **machine, "rows": [asdict(row) for row in rows]})
+    show(rows, options, console)
+
+
+def measure(options: BenchEstimators) -> list[Row]:
+    """Return the figures of every estimator at every shape."""
+    for name in options.estimators:
+        check_choice(name, ALL, "estimator")
+    for shape in options.shapes:
+        check_choice(shape, SHAPES, "shape")
+    check_count(options.rounds, "--rounds")
+    check_count(options.threads, "--threads")
+    before = torch.get_num_threads()
+    torch.set_num_threads(options.threads)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return [
+                _measure(name, *SHAPES[shape], options.rounds)
+                for shape in options.shapes
+                for name in options.estimators
+                if "bernoulli" in ALL[name].kinds and name not in _TOO_DEAR
+            ]
+    finally:
+        torch.set_num_threads(before)
+
+
+_TOO_DEAR = ("enumeration", "local_expectation", "finite_differences")  # 2^N, or N, evaluations at N = 2000
+
+
+def _measure(name: str, batch: int, units: int, rounds: int) -> Row:
+    logits = torch.randn(batch, units)
+    method = ALL[name]()
+    ways = {"surrogate": by_surrogate(method)}
+    if method.needs != "objective":
+        ways["module"] = by_module(ALL[name]())
+    if name in HAND:
+        ways["hand"] = by_hand(name)
+        check_same(name, logits)
+    a = logits.clone().requires_grad_()
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    order = list(ways.items())
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(-5, rounds):
+            for way, call in order[turn % len(order) :] + order[: turn % len(order)]:  # no way is always first
+                a.grad = None
+                began = time.perf_counter()
+                call(a, _objective).backward()
+                if turn >= 0:
+                    times[way].append(1e3 * (time.perf_counter() - began))
+    finally:
+        gc.enable()
+    medians = {way: statistics.median(values) for way, values in times.items()}
+
+    def ratio(way: str) -> float | None:
+        if way not in times or "hand" not in times:
+            return None
+        return statistics.median(ours / hand for ours, hand in zip(times[way], times["hand"], strict=True))
+
+    return Row(
+        estimator=name,
+        needs=method.needs,
+        batch=batch,
+        units=units,
+        samples=method.replicas,
+        surrogate_ms=medians["surrogate"],
+        module_ms=medians.get("module"),
+        hand_ms=medians.get("hand"),
+        surrogate_ratio=ratio("surrogate"),
+        module_ratio=ratio("module"),
+        goal=GOALS.get(method.needs) if "hand" in times else None,
+    )
+
+
+def check_same(name: str, logits: Tensor) -> None:
+    """Raise unless the hand-written estimator has the library's gradient, in both ways of calling it.
+
+    Compared in float64, where rounding does not look like a difference.
+    """
+    exact = logits.double()
+    wanted = gradient(by_hand(name), exact)
+    for way in (by_surrogate(ALL[name]()), by_module(ALL[name]())):
+        off = (gradient(way, exact) - wanted).abs().max().item()
+        if not off <= 1e-9 * wanted.abs().max().item():
+            raise RuntimeError(f"{name}: the hand-written gradient is off by {off:.2g}; what differs is not timed")
+
+
+# -------------------------------------------------------------------- the table
+
+
+def show(rows: Sequence[Row], options: BenchEstimators, console: Console) -> None:
+    """Print the table."""
+    title = f"forward + backward, medians of {options.rounds} interleaved rounds, {options.threads} thread(s)"
+    grid = Table(title=title, box=box.SIMPLE_HEAD)
+    heads = ("estimator", "B × N", "samples", "hand ms", "surrogate ms", "×", "module ms", "×", "goal")
+    for index, head in enumerate(heads):
+        grid.add_column(head, justify="left" if index == 0 else "right")
+    for row in rows:
+        cells = [row.estimator, f"{row.batch} × {row.units}", str(row.samples), _cell(row.hand_ms, ".3f")]
+        cells += [_cell(row.surrogate_ms, ".3f"), _cell(row.surrogate_ratio, ".2f")]
+        cells += [_cell(row.module_ms, ".3f"), _cell(row.module_ratio, ".2f"), _cell(row.goal, "g")]
+        grid.add_row(*cells, style="bold red" if row.missed else None)
+    console.print(grid)
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
