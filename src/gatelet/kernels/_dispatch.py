@@ -1,0 +1,152 @@
+"""Which backend runs, and why."""
+
+import functools
+import importlib.util
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gatelet._checks import check_choice
+
+BACKENDS = ("auto", "reference", "numba", "triton")
+Kernel = Literal["reference", "unit", "group"]
+NATIVE = (torch.float32, torch.float64)
+SMALLEST_GROUP = 4
+"""Groups of at least so many units go through the group kernel, which multiplies four units at a time."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What ``backend="auto"`` decided.
+
+    Attributes:
+        backend: ``"reference"`` (dense, in PyTorch) or ``"numba"``.
+        kernel: ``"reference"``, ``"unit"`` or ``"group"``.
+        active_fraction: the share of open gates it measured, on a sample of examples; None where it did not look.
+        limit: the active fraction below which the sparse kernel is expected to be faster.
+        reason: in words.
+    """
+
+    backend: str
+    kernel: Kernel
+    active_fraction: float | None
+    limit: float
+    reason: str
+
+
+# Measured break-even: the active fraction at which the sparse kernel takes as long as dense (docs/kernels.md, "Auto").
+# By kernel and whether gradients follow: (largest B, limit). Cost of a sparse call is nearly a + b·α, so one number says it.
+LIMITS: dict[tuple[str, bool], tuple[tuple[int, float], ...]] = {
+    ("unit", False): ((1, 0.9), (8, 0.5), (32, 0.35), (1 << 62, 0.30)),
+    ("unit", True): ((1, 0.9), (8, 0.5), (32, 0.35), (1 << 62, 0.30)),
+    ("group", False): ((1, 0.9), (8, 0.5), (32, 0.45), (1 << 62, 0.6)),
+    ("group", True): ((1, 0.9), (8, 0.5), (32, 0.35), (1 << 62, 0.30)),
+}
+SMALL = 1 << 16
+"""Products of fewer multiply-adds than this run dense: starting a kernel would cost more than it saves."""
+SAMPLE = 1 << 14
+"""Gates that are looked at to measure the active fraction."""
+
+
+@functools.cache
+def numba_missing() -> str | None:
+    """Return why the Numba backend cannot run, None if it can. Nothing is imported to find out."""
+    return None if importlib.util.find_spec("numba") else "numba is not installed"
+
+
+@functools.cache
+def _announce(dtype: torch.dtype) -> None:
+    warnings.warn(
+        f"gatelet.kernels: {dtype} runs on the dense reference path; the CPU kernels are written for float32 and float64",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+def active_fraction(gate: Tensor) -> float:
+    """Return the share of open gates, from rows spread evenly over the batch."""
+    step = max(1, gate.numel() // SAMPLE)
+    sample = gate[:: min(step, max(gate.shape[0], 1))] if step > 1 else gate
+    return float(sample.count_nonzero()) / max(sample.numel(), 1)
+
+
+def limit(kernel: Kernel, batch: int, gradients: bool) -> float:
+    """Return the active fraction below which this kernel is expected to beat dense."""
+    return next(at for most, at in LIMITS[kernel, gradients] if batch <= most)
+
+
+def check_backend(backend: str) -> str:
+    """Return the backend's name if it is known and there."""
+    check_choice(backend, BACKENDS, "backend")
+    if backend == "triton":
+        raise NotImplementedError('backend="triton": the GPU kernels are not there yet; use "auto" or "reference"')
+    if backend == "numba" and (missing := numba_missing()):
+        raise RuntimeError(f'backend="numba": {missing}')
+    return backend
+
+
+def choose(backend: str, gate: Tensor, width: int, units: int, dtype: torch.dtype, gradients: bool) -> Choice:
+    """Decide for gates (B, G), D = ``width`` and N = ``units``."""
+    batch = gate.shape[0]
+    group = units // max(gate.shape[1], 1)
+    kernel: Kernel = "group" if group >= SMALLEST_GROUP else "unit"
+    if backend == "reference":
+        return Choice("reference", "reference", None, 0.0, "asked for")
+    if dtype not in NATIVE:
+        _announce(dtype)
+        return Choice("reference", "reference", None, 0.0, f"no kernel for {dtype}")
+    if backend == "numba":
+        if gate.device.type != "cpu":
+            raise ValueError(f'backend="numba" runs on the CPU, but the tensors are on {gate.device}')
+        return Choice("numba", kernel, None, 1.0, "asked for")
+    if gate.device.type != "cpu":
+        return Choice("reference", "reference", None, 0.0, f"no kernel for the device {gate.device}")
+    if missing := numba_missing():
+        return Choice("reference", "reference", None, 0.0, missing)
+    if batch * units * width < SMALL:
+        return Choice("reference", "reference", None, 0.0, "so small that starting a kernel costs more than it saves")
+    most = limit(kernel, batch, gradients)
+    if batch == 1 and most >= 0.9:
+        return Choice("numba", kernel, None, most, "one example: bound by reading weights, never slower than dense")
+    rate = active_fraction(gate)
+    if rate <= most:
+        return Choice("numba", kernel, rate, most, f"{rate:.1%} of the gates are open, break-even is at {most:.0%}")
+    return Choice("reference", "reference", rate, most, f"{rate:.1%} of the gates are open, over break-even at {most:.0%}")
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether these are ordinary tensors outside of tracing and transforms, so that kernels may be called directly."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(t is None or type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
+    )
+
+
+def recording(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what happens to these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def refuse_vmap(op: str, *tensors: Tensor | None) -> None:
+    """Raise under ``torch.vmap``, whose batching no kernel follows."""
+    if any(t is not None and torch._C._functorch.is_batchedtensor(t) for t in tensors):
+        raise NotImplementedError(
+            f"{op} does not work under torch.vmap; give x and gate the extra dimension as a leading one instead"
+        )
+
+
+def settled(backend: str, x: Tensor) -> str:
+    """Return the backend as far as it can be known without looking at values (inside tracing and transforms)."""
+    if backend == "auto" and (x.dtype not in NATIVE or x.device.type != "cpu" or numba_missing()):
+        return "reference"
+    return backend
+
+
+def runs_numba(backend: str, tensor: Tensor) -> bool:
+    """Whether a pattern for this backend is built by Numba: it costs little, so ``"auto"`` builds it whatever follows."""
+    return backend != "reference" and settled("auto", tensor) == "auto"

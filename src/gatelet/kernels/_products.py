@@ -1,0 +1,409 @@
+"""The sparse products all ops are made of, compiled by Numba. Import this module only to run them.
+
+Three products on a pattern of open (example, unit) pairs, with x (B, D), W (N, D) and a coefficient C (B, N):
+
+``dots``         z[b, n] = ⟨x[b], W[n]⟩ at open pairs: the forward pass, and the gradient of a hidden layer;
+``by_example``   y[b] = Σ_n C[b, n] W[n] over open n: the gradient of x, and the next affine layer;
+``by_unit``      V[n] = Σ_b C[b, n] x[b] over open b: the gradient of the weights.
+
+A pair costs D multiply-adds and, since nothing is shared between random pairs, one loaded vector per multiply-add
+at least. So everything is about where that vector comes from. Examples are taken in chunks of 64, the bits of a
+word, and rows in slices of 512 bytes: such a block is 32 KB and stays in the first-level cache while all units
+pass over it, each with its own slice in registers. Blocks are packed, for rows a power of two apart would share
+a few cache sets.
+
+``pointwise`` does what is left at open pairs: gates, activations, their gradients.
+"""
+
+import ctypes
+import functools
+import math
+from typing import Any
+
+import numpy as np
+from numba import carray, cfunc, njit, types
+
+from gatelet.kernels import _vector as v
+
+SLICE, VECTOR = v.SLICE, v.VECTOR
+# Module globals of this module itself, as Numba's cache wants them.
+dot_first, dot_more, dot_rest_first, dot_rest = v.dot_first, v.dot_more, v.dot_rest_first, v.dot_rest
+axpy_first, axpy_more, axpy_rest_first, axpy_rest = v.axpy_first, v.axpy_more, v.axpy_rest_first, v.axpy_rest
+tile44, tile41, tile11 = v.tile44, v.tile41, v.tile11
+lanes_sum, nonzero_bits, lowest, take = v.lanes_sum, v.nonzero_bits, v.lowest, v.take
+read, write, read_word, write_word = v.read, v.write, v.read_word, v.write_word
+read_index, write_index = v.read_index, v.write_index
+
+ACTIVATIONS = ("identity", "relu", "gelu", "silu")
+
+_options: dict[str, Any] = {"error_model": "numpy", "boundscheck": False, "nogil": True}
+
+
+@njit(**_options)
+def activate(z: Any, code: Any, one: Any) -> Any:  # pragma: no cover (compiled)
+    """Return the activation of z."""
+    if code == 1:
+        return z if z > 0 or z != z else one - one
+    if code == 2:
+        return type_as(0.5 * z * (1 + math.erf(z * 0.7071067811865476)), one)
+    if code == 3:
+        return type_as(z / (1 + math.exp(-z)), one)
+    return z
+
+
+@njit(**_options)
+def slope(z: Any, code: Any, one: Any) -> Any:  # pragma: no cover (compiled)
+    """Return the derivative of the activation at z."""
+    if code == 1:
+        return one if z > 0 else one - one
+    if code == 2:
+        normal = 0.5 * (1 + math.erf(z * 0.7071067811865476))
+        return type_as(normal + z * 0.3989422804014327 * math.exp(-0.5 * z * z), one)
+    if code == 3:
+        s = 1 / (1 + math.exp(-z))
+        return type_as(s * (1 + z * (1 - s)), one)
+    return one
+
+
+@njit(**_options)
+def type_as(value: Any, one: Any) -> Any:  # pragma: no cover (compiled)
+    """Return the number in the type of ``one``."""
+    return type(one)(value)
+
+
+@njit(**_options)
+def open_word(row: Any, word: Any, N: Any, group: Any, size: Any, one: Any) -> Any:  # pragma: no cover (compiled)
+    """Return the open units 64·word ... 64·word + 63 of an example, from its row of gates."""
+    first = 64 * word
+    if group == 1 and first + 64 <= N:
+        return nonzero_bits(row + first * size, one)
+    bits = 0
+    last = min(first + 64, N)
+    n = first
+    while n < last:  # one gate at a time, whose units may reach over the word's ends
+        end = min((n // group + 1) * group, last)
+        if read(row + (n // group) * size, one) != 0:
+            if end - n == 64:
+                bits = -1
+            else:
+                bits |= ((1 << (end - n)) - 1) << (n - first)
+        n = end
+    return bits
+
+
+@njit(**_options)
+def build(
+    gate: Any, rows: Any, cols: Any, word: Any, c: Any, B: Any, N: Any, group: Any, size: Any, one: Any
+) -> None:  # pragma: no cover (compiled)
+    """Write the 64 × 64 block of the pattern in both orders."""
+    words, chunks = (N + 63) // 64, (B + 63) // 64
+    length = N // group
+    for n in range(64 * word, min(64 * word + 64, N)):
+        write_word(cols + (n * chunks + c) * 8, 0)
+    for b in range(64 * c, min(64 * c + 64, B)):
+        bits = open_word(gate + b * length * size, word, N, group, size, one)
+        if rows != 0:
+            write_word(rows + (b * words + word) * 8, bits)
+        mark = 1 << (b & 63)
+        while bits != 0:
+            at = cols + ((64 * word + lowest(bits)) * chunks + c) * 8
+            write_word(at, read_word(at) | mark)
+            bits &= bits - 1
+
+
+def _kernels(one: Any) -> dict[str, Any]:
+    """Return the kernels, not yet compiled, for numbers of the type of ``one``."""
+    size = one.itemsize
+    lanes = VECTOR // size
+    span = SLICE // size  # numbers in a slice
+    zero = one * 0
+
+    def pattern(p: Any) -> None:
+        A = carray(p, (16,), types.int64)
+        gate, rows, cols, B, N, group = A[2], A[3], A[4], A[5], A[6], A[7]
+        while True:
+            word = take(A.ctypes.data)
+            if word >= (N + 63) // 64:
+                break
+            for c in range((B + 63) // 64):
+                build(gate, rows, cols, word, c, B, N, group, size, one)
+
+    def pack(p: Any) -> None:
+        """Copy x (B, D) into slices: (D / span) blocks of B rows, then rest vectors, padded with zeros."""
+        A = carray(p, (16,), types.int64)
+        x, packed, B, D = A[2], A[3], A[4], A[5]
+        whole = D // span
+        rest = (D - whole * span + lanes - 1) // lanes
+        while True:
+            b0 = take(A.ctypes.data) * 16
+            if b0 >= B:
+                break
+            for b in range(b0, min(b0 + 16, B)):
+                source = x + b * D * size
+                for d in range(whole):
+                    target = packed + (d * B + b) * SLICE
+                    for i in range(span):
+                        write(target + i * size, read(source + (d * span + i) * size, one))
+                tail = packed + whole * B * SLICE
+                for r in range(rest):
+                    start = whole * span + r * lanes
+                    target = tail + (r * B + b) * VECTOR
+                    for i in range(lanes):
+                        inside = start + i < D
+                        write(target + i * size, read(source + (start + i) * size, one) if inside else zero)
+
+    def dots(p: Any) -> None:
+        """Pattern (unless given), products, and bias, activation, gate at the end; a task is some units × examples."""
+        A = carray(p, (32,), types.int64)
+        scratch = A[16] + take(A.ctypes.data + 8) * A[17]
+        packed, W, bias, mask, gate, rows, cols = A[2], A[3], A[4], A[5], A[6], A[7], A[8]
+        out, pre, B, N, D, group, span_b, span_n = A[9], A[10], A[11], A[12], A[13], A[14], A[15], A[18]
+        fill, code = A[19], A[20]
+        chunks, whole = (B + 63) // 64, D // span
+        rest = (D - whole * span + lanes - 1) // lanes
+        tail = packed + whole * B * SLICE
+        tiles_n, gates = (N + span_n - 1) // span_n, N // group
+        while True:
+            t = take(A.ctypes.data)
+            if t >= tiles_n * ((B + span_b - 1) // span_b):
+                break
+            b0, n0 = (t // tiles_n) * span_b, (t % tiles_n) * span_n
+            b1, n1 = min(b0 + span_b, B), min(n0 + span_n, N)
+            c0, c1 = b0 // 64, (b1 + 63) // 64
+            if mask != 0:
+                for word in range(n0 // 64, (n1 + 63) // 64):
+                    for c in range(c0, c1):
+                        build(mask, rows, cols, word, c, B, N, group, size, one)
+            for d in range(whole):
+                sums = scratch
+                for c in range(c0, c1):
+                    block = packed + (d * B + 64 * c) * SLICE
+                    for n in range(n0, n1):
+                        word = read_word(cols + (n * chunks + c) * 8)
+                        if word != 0:
+                            w = W + (n * D + d * span) * size
+                            if d == 0:
+                                sums = dot_first(w, 0, block, word, sums, one)
+                            else:
+                                sums = dot_more(w, 0, block, word, sums, one)
+            for r in range(rest):
+                sums = scratch
+                for c in range(c0, c1):
+                    block = tail + (r * B + 64 * c) * VECTOR
+                    for n in range(n0, n1):
+                        word = read_word(cols + (n * chunks + c) * 8)
+                        if word != 0:
+                            start = whole * span + r * lanes
+                            w = W + (n * D + start) * size
+                            if whole == 0 and r == 0:
+                                sums = dot_rest_first(w, D - start, block, word, sums, one)
+                            else:
+                                sums = dot_rest(w, D - start, block, word, sums, one)
+            if fill != 0:
+                for b in range(b0, b1):
+                    for n in range(n0, n1):
+                        write(out + (b * N + n) * size, zero)
+                    if pre != 0:
+                        for n in range(n0, n1):
+                            write(pre + (b * N + n) * size, zero)
+            sums = scratch
+            for c in range(c0, c1):
+                for n in range(n0, n1):
+                    word = read_word(cols + (n * chunks + c) * 8)
+                    add = read(bias + n * size, one) if bias != 0 else zero
+                    while word != 0:
+                        b = 64 * c + lowest(word)
+                        z = add if D == 0 else lanes_sum(sums, one) + add
+                        sums += VECTOR
+                        if pre != 0:
+                            write(pre + (b * N + n) * size, z)
+                        z = activate(z, code, one)
+                        if gate != 0:
+                            h = read(gate + (b * gates + n // group) * size, one)
+                            z = z * h if h != 0 else zero
+                        write(out + (b * N + n) * size, z)
+                        word &= word - 1
+
+    def group_dots(p: Any) -> None:
+        """Like ``dots`` for gates of several units: a task is a group, a dense product with its open examples."""
+        A = carray(p, (32,), types.int64)
+        scratch = A[16] + take(A.ctypes.data + 8) * A[17]
+        x, W, bias, gate, cols = A[2], A[3], A[4], A[6], A[8]
+        out, pre, B, N, D, group = A[9], A[10], A[11], A[12], A[13], A[14]
+        fill, code = A[19], A[20]
+        chunks, gates = (B + 63) // 64, N // group
+        result = scratch + ((4 * B + 79) // 64) * 64
+        while True:
+            g = take(A.ctypes.data)
+            if g >= gates:
+                break
+            n0 = g * group
+            count = 0
+            for c in range(chunks):
+                word = read_word(cols + (n0 * chunks + c) * 8)
+                while word != 0:
+                    write_index(scratch + 4 * count, 64 * c + lowest(word))
+                    count += 1
+                    word &= word - 1
+            if fill != 0:
+                for b in range(B):
+                    for n in range(n0, n0 + group):
+                        write(out + (b * N + n) * size, zero)
+                    if pre != 0:
+                        for n in range(n0, n0 + group):
+                            write(pre + (b * N + n) * size, zero)
+            e = 0
+            while e < count:
+                examples = 4 if e + 4 <= count else 1
+                n = n0
+                while n < n0 + group:
+                    units = 4 if n + 4 <= n0 + group else 1
+                    w = W + n * D * size
+                    if units == 1:
+                        for k in range(examples):
+                            tile11(w, D * size, x, scratch + 4 * (e + k), D, result + k * size, one)
+                    elif examples == 4:
+                        tile44(w, D * size, x, scratch + 4 * e, D, result, one)
+                    else:
+                        tile41(w, D * size, x, scratch + 4 * e, D, result, one)
+                    for u in range(units):
+                        add = read(bias + (n + u) * size, one) if bias != 0 else zero
+                        for k in range(examples):
+                            b = read_index(scratch + 4 * (e + k))
+                            z = read(result + (u * examples + k) * size, one) + add
+                            at = (b * N + n + u) * size
+                            if pre != 0:
+                                write(pre + at, z)
+                            z = activate(z, code, one)
+                            if gate != 0:
+                                h = read(gate + (b * gates + g) * size, one)
+                                z = z * h if h != 0 else zero
+                            write(out + at, z)
+                    n += units
+                e += examples
+
+    def by_example(p: Any) -> None:
+        """A task is a slice of D × some examples; units pass in blocks of 64, copied together where that pays."""
+        A = carray(p, (32,), types.int64)
+        scratch = A[11] + take(A.ctypes.data + 8) * SLICE * 64
+        C, W, bias, rows, out = A[2], A[3], A[4], A[5], A[6]
+        B, N, D, span_b = A[7], A[8], A[9], A[10]
+        words, whole = (N + 63) // 64, D // span
+        slices = whole + (D - whole * span + lanes - 1) // lanes
+        copies = span_b >= 16
+        while True:
+            t = take(A.ctypes.data)
+            if t >= slices * ((B + span_b - 1) // span_b):
+                break
+            s, b0 = t % slices, (t // slices) * span_b
+            b1 = min(b0 + span_b, B)
+            d = s * span if s < whole else whole * span + (s - whole) * lanes
+            count = span if s < whole else min(lanes, D - d)
+            for b in range(b0, b1):
+                target = out + (b * D + d) * size
+                for i in range(count):
+                    write(target + i * size, read(bias + (d + i) * size, one) if bias != 0 else zero)
+            for word in range(words):
+                block, stride = W + (64 * word * D + d) * size, D * size
+                if copies:
+                    for n in range(min(64, N - 64 * word)):
+                        for i in range(count):
+                            write(scratch + n * SLICE + i * size, read(block + n * stride + i * size, one))
+                    block, stride = scratch, SLICE
+                for b in range(b0, b1):
+                    bits = read_word(rows + (b * words + word) * 8)
+                    if bits != 0:
+                        target = out + (b * D + d) * size
+                        c = C + (b * N + 64 * word) * size
+                        if s < whole:
+                            axpy_more(target, 0, block, stride, c, size, bits, one)
+                        else:
+                            axpy_rest(target, count, block, stride, c, size, bits, one)
+
+    def by_unit(p: Any) -> None:
+        """A task is 64 units; their rows of V stay near while the packed examples pass."""
+        A = carray(p, (32,), types.int64)
+        C, packed, cols, V, total = A[2], A[3], A[4], A[5], A[6]
+        B, N, D, cleared = A[7], A[8], A[9], A[10]
+        chunks, whole = (B + 63) // 64, D // span
+        rest = (D - whole * span + lanes - 1) // lanes
+        tail = packed + whole * B * SLICE
+        while True:
+            n0 = take(A.ctypes.data) * 64
+            if n0 >= N:
+                break
+            n1 = min(n0 + 64, N)
+            for s in range(whole + rest if V != 0 else 0):
+                d = s * span if s < whole else whole * span + (s - whole) * lanes
+                for c in range(chunks):
+                    for n in range(n0, n1):
+                        target = V + (n * D + d) * size
+                        if c == 0 and cleared == 0:
+                            for i in range(min(span if s < whole else lanes, D - d)):
+                                write(target + i * size, zero)
+                        word = read_word(cols + (n * chunks + c) * 8)
+                        if word != 0:
+                            at = C + (64 * c * N + n) * size
+                            if s < whole:
+                                block = packed + (s * B + 64 * c) * SLICE
+                                axpy_more(target, 0, block, SLICE, at, N * size, word, one)
+                            else:
+                                block = tail + ((s - whole) * B + 64 * c) * VECTOR
+                                axpy_rest(target, D - d, block, VECTOR, at, N * size, word, one)
+            if total != 0:
+                for n in range(n0, n1):
+                    value = zero
+                    for c in range(chunks):
+                        word = read_word(cols + (n * chunks + c) * 8)
+                        while word != 0:
+                            value += read(C + ((64 * c + lowest(word)) * N + n) * size, one)
+                            word &= word - 1
+                    write(total + n * size, value)
+
+    def pointwise(p: Any) -> None:
+        """At open pairs, from the gradient g of act(z) ∘ gate: C = g · gate · act'(z), gradient of the gate g · act(z).
+
+        Where the gate is zero (pairs that only the support has) C is not formed.
+        """
+        A = carray(p, (32,), types.int64)
+        g, z, gate, rows, C, slopes = A[2], A[3], A[4], A[5], A[6], A[7]
+        B, N, group, code = A[8], A[9], A[10], A[11]
+        words, gates = (N + 63) // 64, N // group
+        while True:
+            b0 = take(A.ctypes.data) * 4
+            if b0 >= B:
+                break
+            for b in range(b0, min(b0 + 4, B)):
+                if slopes != 0:
+                    for k in range(gates):
+                        write(slopes + (b * gates + k) * size, zero)
+                for word in range(words):
+                    bits = read_word(rows + (b * words + word) * 8)
+                    while bits != 0:
+                        n = 64 * word + lowest(bits)
+                        bits &= bits - 1
+                        at = (b * N + n) * size
+                        k = (b * gates + n // group) * size
+                        upper = read(g + at, one)
+                        h = read(gate + k, one)
+                        if slopes != 0:
+                            value = activate(read(z + at, one), code, one)
+                            write(slopes + k, read(slopes + k, one) + upper * value)
+                        if C != 0:
+                            scale = h if code == 0 else h * slope(read(z + at, one), code, one)
+                            write(C + at, upper * scale if h != 0 else zero)
+
+    made = (pattern, pack, dots, group_dots, by_example, by_unit, pointwise)
+    return {kernel.__name__: kernel for kernel in made}
+
+
+@functools.cache
+def kernel(name: str, bits: int) -> int:
+    """Return the address of a kernel for float32 or float64, compiled at the first call (or read from the cache)."""
+    one = np.float32(1) if bits == 32 else np.float64(1)
+    compiled = cfunc(types.void(types.voidptr), cache=True, error_model="numpy")(_kernels(one)[name])
+    _keep.append(compiled)
+    return ctypes.cast(compiled.ctypes, ctypes.c_void_p).value or 0
+
+
+_keep: list[Any] = []
