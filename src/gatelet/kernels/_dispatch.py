@@ -88,9 +88,17 @@ def check_backend(backend: str) -> str:
     return backend
 
 
-def choose(backend: str, gate: Tensor, width: int, units: int, dtype: torch.dtype, gradients: bool) -> Choice:
-    """Decide for gates (B, G), D = ``width`` and N = ``units``."""
-    batch = gate.shape[0]
+def choose(
+    backend: str,
+    gate: Tensor,
+    width: int,
+    units: int,
+    dtype: torch.dtype,
+    gradients: bool,
+    batch: int | None = None,
+) -> Choice:
+    """Decide for gates (B, G), or a sample of ``batch``; D = ``width`` and N = ``units``."""
+    batch = gate.shape[0] if batch is None else batch
     group = units // max(gate.shape[1], 1)
     kernel: Kernel = "group" if group >= SMALLEST_GROUP else "unit"
     if backend == "reference":
@@ -150,3 +158,38 @@ def settled(backend: str, x: Tensor) -> str:
 def runs_numba(backend: str, tensor: Tensor) -> bool:
     """Whether a pattern for this backend is built by Numba: it costs little, so ``"auto"`` builds it whatever follows."""
     return backend != "reference" and settled("auto", tensor) == "auto"
+
+
+def choose_by_pattern(backend: str, rows: Tensor, hidden: Tensor, weight: Tensor) -> Choice:
+    """Decide for a hidden layer (B, N) whose pattern is known, and W (O, N)."""
+    from gatelet.kernels._pattern import mask_of
+
+    if backend != "auto" or hidden.dtype not in NATIVE or hidden.device.type != "cpu":
+        gate = hidden
+    else:  # a sample's bits stand for the gates
+        step = max(1, hidden.numel() // SAMPLE)
+        gate = mask_of(rows[:: min(step, max(len(rows), 1))], hidden.shape[1])
+    return choose(backend, gate, weight.shape[0], weight.shape[1], hidden.dtype, False, batch=hidden.shape[0])
+
+
+def explain(
+    x: Tensor, weight: Tensor, gate: Tensor, *, backend: str = "auto", gradients: bool | None = None
+) -> Choice:
+    """Return which kernel :func:`gatelet.kernels.gated_linear` runs for these arguments, and why.
+
+    Args:
+        x: (..., D).
+        weight: (N, D).
+        gate: (..., G).
+        backend: as given to the op.
+        gradients: whether a backward pass follows; by default, whether autograd records these tensors.
+
+    >>> x, weight = torch.zeros(64, 512), torch.zeros(1024, 512)
+    >>> explain(x, weight, torch.ones(64, 1024)).backend
+    'reference'
+    """
+    check_backend(backend)
+    if gradients is None:
+        gradients = recording(x, weight, gate)
+    flat = gate.detach().reshape(-1, gate.shape[-1])
+    return choose(backend, flat, weight.shape[1], weight.shape[0], x.dtype, gradients)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gatelet.kernels import _dispatch
 from gatelet.kernels._checks import check_affine, check_gate
-from gatelet.kernels._pattern import OpenPattern, mask_of, words
+from gatelet.kernels._pattern import OpenPattern, mask_of
 from gatelet.kernels.gated_linear import _reference
 
 
@@ -94,29 +94,6 @@ def gated_linear(
 
 
 @torch.library.custom_op(
-    "gatelet::open_pattern",
-    mutates_args=(),
-    schema="(Tensor gate, int units, str backend) -> (Tensor, Tensor)",
-)
-def _open_pattern(gate: Tensor, units: int, backend: str) -> tuple[Tensor, Tensor]:
-    if _dispatch.runs_numba(backend, gate):
-        from gatelet.kernels import _sparse
-
-        return _sparse.pattern(gate.contiguous(), units)
-    from gatelet.kernels._pattern import bits_of, spread
-
-    mask = spread(gate, units) != 0
-    return bits_of(mask), bits_of(mask.t())
-
-
-@_open_pattern.register_fake
-def _(gate: Tensor, units: int, backend: str) -> tuple[Tensor, Tensor]:
-    batch = gate.shape[0]
-    rows = gate.new_empty((batch, words(units)), dtype=torch.int64)
-    return rows, gate.new_empty((units, words(batch)), dtype=torch.int64)
-
-
-@torch.library.custom_op(
     "gatelet::gated_linear",
     mutates_args=(),
     schema="(Tensor x, Tensor weight, Tensor? bias, Tensor gate, Tensor? rows, Tensor? cols, Tensor? wide_rows, "
@@ -165,7 +142,7 @@ def _(
     "gatelet::gated_linear_backward",
     mutates_args=(),
     schema="(Tensor grad, Tensor x, Tensor weight, Tensor gate, Tensor pre, Tensor? rows, Tensor? cols, "
-    "Tensor? wide_rows, str backend, bool need_x, bool need_weight, bool need_bias, bool need_gate) "
+    "Tensor? wide_rows, str backend, bool[] need) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
 def _gated_linear_backward(
@@ -178,7 +155,7 @@ def _gated_linear_backward(
     cols: Tensor | None,
     wide_rows: Tensor | None,
     backend: str,
-    *need: bool,
+    need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wants = (need[0], need[1], need[2], need[3])
     choice = _dispatch.choose(backend, gate, weight.shape[1], weight.shape[0], x.dtype, True)
@@ -205,7 +182,7 @@ def _(
     cols: Tensor | None,
     wide_rows: Tensor | None,
     backend: str,
-    *need: bool,
+    need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     shapes = (x.shape, weight.shape, weight.shape[:1], gate.shape)
     first, second, third, fourth = (x.new_empty(s if n else (0,)) for s, n in zip(shapes, need, strict=True))
@@ -220,9 +197,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
     x, weight, gate, pre, rows, cols, wide_rows = ctx.saved_tensors
-    need = ctx.needs_input_grad[:4]
+    need = list(ctx.needs_input_grad[:4])
     found = torch.ops.gatelet.gated_linear_backward(
-        grad, x, weight, gate, pre, rows, cols, wide_rows, ctx.backend, *need
+        grad, x, weight, gate, pre, rows, cols, wide_rows, ctx.backend, need
     )
     gradients = [each if wanted else None for each, wanted in zip(found, need, strict=True)]
     return (*gradients, None, None, None, None, None, None)
