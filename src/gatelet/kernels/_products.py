@@ -33,6 +33,7 @@ tile44, tile41, tile11 = v.tile44, v.tile41, v.tile11
 lanes_sum, nonzero_bits, lowest, take = v.lanes_sum, v.nonzero_bits, v.lowest, v.take
 read, write, read_word, write_word = v.read, v.write, v.read_word, v.write_word
 read_index, write_index = v.read_index, v.write_index
+clear, copy = v.clear, v.copy
 
 ACTIVATIONS = ("identity", "relu", "gelu", "silu")
 
@@ -92,23 +93,59 @@ def open_word(row: Any, word: Any, N: Any, group: Any, size: Any, one: Any) -> A
 
 
 @njit(**_options)
+def transpose(words: Any) -> None:  # pragma: no cover (compiled)
+    """Transpose a 64 × 64 matrix of bits, in place: halves are exchanged, then quarters, and so on."""
+    half = 32
+    mask = 0xFFFFFFFF
+    while half != 0:
+        for start in range(0, 64, 2 * half):
+            for k in range(start, start + half):
+                moved = ((words[k] >> half) ^ words[k + half]) & mask
+                words[k + half] ^= moved
+                words[k] ^= moved << half
+        half >>= 1
+        mask ^= mask << half
+
+
+@njit(**_options)
 def build(
-    gate: Any, rows: Any, cols: Any, word: Any, c: Any, B: Any, N: Any, group: Any, size: Any, one: Any
+    gate: Any, rows: Any, cols: Any, word0: Any, word1: Any, c: Any, B: Any, N: Any, group: Any, size: Any, one: Any
 ) -> None:  # pragma: no cover (compiled)
-    """Write the 64 × 64 block of the pattern in both orders."""
-    words, chunks = (N + 63) // 64, (B + 63) // 64
-    length = N // group
-    for n in range(64 * word, min(64 * word + 64, N)):
-        write_word(cols + (n * chunks + c) * 8, 0)
-    for b in range(64 * c, min(64 * c + 64, B)):
-        bits = open_word(gate + b * length * size, word, N, group, size, one)
-        if rows != 0:
-            write_word(rows + (b * words + word) * 8, bits)
-        mark = 1 << (b & 63)
-        while bits != 0:
-            at = cols + ((64 * word + lowest(bits)) * chunks + c) * 8
-            write_word(at, read_word(at) | mark)
-            bits &= bits - 1
+    """Write blocks of 64 × 64 pairs in both orders: words ``word0`` to ``word1`` of the examples of chunk ``c``."""
+    words, chunks, gates = (N + 63) // 64, (B + 63) // 64, N // group
+    block = np.empty((8, 64), np.int64)
+    b0, b1 = 64 * c, min(64 * c + 64, B)
+    for start in range(word0, word1, 8):
+        end = min(start + 8, word1)
+        for b in range(b0, b1):  # along an example's gates, as memory likes it
+            for word in range(start, end):
+                bits = open_word(gate + b * gates * size, word, N, group, size, one)
+                block[word - start, b - b0] = bits
+                if rows != 0:
+                    write_word(rows + (b * words + word) * 8, bits)
+        for word in range(start, end):
+            for b in range(b1 - b0, 64):
+                block[word - start, b] = 0
+            transpose(block[word - start])
+            for n in range(64 * word, min(64 * word + 64, N)):
+                write_word(cols + (n * chunks + c) * 8, block[word - start, n - 64 * word])
+
+
+@njit(**_options)
+def visits(
+    listed: Any, cols: Any, c0: Any, c1: Any, n0: Any, n1: Any, chunks: Any
+) -> Any:  # pragma: no cover (compiled)
+    """List the words that are not zero of some units and chunks, chunk by chunk: (unit, chunk, word); return how many."""
+    count = 0
+    for c in range(c0, c1):
+        for n in range(n0, n1):
+            word = read_word(cols + (n * chunks + c) * 8)
+            at = listed + 24 * count
+            write_word(at, n)
+            write_word(at + 8, c)
+            write_word(at + 16, word)
+            count += word != 0  # without a branch, which would be guessed wrong
+    return count
 
 
 def _kernels(one: Any) -> dict[str, Any]:
@@ -121,12 +158,13 @@ def _kernels(one: Any) -> dict[str, Any]:
     def pattern(p: Any) -> None:
         A = carray(p, (16,), types.int64)
         gate, rows, cols, B, N, group = A[2], A[3], A[4], A[5], A[6], A[7]
+        words, chunks = (N + 63) // 64, (B + 63) // 64
         while True:
-            word = take(A.ctypes.data)
-            if word >= (N + 63) // 64:
+            t = take(A.ctypes.data)
+            c, word = t % chunks, t // chunks * 16
+            if word >= words:
                 break
-            for c in range((B + 63) // 64):
-                build(gate, rows, cols, word, c, B, N, group, size, one)
+            build(gate, rows, cols, word, min(word + 16, words), c, B, N, group, size, one)
 
     def pack(p: Any) -> None:
         """Copy x (B, D) into slices: (D / span) blocks of B rows, then rest vectors, padded with zeros."""
@@ -141,16 +179,13 @@ def _kernels(one: Any) -> dict[str, Any]:
             for b in range(b0, min(b0 + 16, B)):
                 source = x + b * D * size
                 for d in range(whole):
-                    target = packed + (d * B + b) * SLICE
-                    for i in range(span):
-                        write(target + i * size, read(source + (d * span + i) * size, one))
+                    copy(packed + (d * B + b) * SLICE, source + d * SLICE, SLICE)
                 tail = packed + whole * B * SLICE
                 for r in range(rest):
                     start = whole * span + r * lanes
                     target = tail + (r * B + b) * VECTOR
-                    for i in range(lanes):
-                        inside = start + i < D
-                        write(target + i * size, read(source + (start + i) * size, one) if inside else zero)
+                    clear(target, VECTOR)
+                    copy(target, source + start * size, min(lanes, D - start) * size)
 
     def dots(p: Any) -> None:
         """Pattern (unless given), products, and bias, activation, gate at the end; a task is some units × examples."""
@@ -159,6 +194,7 @@ def _kernels(one: Any) -> dict[str, Any]:
         packed, W, bias, mask, gate, rows, cols = A[2], A[3], A[4], A[5], A[6], A[7], A[8]
         out, pre, B, N, D, group, span_b, span_n = A[9], A[10], A[11], A[12], A[13], A[14], A[15], A[18]
         fill, code = A[19], A[20]
+        listed = scratch + span_b * span_n * VECTOR
         chunks, whole = (B + 63) // 64, D // span
         rest = (D - whole * span + lanes - 1) // lanes
         tail = packed + whole * B * SLICE
@@ -171,58 +207,49 @@ def _kernels(one: Any) -> dict[str, Any]:
             b1, n1 = min(b0 + span_b, B), min(n0 + span_n, N)
             c0, c1 = b0 // 64, (b1 + 63) // 64
             if mask != 0:
-                for word in range(n0 // 64, (n1 + 63) // 64):
-                    for c in range(c0, c1):
-                        build(mask, rows, cols, word, c, B, N, group, size, one)
+                for c in range(c0, c1):
+                    build(mask, rows, cols, n0 // 64, (n1 + 63) // 64, c, B, N, group, size, one)
+            count = visits(listed, cols, c0, c1, n0, n1, chunks)
             for d in range(whole):
                 sums = scratch
-                for c in range(c0, c1):
-                    block = packed + (d * B + 64 * c) * SLICE
-                    for n in range(n0, n1):
-                        word = read_word(cols + (n * chunks + c) * 8)
-                        if word != 0:
-                            w = W + (n * D + d * span) * size
-                            if d == 0:
-                                sums = dot_first(w, 0, block, word, sums, one)
-                            else:
-                                sums = dot_more(w, 0, block, word, sums, one)
+                block, w = packed + d * B * SLICE, W + d * span * size
+                for i in range(count):
+                    n, c, word = read_word(listed + 24 * i), read_word(listed + 24 * i + 8), read_word(listed + 24 * i + 16)
+                    if d == 0:
+                        sums = dot_first(w + n * D * size, 0, block + 64 * c * SLICE, word, sums, one)
+                    else:
+                        sums = dot_more(w + n * D * size, 0, block + 64 * c * SLICE, word, sums, one)
             for r in range(rest):
                 sums = scratch
-                for c in range(c0, c1):
-                    block = tail + (r * B + 64 * c) * VECTOR
-                    for n in range(n0, n1):
-                        word = read_word(cols + (n * chunks + c) * 8)
-                        if word != 0:
-                            start = whole * span + r * lanes
-                            w = W + (n * D + start) * size
-                            if whole == 0 and r == 0:
-                                sums = dot_rest_first(w, D - start, block, word, sums, one)
-                            else:
-                                sums = dot_rest(w, D - start, block, word, sums, one)
+                start = whole * span + r * lanes
+                block, w = tail + r * B * VECTOR, W + start * size
+                for i in range(count):
+                    n, c, word = read_word(listed + 24 * i), read_word(listed + 24 * i + 8), read_word(listed + 24 * i + 16)
+                    if whole == 0 and r == 0:
+                        sums = dot_rest_first(w + n * D * size, D - start, block + 64 * c * VECTOR, word, sums, one)
+                    else:
+                        sums = dot_rest(w + n * D * size, D - start, block + 64 * c * VECTOR, word, sums, one)
             if fill != 0:
                 for b in range(b0, b1):
-                    for n in range(n0, n1):
-                        write(out + (b * N + n) * size, zero)
+                    clear(out + (b * N + n0) * size, (n1 - n0) * size)
                     if pre != 0:
-                        for n in range(n0, n1):
-                            write(pre + (b * N + n) * size, zero)
+                        clear(pre + (b * N + n0) * size, (n1 - n0) * size)
             sums = scratch
-            for c in range(c0, c1):
-                for n in range(n0, n1):
-                    word = read_word(cols + (n * chunks + c) * 8)
-                    add = read(bias + n * size, one) if bias != 0 else zero
-                    while word != 0:
-                        b = 64 * c + lowest(word)
-                        z = add if D == 0 else lanes_sum(sums, one) + add
-                        sums += VECTOR
-                        if pre != 0:
-                            write(pre + (b * N + n) * size, z)
-                        z = activate(z, code, one)
-                        if gate != 0:
-                            h = read(gate + (b * gates + n // group) * size, one)
-                            z = z * h if h != 0 else zero
-                        write(out + (b * N + n) * size, z)
-                        word &= word - 1
+            for i in range(count):
+                n, c, word = read_word(listed + 24 * i), read_word(listed + 24 * i + 8), read_word(listed + 24 * i + 16)
+                add = read(bias + n * size, one) if bias != 0 else zero
+                while word != 0:
+                    b = 64 * c + lowest(word)
+                    z = add if D == 0 else lanes_sum(sums, one) + add
+                    sums += VECTOR
+                    if pre != 0:
+                        write(pre + (b * N + n) * size, z)
+                    z = activate(z, code, one)
+                    if gate != 0:
+                        h = read(gate + (b * gates + n // group) * size, one)
+                        z = z * h if h != 0 else zero
+                    write(out + (b * N + n) * size, z)
+                    word &= word - 1
 
     def group_dots(p: Any) -> None:
         """Like ``dots`` for gates of several units: a task is a group, a dense product with its open examples."""
@@ -247,11 +274,9 @@ def _kernels(one: Any) -> dict[str, Any]:
                     word &= word - 1
             if fill != 0:
                 for b in range(B):
-                    for n in range(n0, n0 + group):
-                        write(out + (b * N + n) * size, zero)
+                    clear(out + (b * N + n0) * size, group * size)
                     if pre != 0:
-                        for n in range(n0, n0 + group):
-                            write(pre + (b * N + n) * size, zero)
+                        clear(pre + (b * N + n0) * size, group * size)
             e = 0
             while e < count:
                 examples = 4 if e + 4 <= count else 1
@@ -283,42 +308,47 @@ def _kernels(one: Any) -> dict[str, Any]:
                 e += examples
 
     def by_example(p: Any) -> None:
-        """A task is a slice of D × some examples; units pass in blocks of 64, copied together where that pays."""
+        """A task is some slices of D × some examples; units pass in blocks of 64, copied together where that pays."""
         A = carray(p, (32,), types.int64)
-        scratch = A[11] + take(A.ctypes.data + 8) * SLICE * 64
+        scratch = A[12] + take(A.ctypes.data + 8) * SLICE * 64
         C, W, bias, rows, out = A[2], A[3], A[4], A[5], A[6]
-        B, N, D, span_b = A[7], A[8], A[9], A[10]
+        B, N, D, span_b, span_s = A[7], A[8], A[9], A[10], A[11]
         words, whole = (N + 63) // 64, D // span
         slices = whole + (D - whole * span + lanes - 1) // lanes
+        tiles = (slices + span_s - 1) // span_s
         copies = span_b >= 16
         while True:
             t = take(A.ctypes.data)
-            if t >= slices * ((B + span_b - 1) // span_b):
+            if t >= tiles * ((B + span_b - 1) // span_b):
                 break
-            s, b0 = t % slices, (t // slices) * span_b
-            b1 = min(b0 + span_b, B)
-            d = s * span if s < whole else whole * span + (s - whole) * lanes
-            count = span if s < whole else min(lanes, D - d)
+            s0, b0 = (t % tiles) * span_s, (t // tiles) * span_b
+            s1, b1 = min(s0 + span_s, slices), min(b0 + span_b, B)
+            d0 = s0 * span if s0 < whole else whole * span + (s0 - whole) * lanes
+            d1 = s1 * span if s1 <= whole else min(whole * span + (s1 - whole) * lanes, D)
             for b in range(b0, b1):
-                target = out + (b * D + d) * size
-                for i in range(count):
-                    write(target + i * size, read(bias + (d + i) * size, one) if bias != 0 else zero)
+                target = out + (b * D + d0) * size
+                if bias != 0:
+                    copy(target, bias + d0 * size, (d1 - d0) * size)
+                else:
+                    clear(target, (d1 - d0) * size)
             for word in range(words):
-                block, stride = W + (64 * word * D + d) * size, D * size
-                if copies:
-                    for n in range(min(64, N - 64 * word)):
-                        for i in range(count):
-                            write(scratch + n * SLICE + i * size, read(block + n * stride + i * size, one))
-                    block, stride = scratch, SLICE
-                for b in range(b0, b1):
-                    bits = read_word(rows + (b * words + word) * 8)
-                    if bits != 0:
-                        target = out + (b * D + d) * size
-                        c = C + (b * N + 64 * word) * size
-                        if s < whole:
-                            axpy_more(target, 0, block, stride, c, size, bits, one)
-                        else:
-                            axpy_rest(target, count, block, stride, c, size, bits, one)
+                for s in range(s0, s1):
+                    d = s * span if s < whole else whole * span + (s - whole) * lanes
+                    count = span if s < whole else min(lanes, D - d)
+                    block, stride = W + (64 * word * D + d) * size, D * size
+                    if copies:
+                        for n in range(min(64, N - 64 * word)):
+                            copy(scratch + n * SLICE, block + n * stride, count * size)
+                        block, stride = scratch, SLICE
+                    for b in range(b0, b1):
+                        bits = read_word(rows + (b * words + word) * 8)
+                        if bits != 0:
+                            target = out + (b * D + d) * size
+                            c = C + (b * N + 64 * word) * size
+                            if s < whole:
+                                axpy_more(target, 0, block, stride, c, size, bits, one)
+                            else:
+                                axpy_rest(target, count, block, stride, c, size, bits, one)
 
     def by_unit(p: Any) -> None:
         """A task is 64 units; their rows of V stay near while the packed examples pass."""
@@ -339,8 +369,7 @@ def _kernels(one: Any) -> dict[str, Any]:
                     for n in range(n0, n1):
                         target = V + (n * D + d) * size
                         if c == 0 and cleared == 0:
-                            for i in range(min(span if s < whole else lanes, D - d)):
-                                write(target + i * size, zero)
+                            clear(target, min(span if s < whole else lanes, D - d) * size)
                         word = read_word(cols + (n * chunks + c) * 8)
                         if word != 0:
                             at = C + (64 * c * N + n) * size
@@ -375,8 +404,7 @@ def _kernels(one: Any) -> dict[str, Any]:
                 break
             for b in range(b0, min(b0 + 4, B)):
                 if slopes != 0:
-                    for k in range(gates):
-                        write(slopes + (b * gates + k) * size, zero)
+                    clear(slopes + b * gates * size, gates * size)
                 for word in range(words):
                     bits = read_word(rows + (b * words + word) * 8)
                     while bits != 0:

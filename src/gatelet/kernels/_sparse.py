@@ -74,10 +74,12 @@ def dots(
     group = grouped if gates is None else units // gates.shape[1]
     team = _team.threads()
     code = ACTIVATIONS.index(activation)
+    if mask is not None and (grouped > 1 or batch > 64):
+        # Along the examples' rows in a pass of its own; a few examples are looked at on the way.
+        build = (mask.data_ptr(), _address(rows), cols.data_ptr(), batch, units, group)
+        _team.run(kernel("pattern", _bits(x)), build, team)
+        mask = None
     if grouped > 1:
-        if mask is not None:
-            build = (mask.data_ptr(), _address(rows), cols.data_ptr(), batch, units, group)
-            _team.run(kernel("pattern", _bits(x)), build, team)
         stride = 4 * batch + 512
         scratch = x.new_empty(team * stride, dtype=torch.uint8)
         source, spans = x, (0, 0)
@@ -85,7 +87,7 @@ def dots(
         # Examples near in cache while all units pass; where D is too large for that, more units per pass of the examples.
         wide = batch * width * x.element_size() > NEAR and width * x.element_size() * 256 > NEAR
         spans = (min(256, 64 * words(batch)), 256 if wide and units >= 256 * 2 * team else 64)
-        stride = min(spans[0], batch) * spans[1] * VECTOR
+        stride = spans[0] * spans[1] * VECTOR + spans[0] // 64 * spans[1] * 24 + 24
         scratch = x.new_empty(team * stride, dtype=torch.uint8)
         source = pack(x) if packed is None else packed
     args = (
@@ -103,14 +105,16 @@ def by_example(coefficient: Tensor, weight: Tensor, bias: Tensor | None, rows: T
     if not out.numel():
         return out
     team = _team.threads()
-    slices = -(-width * weight.element_size() // SLICE)
-    # Few slices would leave threads idle: then examples are split too.
-    parts = min(-(-2 * team // slices) if slices % team or slices < team else 1, batch)
-    span = -(-batch // parts)
+    lanes = VECTOR // weight.element_size()
+    whole, rest = divmod(width, SLICE // weight.element_size())
+    slices = whole + -(-rest // lanes)
+    # Every thread reads its share of each weight row, in one piece; few slices are split by examples instead.
+    span_s = -(-slices // team)
+    span = min(256, batch) if span_s * team < slices + team and slices >= 2 * team else min(256, -(-batch // team))
     scratch = weight.new_empty(team * SLICE * 64, dtype=torch.uint8)
     args = (
         *(coefficient.data_ptr(), weight.data_ptr(), _address(bias), rows.data_ptr(), out.data_ptr()),
-        *(batch, units, width, span, scratch.data_ptr()),
+        *(batch, units, width, span, span_s, scratch.data_ptr()),
     )
     _team.run(kernel("by_example", _bits(weight)), args, team)
     return out

@@ -393,3 +393,27 @@ def write(typing: Any, address: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, value), generate
+
+
+@intrinsic
+def clear(typing: Any, address: Any, size: Any) -> Any:
+    """Set ``size`` bytes to zero."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        _call(builder, "llvm.memset.p0.i64", ir.VoidType(), [pointer, ir.IntType(8)(0), args[1], _BIT(0)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def copy(typing: Any, target: Any, source: Any, size: Any) -> Any:
+    """Copy ``size`` bytes."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        to, come = (builder.inttoptr(each, ir.IntType(8).as_pointer()) for each in args[:2])
+        _call(builder, "llvm.memcpy.p0.p0.i64", ir.VoidType(), [to, come, args[2], _BIT(0)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
