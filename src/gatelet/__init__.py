@@ -2,6 +2,7 @@
 
 from gatelet import diagnose as diagnose
 from gatelet import estimators as estimators
+from gatelet import kernels as kernels
 from gatelet import nn as nn
 from gatelet import sparsity as sparsity
 from gatelet.diagnose import exact_gradient as exact_gradient

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gatelet._checks import check_choice
+from gatelet.kernels._pattern import flat, mask_of
 
 BACKENDS = ("auto", "reference", "numba", "triton")
 Kernel = Literal["reference", "unit", "group"]
@@ -122,7 +123,9 @@ def choose(
     rate = active_fraction(gate)
     if rate <= most:
         return Choice("numba", kernel, rate, most, f"{rate:.1%} of the gates are open, break-even is at {most:.0%}")
-    return Choice("reference", "reference", rate, most, f"{rate:.1%} of the gates are open, over break-even at {most:.0%}")
+    return Choice(
+        "reference", "reference", rate, most, f"{rate:.1%} of the gates are open, over break-even at {most:.0%}"
+    )
 
 
 def plain(*tensors: Tensor | None) -> bool:
@@ -162,8 +165,6 @@ def runs_numba(backend: str, tensor: Tensor) -> bool:
 
 def choose_by_pattern(backend: str, rows: Tensor, hidden: Tensor, weight: Tensor) -> Choice:
     """Decide for a hidden layer (B, N) whose pattern is known, and W (O, N)."""
-    from gatelet.kernels._pattern import mask_of
-
     if backend != "auto" or hidden.dtype not in NATIVE or hidden.device.type != "cpu":
         gate = hidden
     else:  # a sample's bits stand for the gates
@@ -172,9 +173,7 @@ def choose_by_pattern(backend: str, rows: Tensor, hidden: Tensor, weight: Tensor
     return choose(backend, gate, weight.shape[0], weight.shape[1], hidden.dtype, False, batch=hidden.shape[0])
 
 
-def explain(
-    x: Tensor, weight: Tensor, gate: Tensor, *, backend: str = "auto", gradients: bool | None = None
-) -> Choice:
+def explain(x: Tensor, weight: Tensor, gate: Tensor, *, backend: str = "auto", gradients: bool | None = None) -> Choice:
     """Return which kernel :func:`gatelet.kernels.gated_linear` runs for these arguments, and why.
 
     Args:
@@ -191,5 +190,4 @@ def explain(
     check_backend(backend)
     if gradients is None:
         gradients = recording(x, weight, gate)
-    flat = gate.detach().reshape(-1, gate.shape[-1])
-    return choose(backend, flat, weight.shape[1], weight.shape[0], x.dtype, gradients)
+    return choose(backend, flat(gate.detach()), weight.shape[1], weight.shape[0], x.dtype, gradients)

@@ -27,6 +27,11 @@ class OpenPattern:
     units: int
 
 
+def flat(tensor: Tensor) -> Tensor:
+    """Return (..., C) as (B, C); unlike ``reshape(-1, C)`` also for no examples or no columns."""
+    return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor.flatten(0, -2)
+
+
 def words(count: int) -> int:
     """Return how many words hold ``count`` bits."""
     return -(-count // 64)

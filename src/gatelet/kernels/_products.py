@@ -17,6 +17,7 @@ a few cache sets.
 
 import ctypes
 import functools
+import inspect
 import math
 from typing import Any
 
@@ -28,19 +29,23 @@ from gatelet.kernels import _vector as v
 SLICE, VECTOR = v.SLICE, v.VECTOR
 # Module globals of this module itself, as Numba's cache wants them.
 dot_first, dot_more, dot_rest_first, dot_rest = v.dot_first, v.dot_more, v.dot_rest_first, v.dot_rest
-axpy_first, axpy_more, axpy_rest_first, axpy_rest = v.axpy_first, v.axpy_more, v.axpy_rest_first, v.axpy_rest
+axpy, axpy_rest, axpy_in_turn, axpy_rest_in_turn = v.axpy, v.axpy_rest, v.axpy_in_turn, v.axpy_rest_in_turn
+prefetch = v.prefetch
 tile44, tile41, tile11 = v.tile44, v.tile41, v.tile11
 lanes_sum, nonzero_bits, lowest, take = v.lanes_sum, v.nonzero_bits, v.lowest, v.take
 read, write, read_word, write_word = v.read, v.write, v.read_word, v.write_word
 read_index, write_index = v.read_index, v.write_index
-clear, copy = v.clear, v.copy
+clear, copy, ones = v.clear, v.copy, v.ones
 
 ACTIVATIONS = ("identity", "relu", "gelu", "silu")
 
-_options: dict[str, Any] = {"error_model": "numpy", "boundscheck": False, "nogil": True}
+
+def compiled(function: Any) -> Any:
+    """Numba's decorator, on the function itself: a run-time type checker may have wrapped it."""
+    return njit(error_model="numpy", boundscheck=False)(inspect.unwrap(function))
 
 
-@njit(**_options)
+@compiled
 def activate(z: Any, code: Any, one: Any) -> Any:  # pragma: no cover (compiled)
     """Return the activation of z."""
     if code == 1:
@@ -52,7 +57,7 @@ def activate(z: Any, code: Any, one: Any) -> Any:  # pragma: no cover (compiled)
     return z
 
 
-@njit(**_options)
+@compiled
 def slope(z: Any, code: Any, one: Any) -> Any:  # pragma: no cover (compiled)
     """Return the derivative of the activation at z."""
     if code == 1:
@@ -66,13 +71,13 @@ def slope(z: Any, code: Any, one: Any) -> Any:  # pragma: no cover (compiled)
     return one
 
 
-@njit(**_options)
+@compiled
 def type_as(value: Any, one: Any) -> Any:  # pragma: no cover (compiled)
     """Return the number in the type of ``one``."""
     return type(one)(value)
 
 
-@njit(**_options)
+@compiled
 def open_word(row: Any, word: Any, N: Any, group: Any, size: Any, one: Any) -> Any:  # pragma: no cover (compiled)
     """Return the open units 64·word ... 64·word + 63 of an example, from its row of gates."""
     first = 64 * word
@@ -92,7 +97,7 @@ def open_word(row: Any, word: Any, N: Any, group: Any, size: Any, one: Any) -> A
     return bits
 
 
-@njit(**_options)
+@compiled
 def transpose(words: Any) -> None:  # pragma: no cover (compiled)
     """Transpose a 64 × 64 matrix of bits, in place: halves are exchanged, then quarters, and so on."""
     half = 32
@@ -107,7 +112,7 @@ def transpose(words: Any) -> None:  # pragma: no cover (compiled)
         mask ^= mask << half
 
 
-@njit(**_options)
+@compiled
 def build(
     gate: Any, rows: Any, cols: Any, word0: Any, word1: Any, c: Any, B: Any, N: Any, group: Any, size: Any, one: Any
 ) -> None:  # pragma: no cover (compiled)
@@ -131,7 +136,7 @@ def build(
                 write_word(cols + (n * chunks + c) * 8, block[word - start, n - 64 * word])
 
 
-@njit(**_options)
+@compiled
 def visits(
     listed: Any, cols: Any, c0: Any, c1: Any, n0: Any, n1: Any, chunks: Any
 ) -> Any:  # pragma: no cover (compiled)
@@ -195,6 +200,8 @@ def _kernels(one: Any) -> dict[str, Any]:
         out, pre, B, N, D, group, span_b, span_n = A[9], A[10], A[11], A[12], A[13], A[14], A[15], A[18]
         fill, code = A[19], A[20]
         listed = scratch + span_b * span_n * VECTOR
+        near = listed + (span_b // 64 * span_n + 4) * 24
+        near_pre, near_gate = near + 64 * span_n * size, near + 128 * span_n * size
         chunks, whole = (B + 63) // 64, D // span
         rest = (D - whole * span + lanes - 1) // lanes
         tail = packed + whole * B * SLICE
@@ -214,7 +221,12 @@ def _kernels(one: Any) -> dict[str, Any]:
                 sums = scratch
                 block, w = packed + d * B * SLICE, W + d * span * size
                 for i in range(count):
-                    n, c, word = read_word(listed + 24 * i), read_word(listed + 24 * i + 8), read_word(listed + 24 * i + 16)
+                    n, c, word = (
+                        read_word(listed + 24 * i),
+                        read_word(listed + 24 * i + 8),
+                        read_word(listed + 24 * i + 16),
+                    )
+                    prefetch(w + read_word(listed + 24 * (i + 1)) * D * size)
                     if d == 0:
                         sums = dot_first(w + n * D * size, 0, block + 64 * c * SLICE, word, sums, one)
                     else:
@@ -224,32 +236,53 @@ def _kernels(one: Any) -> dict[str, Any]:
                 start = whole * span + r * lanes
                 block, w = tail + r * B * VECTOR, W + start * size
                 for i in range(count):
-                    n, c, word = read_word(listed + 24 * i), read_word(listed + 24 * i + 8), read_word(listed + 24 * i + 16)
+                    n, c, word = (
+                        read_word(listed + 24 * i),
+                        read_word(listed + 24 * i + 8),
+                        read_word(listed + 24 * i + 16),
+                    )
                     if whole == 0 and r == 0:
                         sums = dot_rest_first(w + n * D * size, D - start, block + 64 * c * VECTOR, word, sums, one)
                     else:
                         sums = dot_rest(w + n * D * size, D - start, block + 64 * c * VECTOR, word, sums, one)
-            if fill != 0:
-                for b in range(b0, b1):
-                    clear(out + (b * N + n0) * size, (n1 - n0) * size)
-                    if pre != 0:
-                        clear(pre + (b * N + n0) * size, (n1 - n0) * size)
             sums = scratch
-            for i in range(count):
-                n, c, word = read_word(listed + 24 * i), read_word(listed + 24 * i + 8), read_word(listed + 24 * i + 16)
-                add = read(bias + n * size, one) if bias != 0 else zero
-                while word != 0:
-                    b = 64 * c + lowest(word)
-                    z = add if D == 0 else lanes_sum(sums, one) + add
-                    sums += VECTOR
+            i = 0
+            wide = (n1 - n0) * size
+            for c in range(c0, c1):
+                first, last = 64 * c, min(64 * c + 64, B)
+                # Columns of a large matrix share cache sets: values are put in place in a small copy of the block.
+                if fill != 0:
+                    clear(near, 64 * wide)
                     if pre != 0:
-                        write(pre + (b * N + n) * size, z)
-                    z = activate(z, code, one)
-                    if gate != 0:
-                        h = read(gate + (b * gates + n // group) * size, one)
-                        z = z * h if h != 0 else zero
-                    write(out + (b * N + n) * size, z)
-                    word &= word - 1
+                        clear(near_pre, 64 * wide)
+                if gate != 0 and group == 1:
+                    for b in range(first, last):
+                        copy(near_gate + (b - first) * wide, gate + (b * N + n0) * size, wide)
+                while i < count and read_word(listed + 24 * i + 8) == c:
+                    n, word = read_word(listed + 24 * i), read_word(listed + 24 * i + 16)
+                    i += 1
+                    add = read(bias + n * size, one) if bias != 0 else zero
+                    while word != 0:
+                        b = lowest(word)
+                        word &= word - 1
+                        z = add if D == 0 else lanes_sum(sums, one) + add
+                        sums += VECTOR
+                        inside, outside = b * wide + (n - n0) * size, ((first + b) * N + n) * size
+                        if pre != 0:
+                            write((near_pre + inside) if fill != 0 else (pre + outside), z)
+                        z = activate(z, code, one)
+                        if gate != 0:
+                            if group == 1:
+                                h = read(near_gate + inside, one)
+                            else:
+                                h = read(gate + ((first + b) * gates + n // group) * size, one)
+                            z = z * h if h != 0 else zero
+                        write((near + inside) if fill != 0 else (out + outside), z)
+                if fill != 0:
+                    for b in range(first, last):
+                        copy(out + (b * N + n0) * size, near + (b - first) * wide, wide)
+                        if pre != 0:
+                            copy(pre + (b * N + n0) * size, near_pre + (b - first) * wide, wide)
 
     def group_dots(p: Any) -> None:
         """Like ``dots`` for gates of several units: a task is a group, a dense product with its open examples."""
@@ -346,48 +379,60 @@ def _kernels(one: Any) -> dict[str, Any]:
                             target = out + (b * D + d) * size
                             c = C + (b * N + 64 * word) * size
                             if s < whole:
-                                axpy_more(target, 0, block, stride, c, size, bits, one)
+                                axpy(target, 0, block, stride, c, bits, one)
                             else:
-                                axpy_rest(target, count, block, stride, c, size, bits, one)
+                                axpy_rest(target, count, block, stride, c, bits, one)
 
     def by_unit(p: Any) -> None:
         """A task is 64 units; their rows of V stay near while the packed examples pass."""
         A = carray(p, (32,), types.int64)
+        listed = A[11] + take(A.ctypes.data + 8) * A[12]
         C, packed, cols, V, total = A[2], A[3], A[4], A[5], A[6]
         B, N, D, cleared = A[7], A[8], A[9], A[10]
         chunks, whole = (B + 63) // 64, D // span
         rest = (D - whole * span + lanes - 1) // lanes
         tail = packed + whole * B * SLICE
+        coefficients = listed + (64 * chunks + 1) * 24
         while True:
             n0 = take(A.ctypes.data) * 64
             if n0 >= N:
                 break
             n1 = min(n0 + 64, N)
-            for s in range(whole + rest if V != 0 else 0):
-                d = s * span if s < whole else whole * span + (s - whole) * lanes
-                for c in range(chunks):
-                    for n in range(n0, n1):
-                        target = V + (n * D + d) * size
-                        if c == 0 and cleared == 0:
-                            clear(target, min(span if s < whole else lanes, D - d) * size)
-                        word = read_word(cols + (n * chunks + c) * 8)
-                        if word != 0:
-                            at = C + (64 * c * N + n) * size
-                            if s < whole:
-                                block = packed + (s * B + 64 * c) * SLICE
-                                axpy_more(target, 0, block, SLICE, at, N * size, word, one)
-                            else:
-                                block = tail + ((s - whole) * B + 64 * c) * VECTOR
-                                axpy_rest(target, D - d, block, VECTOR, at, N * size, word, one)
+            count = visits(listed, cols, 0, chunks, n0, n1, chunks)
             if total != 0:
-                for n in range(n0, n1):
-                    value = zero
-                    for c in range(chunks):
-                        word = read_word(cols + (n * chunks + c) * 8)
-                        while word != 0:
-                            value += read(C + ((64 * c + lowest(word)) * N + n) * size, one)
-                            word &= word - 1
-                    write(total + n * size, value)
+                clear(total + n0 * size, (n1 - n0) * size)
+            at = coefficients  # collected once: C's columns lie far apart
+            for i in range(count):
+                n, c, word = read_word(listed + 24 * i), read_word(listed + 24 * i + 8), read_word(listed + 24 * i + 16)
+                value = zero
+                while word != 0:
+                    scale = read(C + ((64 * c + lowest(word)) * N + n) * size, one)
+                    write(at, scale)
+                    at += size
+                    value += scale
+                    word &= word - 1
+                if total != 0:
+                    write(total + n * size, read(total + n * size, one) + value)
+            if V == 0:
+                continue
+            if cleared == 0:
+                clear(V + n0 * D * size, (n1 - n0) * D * size)
+            for s in range(whole + rest):
+                d = s * span if s < whole else whole * span + (s - whole) * lanes
+                at = coefficients
+                for i in range(count):
+                    n, c, word = (
+                        read_word(listed + 24 * i),
+                        read_word(listed + 24 * i + 8),
+                        read_word(listed + 24 * i + 16),
+                    )
+                    target = V + (n * D + d) * size
+                    if s < whole:
+                        axpy_in_turn(target, 0, packed + (s * B + 64 * c) * SLICE, SLICE, at, word, one)
+                    else:
+                        block = tail + ((s - whole) * B + 64 * c) * VECTOR
+                        axpy_rest_in_turn(target, D - d, block, VECTOR, at, word, one)
+                    at += ones(word) * size
 
     def pointwise(p: Any) -> None:
         """At open pairs, from the gradient g of act(z) ∘ gate: C = g · gate · act'(z), gradient of the gate g · act(z).
@@ -429,9 +474,10 @@ def _kernels(one: Any) -> dict[str, Any]:
 def kernel(name: str, bits: int) -> int:
     """Return the address of a kernel for float32 or float64, compiled at the first call (or read from the cache)."""
     one = np.float32(1) if bits == 32 else np.float64(1)
-    compiled = cfunc(types.void(types.voidptr), cache=True, error_model="numpy")(_kernels(one)[name])
-    _keep.append(compiled)
-    return ctypes.cast(compiled.ctypes, ctypes.c_void_p).value or 0
+    function = inspect.unwrap(_kernels(one)[name])
+    built = cfunc(types.void(types.voidptr), cache=True, error_model="numpy")(function)
+    _keep.append(built)
+    return ctypes.cast(built.ctypes, ctypes.c_void_p).value or 0
 
 
 _keep: list[Any] = []

@@ -28,8 +28,9 @@ def pattern(gate: Tensor, units: int) -> tuple[Tensor, Tensor]:
     batch, group = gate.shape[0], units // max(gate.shape[1], 1)
     rows = gate.new_empty((batch, words(units)), dtype=torch.int64)
     cols = gate.new_empty((units, words(batch)), dtype=torch.int64)
-    args = (gate.data_ptr(), rows.data_ptr(), cols.data_ptr(), batch, units, group)
-    _team.run(kernel("pattern", _bits(gate)), args, _team.threads())
+    if gate.numel():
+        args = (gate.data_ptr(), rows.data_ptr(), cols.data_ptr(), batch, units, group)
+        _team.run(kernel("pattern", _bits(gate)), args, _team.threads())
     return rows, cols
 
 
@@ -87,7 +88,7 @@ def dots(
         # Examples near in cache while all units pass; where D is too large for that, more units per pass of the examples.
         wide = batch * width * x.element_size() > NEAR and width * x.element_size() * 256 > NEAR
         spans = (min(256, 64 * words(batch)), 256 if wide and units >= 256 * 2 * team else 64)
-        stride = spans[0] * spans[1] * VECTOR + spans[0] // 64 * spans[1] * 24 + 24
+        stride = spans[0] * spans[1] * VECTOR + (spans[0] // 64 * spans[1] + 4) * 24 + 192 * spans[1] * x.element_size()
         scratch = x.new_empty(team * stride, dtype=torch.uint8)
         source = pack(x) if packed is None else packed
     args = (
@@ -129,11 +130,14 @@ def by_unit(
     result = (_zeros(x, units, width) if cleared else x.new_empty((units, width))) if need_rows else None
     sums = x.new_empty(units) if need_sum else None
     source = (pack(x) if packed is None else packed) if need_rows else x
+    team = _team.threads()
+    stride = (64 * words(batch) + 1) * 24 + 64 * batch * x.element_size()
+    scratch = x.new_empty(team * stride, dtype=torch.uint8)
     args = (
         *(coefficient.data_ptr(), source.data_ptr(), cols.data_ptr(), _address(result), _address(sums)),
-        *(batch, units, width, int(cleared)),
+        *(batch, units, width, int(cleared), scratch.data_ptr(), stride),
     )
-    _team.run(kernel("by_unit", _bits(x)), args, _team.threads())
+    _team.run(kernel("by_unit", _bits(x)), args, team)
     return result, sums
 
 
@@ -150,6 +154,8 @@ def pointwise(
     batch, units = upper.shape
     slopes = torch.empty_like(gate) if need_gate else None
     coefficient = torch.empty_like(upper) if need_coefficient else None
+    if not upper.numel():
+        return coefficient, slopes
     args = (
         *(upper.data_ptr(), _address(pre), gate.data_ptr(), rows.data_ptr(), _address(coefficient), _address(slopes)),
         *(batch, units, units // max(gate.shape[1], 1), ACTIVATIONS.index(activation)),

@@ -7,19 +7,27 @@ processor with narrower registers LLVM splits the vectors.
 Addresses are int64. The argument ``one`` carries nothing but the type of the numbers.
 """
 
+import inspect
 from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
+from numba.extending import intrinsic as _intrinsic
 
 WIDTH = 8
 """Vectors in a slice: the slice and its running sums fit in 32 registers."""
 VECTOR = 64
 """Bytes of a vector."""
 SLICE = WIDTH * VECTOR
+CHAINS = 2
+"""Chains of multiply-adds per pair: more of them hide latency, but have to be added up."""
 
 _I32, _I64, _BIT = ir.IntType(32), ir.IntType(64), ir.IntType(1)
+
+
+def intrinsic(function: Any) -> Any:
+    """Numba's decorator, on the function itself: a run-time type checker may have wrapped it."""
+    return _intrinsic(inspect.unwrap(function))
 
 
 def _vector(context: Any, one: Any) -> Any:
@@ -150,11 +158,12 @@ def _dot(width: int, masked: bool, fresh: bool) -> Any:
             bits = _Bits(builder, word)
             here = bits.carry(sums)
             example = builder.add(block, builder.mul(_ctz(builder, bits.word), _I64(VECTOR * width)))
-            total = None if fresh else _load(builder, here, 0, vector)
+            chains = [None if fresh else _load(builder, here, 0, vector), None][: min(width, CHAINS)]
             for v in range(width):
                 x = _load(builder, example, VECTOR * v, vector)
-                total = builder.fmul(row[v], x) if total is None else _fma(builder, row[v], x, total)
-            _store(builder, total, here, 0)
+                chain = chains[v % len(chains)]
+                chains[v % len(chains)] = builder.fmul(row[v], x) if chain is None else _fma(builder, row[v], x, chain)
+            _store(builder, chains[0] if len(chains) == 1 else builder.fadd(*chains), here, 0)
             after = builder.add(here, _I64(VECTOR))
             bits.end([after])
             return after
@@ -169,8 +178,11 @@ dot_first, dot_more = _dot(WIDTH, False, True), _dot(WIDTH, False, False)
 dot_rest_first, dot_rest = _dot(1, True, True), _dot(1, True, False)
 
 
-def _axpy(width: int, masked: bool, fresh: bool) -> Any:
-    """Add, for each bit j of ``word``, coefficient[j] · rows[j] to the slice ``target`` (or to zero if ``fresh``)."""
+def _axpy(width: int, masked: bool, in_turn: bool) -> Any:
+    """Add coefficient · rows[j] to the slice ``target`` for each bit j of ``word``.
+
+    The coefficients are one for every j, or only the needed ones ``in_turn``.
+    """
 
     @intrinsic
     def axpy(
@@ -180,31 +192,31 @@ def _axpy(width: int, masked: bool, fresh: bool) -> Any:
         rows: Any,
         stride: Any,
         coefficient: Any,
-        step: Any,
         word: Any,
         one: Any,
     ) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            target, count, rows, stride, coefficient, step, word, _ = args
-            vector = _vector(context, signature.args[7])
+            target, count, rows, stride, coefficient, word, _ = args
+            vector = _vector(context, signature.args[6])
             vector.element_size = 4 if vector.count == 16 else 8
-            if fresh:
-                start = [ir.Constant(vector, None)] * width
-            elif masked:
+            if masked:
                 start = [_masked(builder, target, count, vector)]
             else:
                 start = [_load(builder, target, VECTOR * v, vector) for v in range(width)]
             bits = _Bits(builder, word)
             sums = [bits.carry(value) for value in start]
+            here = bits.carry(coefficient) if in_turn else None
             j = _ctz(builder, bits.word)
             row = builder.add(rows, builder.mul(j, stride))
-            scale = _load(builder, builder.add(coefficient, builder.mul(j, step)), 0, vector.element)
+            size = _I64(4 if vector.count == 16 else 8)
+            scale = here if in_turn else builder.add(coefficient, builder.mul(j, size))
+            scale = _load(builder, scale, 0, vector.element)
             scale = _splat(builder, scale, vector.count)
             following = []
             for v in range(width):
                 part = _masked(builder, row, count, vector) if masked else _load(builder, row, VECTOR * v, vector)
                 following.append(_fma(builder, scale, part, sums[v]))
-            bits.end(following)
+            bits.end([*following, builder.add(here, size)] if in_turn else following)
             for v in range(width):
                 if masked:
                     _masked_store(builder, following[v], target, count)
@@ -212,14 +224,14 @@ def _axpy(width: int, masked: bool, fresh: bool) -> Any:
                     _store(builder, following[v], target, VECTOR * v)
             return context.get_dummy_value()
 
-        integers = [types.int64] * 7
+        integers = [types.int64] * 6
         return types.void(*integers, one), generate
 
     return axpy
 
 
-axpy_first, axpy_more = _axpy(WIDTH, False, True), _axpy(WIDTH, False, False)
-axpy_rest_first, axpy_rest = _axpy(1, True, True), _axpy(1, True, False)
+axpy, axpy_rest = _axpy(WIDTH, False, False), _axpy(1, True, False)
+axpy_in_turn, axpy_rest_in_turn = _axpy(WIDTH, False, True), _axpy(1, True, True)
 
 
 def _tile(units: int, examples: int) -> Any:
@@ -417,3 +429,26 @@ def copy(typing: Any, target: Any, source: Any, size: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def prefetch(typing: Any, address: Any) -> Any:
+    """Ask for a slice to be brought into the first-level cache."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        for part in range(WIDTH):
+            pointer = builder.inttoptr(builder.add(args[0], _I64(VECTOR * part)), ir.IntType(8).as_pointer())
+            _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _I32(0), _I32(3), _I32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def ones(typing: Any, word: Any) -> Any:
+    """Return how many bits are set."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _call(builder, "llvm.ctpop.i64", _I64, [args[0]])
+
+    return types.int64(types.int64), generate

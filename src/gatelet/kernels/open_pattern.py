@@ -6,7 +6,7 @@ from torch import Tensor
 
 from gatelet.kernels import _dispatch
 from gatelet.kernels._checks import check_tensor
-from gatelet.kernels._pattern import OpenPattern, bits_of, spread, words
+from gatelet.kernels._pattern import OpenPattern, bits_of, flat, spread, words
 
 
 def open_pattern(gate: Float[Tensor, "*lead G"], group_size: int = 1) -> OpenPattern:
@@ -22,7 +22,7 @@ def open_pattern(gate: Float[Tensor, "*lead G"], group_size: int = 1) -> OpenPat
     check_tensor(gate, "gate")
     _dispatch.refuse_vmap("open_pattern", gate)
     units = gate.shape[-1] * group_size
-    rows, cols = torch.ops.gatelet.open_pattern(gate.detach().reshape(-1, gate.shape[-1]), units, "auto")
+    rows, cols = torch.ops.gatelet.open_pattern(flat(gate.detach()), units, "auto")
     return OpenPattern(rows, cols, gate.shape[:-1], units)
 
 

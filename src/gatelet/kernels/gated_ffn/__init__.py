@@ -9,7 +9,7 @@ from torch import Tensor
 from gatelet._checks import check_choice
 from gatelet.kernels import _dispatch
 from gatelet.kernels._checks import check_affine, check_gate
-from gatelet.kernels._pattern import words
+from gatelet.kernels._pattern import flat, words
 from gatelet.kernels.gated_ffn import _reference
 
 ACTIVATIONS = ("identity", "relu", "gelu", "silu")
@@ -58,7 +58,7 @@ def gated_ffn(
     # What w2 is checked against: a hidden layer of x's leading shape.
     check_affine(x.new_empty(()).expand(*x.shape[:-1], w1.shape[0]), w2, b2, ("the hidden layer", "w2", "b2"))
     _dispatch.refuse_vmap("gated_ffn", x, w1, b1, gate, w2, b2)
-    flat_x, flat_gate = x.reshape(-1, x.shape[-1]), gate.reshape(-1, gate.shape[-1])
+    flat_x, flat_gate = flat(x), flat(gate)
     if flat_gate.dtype != x.dtype:
         flat_gate = flat_gate.to(x.dtype)
     if _dispatch.plain(x, w1, b1, gate, w2, b2):
@@ -87,8 +87,9 @@ def _forward(
     if _dispatch.choose(backend, gate.detach(), width, w1.shape[0], x.dtype, keep).backend == "numba":
         from gatelet.kernels.gated_ffn import _numba
 
-        tensors = [t if t is None else t.detach().contiguous() for t in (x, w1, b1, gate, b2)]
-        return _numba.forward(*tensors[:4], activation, w2.detach(), tensors[4], keep)  # type: ignore[arg-type]
+        x, w1, gate, w2 = (each.detach() for each in (x, w1, gate, w2))
+        b1, b2 = (each if each is None else each.detach().contiguous() for each in (b1, b2))
+        return _numba.forward(x.contiguous(), w1.contiguous(), b1, gate.contiguous(), activation, w2, b2, keep)
     out, pre, hidden = _reference.forward(x, w1, b1, gate, activation, w2, b2, keep)
     # The dense path has no use for a pattern; its shape is promised by the fake.
     rows = x.new_zeros((x.shape[0], words(w1.shape[0])), dtype=torch.int64)

@@ -56,7 +56,9 @@ def backward(
     from_x = from_w1 = from_b1 = from_gate = from_w2 = None
     if any(need[:4]):
         inner = torch.empty_like(hidden)
-        _sparse.dots(grad, w2.t().contiguous(), None, None, cols, inner, grouped=_grouped(gate, w1.shape[0]), fill=False)
+        _sparse.dots(
+            grad, w2.t().contiguous(), None, None, cols, inner, grouped=_grouped(gate, w1.shape[0]), fill=False
+        )
         coefficient, from_gate = _sparse.pointwise(inner, pre, gate, rows, need[3], any(need[:3]), activation)
         if coefficient is not None:
             if need[0]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gatelet.kernels import _dispatch
 from gatelet.kernels._checks import check_affine, check_gate
-from gatelet.kernels._pattern import OpenPattern, mask_of
+from gatelet.kernels._pattern import OpenPattern, flat, mask_of
 from gatelet.kernels.gated_linear import _reference
 
 
@@ -53,7 +53,7 @@ def gated_linear(
     units, width = weight.shape
     check_gate(gate, x, units)
     _dispatch.refuse_vmap("gated_linear", x, weight, bias, gate)
-    flat_x, flat_gate = x.reshape(-1, width), gate.reshape(-1, gate.shape[-1])
+    flat_x, flat_gate = flat(x), flat(gate)
     if flat_gate.dtype != x.dtype:
         flat_gate = flat_gate.to(x.dtype)
     shape = (*x.shape[:-1], units)
@@ -65,21 +65,27 @@ def gated_linear(
         gradients = _dispatch.recording(x, weight, bias, gate)
         choice = _dispatch.choose(backend, flat_gate.detach(), width, units, x.dtype, gradients).backend
         if not gradients and support is None and pattern is None:
-            args = [flat_x.detach(), weight.detach(), None if bias is None else bias.detach(), flat_gate.detach()]
+            # Without a gradient the ops' machinery would cost more than a small product.
             if choice == "numba":
                 from gatelet.kernels.gated_linear import _numba
 
-                return _numba.infer(*(a if a is None else a.contiguous() for a in args)).view(shape)  # type: ignore[arg-type]
-            return _reference.forward(*args, None, False)[0].view(shape)  # type: ignore[arg-type]
+                shift = None if bias is None else bias.detach().contiguous()
+                found = _numba.infer(
+                    flat_x.detach().contiguous(), weight.detach().contiguous(), shift, flat_gate.detach().contiguous()
+                )
+                return found.view(shape)
+            return _reference.forward(flat_x, weight, bias, flat_gate, None, False)[0].view(shape)
     rows = cols = wide_rows = wide_cols = None
     if support is not None:
         if support.shape != gate.shape:
             raise ValueError(f"support must have gate's shape {tuple(gate.shape)}, not {tuple(support.shape)}")
-        flat_support = support.reshape(flat_gate.shape).to(x.dtype)
+        flat_support = flat(support).to(x.dtype)
         wide_rows, wide_cols = torch.ops.gatelet.open_pattern(flat_support, units, choice)
     if pattern is not None:
         if pattern.lead != gate.shape[:-1] or pattern.units != units:
-            raise ValueError(f"pattern is one of gates {(*pattern.lead, pattern.units)}, not of gate {tuple(gate.shape)}")
+            raise ValueError(
+                f"pattern is one of gates {(*pattern.lead, pattern.units)}, but x and weight ask for {shape}"
+            )
         rows, cols = pattern.rows, pattern.cols
     elif choice != "reference":
         rows, cols = torch.ops.gatelet.open_pattern(flat_gate.detach(), units, choice)

@@ -10,7 +10,7 @@ from gatelet.kernels._pattern import gathered, spread
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, wide: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return (x Wᵀ + b) ∘ gate and, to ``keep``, x Wᵀ + b on the support ``wide`` (B, N) (by default the open gates)."""
+    """Return (x Wᵀ + b) ∘ gate and, to ``keep``, x Wᵀ + b on the support ``wide`` (B, N), by default the open gates."""
     pre = F.linear(x, weight, bias)
     each = spread(gate, weight.shape[0])
     # Not just a product: a closed unit may hold NaN or infinity.

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gatelet.kernels import _dispatch
 from gatelet.kernels._checks import check_affine
-from gatelet.kernels._pattern import OpenPattern, mask_of
+from gatelet.kernels._pattern import OpenPattern, flat, mask_of
 from gatelet.kernels.linear_gated import _reference
 
 
@@ -46,12 +46,13 @@ def linear_gated(
     _dispatch.check_backend(backend)
     check_affine(hidden, weight, bias, ("hidden", "weight", "bias"))
     if not isinstance(pattern, OpenPattern):
-        raise TypeError(f"pattern must be an OpenPattern (gatelet.kernels.open_pattern), not {type(pattern).__name__}")
+        raise TypeError(f"pattern must come from gatelet.kernels.open_pattern, not be a {type(pattern).__name__}")
     if pattern.lead != hidden.shape[:-1] or pattern.units != hidden.shape[-1]:
-        raise ValueError(f"pattern is one of gates {(*pattern.lead, pattern.units)}, not of hidden {tuple(hidden.shape)}")
+        raise ValueError(
+            f"pattern is one of gates {(*pattern.lead, pattern.units)}, but hidden has shape {tuple(hidden.shape)}"
+        )
     _dispatch.refuse_vmap("linear_gated", hidden, weight, bias)
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    out: Tensor = torch.ops.gatelet.linear_gated(flat, pattern.rows, pattern.cols, weight, bias, backend)
+    out: Tensor = torch.ops.gatelet.linear_gated(flat(hidden), pattern.rows, pattern.cols, weight, bias, backend)
     return out.view(*hidden.shape[:-1], weight.shape[0])
 
 

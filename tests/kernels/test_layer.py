@@ -1,0 +1,86 @@
+"""ConditionalLinear on the kernels: the same numbers as the dense layer, whatever the estimator."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import gatelet
+from gatelet.estimators import ALL
+
+CERTAIN = [name for name, method in ALL.items() if method.needs != "objective"]
+SKIPPING = [name for name in CERTAIN if ALL[name].support != "all"]
+
+
+def dense(layer, x, gates):
+    return F.linear(x, layer.expert.weight, layer.expert.bias) * gates.repeat_interleave(layer.group_size, -1)
+
+
+def losses_and_gradients(layer, x, noise, experts):
+    layer.zero_grad()
+    leaf = x.clone().requires_grad_()
+    layer._experts = experts
+    with gatelet.Tape() as tape:
+        loss = layer(leaf, noise=noise).sin().square().sum(-1)
+    total = tape.surrogate(loss).mean() + gatelet.sparsity.penalty(layer)
+    total.backward()
+    return [loss, leaf.grad, *(p.grad for p in layer.parameters())]
+
+
+@pytest.mark.parametrize("group", [1, 8])
+@pytest.mark.parametrize("name", SKIPPING)
+def test_sparse_training_has_the_dense_gradients(name, group, monkeypatch):
+    """Bit for bit it cannot be, sums run in another order; in float64 it is to 12 digits."""
+    torch.manual_seed(1)
+    layer = gatelet.nn.ConditionalLinear(40, 160, 12, estimator=name, group_size=group).double()
+    x = torch.rand(130, 40, dtype=torch.float64)
+    logits = layer.gater(x)
+    noise = layer.unit.estimator.draw_noise(logits)
+    seen = []
+
+    def sparse(x, gates):
+        seen.append(gates)
+        return gatelet.kernels.gated_linear(x, layer.expert.weight, layer.expert.bias, gates, backend="numba")
+
+    have = losses_and_gradients(layer, x, noise, sparse)
+    want = losses_and_gradients(layer, x, noise, lambda x, gates: dense(layer, x, gates))
+    for a, b in zip(have, want, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+    assert (seen[0] == 0).any()
+
+
+@pytest.mark.parametrize("name", CERTAIN)
+def test_the_layer_skips_where_the_estimator_allows(name, monkeypatch):
+    calls = []
+    module = gatelet.nn.conditional_linear
+    original = module.gated_linear
+    monkeypatch.setattr(module, "gated_linear", lambda *args: calls.append(1) or original(*args))
+    layer = gatelet.nn.ConditionalLinear(40, 160, 12, estimator=name)
+    layer.unit.threshold.fill_(0.0)
+    with gatelet.Tape():
+        layer(torch.rand(3, 40))
+    assert bool(calls) == (ALL[name].support != "all")
+    calls.clear()
+    layer.eval()
+    with torch.no_grad():
+        out = layer(torch.rand(3, 40))
+    assert calls
+    assert out.isfinite().all()
+
+
+def test_eval_equals_dense():
+    layer = gatelet.nn.ConditionalLinear(40, 160, 12, group_size=4).eval()
+    layer.unit.threshold.fill_(0.0)
+    x = torch.rand(5, 6, 40)
+    gates = layer.unit(layer.gater(x))
+    torch.testing.assert_close(layer(x), dense(layer, x, gates))
+
+
+def test_vmap_and_autocast_still_work():
+    layer = gatelet.nn.ConditionalLinear(40, 160, 12).eval()
+    layer.unit.threshold.fill_(0.0)
+    x = torch.rand(4, 3, 40)
+    with torch.no_grad():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
