@@ -1,5 +1,6 @@
 """What torch asks of an op, and what users do to one: transforms, threads, forks, NaN, memory."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 
 from gatelet import kernels
 from gatelet.kernels import explain, gated_ffn, gated_linear, linear_gated, open_pattern
+
+OPS = (gated_linear, linear_gated, gated_ffn)
 
 
 def tensors(batch=9, units=70, width=33, group=1, rate=0.3, dtype=torch.float64, grad=True):
@@ -75,43 +78,47 @@ def test_opcheck(backend):
     check(torch.ops.gatelet.gated_ffn.default, (x, weight, bias, gate, "gelu", w2, b2, backend, True))
 
 
+# In a process of their own: the suite's run-time type checks cannot be traced.
+TRACED = """
+import torch
+from gatelet.kernels import gated_ffn, gated_linear
+
 def block(x, weight, bias, gate, w2, b2):
     hidden = gated_linear(x, weight, bias, gate)
     return gated_ffn(x, weight, bias, gate, "relu", w2, b2).sum() + hidden.sin().sum()
 
+torch.manual_seed(0)
+shapes = (80, 65), (130, 65), (130,), (80, 130), (64, 130), (64,)
+inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+inputs[3] = inputs[3] * (torch.rand(80, 130) < 0.1)
+inputs = [each.requires_grad_() for each in inputs]
+want = torch.autograd.grad(block(*inputs), inputs)
+compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+for a, b in zip(torch.autograd.grad(compiled(*inputs), inputs), want, strict=True):
+    torch.testing.assert_close(a, b)
 
-def test_compile_keeps_the_op():
-    inputs = [*tensors(), *second(70)]
-    want = torch.autograd.grad(block(*inputs), inputs)
-    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
-    have = torch.autograd.grad(compiled(*inputs), inputs)
-    for a, b in zip(have, want, strict=True):
-        torch.testing.assert_close(a, b)
+class Module(torch.nn.Module):
+    def forward(self, x, weight, bias, gate):
+        return gated_linear(x, weight, bias, gate)
+
+plain = tuple(each.detach() for each in inputs[:4])
+program = torch.export.export(Module(), plain)
+assert "gatelet.gated_linear" in str(program.graph), program.graph
+torch.testing.assert_close(program.module()(*plain), gated_linear(*plain))
+"""
 
 
-def test_export_keeps_the_op():
-    class Module(torch.nn.Module):
-        def forward(self, x, weight, bias, gate):
-            return gated_linear(x, weight, bias, gate)
-
-    inputs = tuple(tensors(grad=False))
-    program = torch.export.export(Module(), inputs)
-    assert "gatelet.gated_linear" in str(program.graph)
-    torch.testing.assert_close(program.module()(*inputs), gated_linear(*inputs))
+def test_compile_and_export_keep_the_op():
+    found = subprocess.run([sys.executable, "-c", TRACED], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr[-3000:]
 
 
-def test_vmap_refuses():
+def test_transforms_are_refused():
     x, weight, bias, gate = tensors(grad=False)
     with pytest.raises(NotImplementedError, match=r"torch\.vmap"):
         torch.vmap(lambda x, gate: gated_linear(x, weight, bias, gate))(x.unsqueeze(1), gate.unsqueeze(1))
-
-
-def test_func_grad_works():
-    x, weight, bias, gate = tensors(grad=False)
-    found = torch.func.grad(lambda w: gated_linear(x, w, bias, gate).sum())(weight)
-    leaf = weight.clone().requires_grad_()
-    (want,) = torch.autograd.grad(gated_linear(x, leaf, bias, gate).sum(), leaf)
-    torch.testing.assert_close(found, want)
+    with pytest.raises(NotImplementedError, match=r"torch\.func"):
+        torch.func.grad(lambda w: gated_linear(x, w, bias, gate).sum())(weight)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -180,8 +187,8 @@ def test_threads():
     def stress():
         torch.set_num_threads(2)
         for _ in range(30):
-            if not all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(run(), want, strict=True)):
-                wrong.append(1)
+            pairs = zip(run(), want, strict=True)
+            wrong.extend(not torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in pairs)
 
     team = [threading.Thread(target=stress) for _ in range(2)]
     try:
@@ -191,7 +198,8 @@ def test_threads():
             thread.join()
     finally:
         torch.set_num_threads(1)
-    assert not wrong
+    assert len(wrong) == 300
+    assert not any(wrong)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -230,30 +238,38 @@ def test_importing_the_library_leaves_numba_alone():
 
 
 MEMORY = """
-import resource, sys, torch
+import pathlib, sys, torch
 from gatelet.kernels import gated_linear
 from torch.nn import functional as F
 torch.set_num_threads(2)
-B, N, D = 512, 8192, 512
+B, N, D = 1024, 8192, 256
 x, weight = (torch.randn(s, D, requires_grad=True) for s in (B, N))
 gate = (torch.rand(B, N) < 0.1).float().requires_grad_()
-small = [t[:64].detach().requires_grad_() for t in (x, weight, gate[:, :64])]
+small = [x[:64].detach().requires_grad_(), weight[:64].detach().requires_grad_(), gate[:64, :64].detach()]
+small[2].requires_grad_()
 def run(x, weight, gate):
     y = gated_linear(x, weight, None, gate, backend="numba") if sys.argv[1] == "sparse" else F.linear(x, weight) * gate
     y.sum().backward()
+def kilobytes(what):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(what)))
 run(*small)  # compiles, and starts threads
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+before = kilobytes("VmRSS")
 run(x, weight, gate)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(kilobytes("VmHWM") - before)
 """
 
 
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system does not tell peaks")
 def test_memory_stays_below_dense():
     def peak(how):
         found = subprocess.run([sys.executable, "-c", MEMORY, how], capture_output=True, text=True, timeout=60)
         return int(found.stdout)
 
-    assert peak("sparse") <= 1.1 * peak("dense")
+    sparse, dense = peak("sparse"), peak("dense")
+    assert dense > 60_000  # kilobytes: the measurement sees what it is to see
+    assert sparse <= dense
 
 
 # -------------------------------------------------------------------- what is asked for, and what runs
@@ -272,6 +288,8 @@ def test_explain_says_what_runs():
 
 
 def test_errors_name_the_argument():
+    # Without the suite's run-time type checks, as users call them.
+    gated_linear, linear_gated, gated_ffn = map(inspect.unwrap, OPS)
     x, weight, bias, gate = tensors(grad=False)
     with pytest.raises(NotImplementedError, match="backend"):
         gated_linear(x, weight, bias, gate, backend="triton")

@@ -39,7 +39,7 @@ class Choice:
 
 
 # Measured break-even: the active fraction at which the sparse kernel takes as long as dense (docs/kernels.md, "Auto").
-# By kernel and whether gradients follow: (largest B, limit). Cost of a sparse call is nearly a + b·α, so one number says it.
+# By kernel and whether gradients follow: (largest B, limit). A sparse call costs nearly a + b·α: one number says it.
 LIMITS: dict[tuple[str, bool], tuple[tuple[int, float], ...]] = {
     ("unit", False): ((1, 0.9), (8, 0.5), (32, 0.35), (1 << 62, 0.30)),
     ("unit", True): ((1, 0.9), (8, 0.5), (32, 0.35), (1 << 62, 0.30)),
@@ -61,7 +61,7 @@ def numba_missing() -> str | None:
 @functools.cache
 def _announce(dtype: torch.dtype) -> None:
     warnings.warn(
-        f"gatelet.kernels: {dtype} runs on the dense reference path; the CPU kernels are written for float32 and float64",
+        f"gatelet.kernels: {dtype} runs on the dense reference path; the CPU kernels are for float32 and float64",
         UserWarning,
         stacklevel=4,
     )
@@ -143,11 +143,14 @@ def recording(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def refuse_vmap(op: str, *tensors: Tensor | None) -> None:
-    """Raise under ``torch.vmap``, whose batching no kernel follows."""
-    if any(t is not None and torch._C._functorch.is_batchedtensor(t) for t in tensors):
+def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
+    """Raise under ``torch.vmap`` and ``torch.func.grad``, whose wrapped tensors no kernel can read."""
+    if torch.compiler.is_compiling():
+        return
+    if any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
         raise NotImplementedError(
-            f"{op} does not work under torch.vmap; give x and gate the extra dimension as a leading one instead"
+            f"{op} does not work under torch.vmap and torch.func transforms; instead of vmap give x and gate the "
+            "extra dimension as a leading one, instead of torch.func.grad use torch.autograd.grad"
         )
 
 
@@ -159,7 +162,7 @@ def settled(backend: str, x: Tensor) -> str:
 
 
 def runs_numba(backend: str, tensor: Tensor) -> bool:
-    """Whether a pattern for this backend is built by Numba: it costs little, so ``"auto"`` builds it whatever follows."""
+    """Whether Numba builds the pattern for this backend: it costs little, so ``"auto"`` builds it whatever follows."""
     return backend != "reference" and settled("auto", tensor) == "auto"
 
 

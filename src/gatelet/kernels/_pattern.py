@@ -1,6 +1,7 @@
 """The pattern of open (example, unit) pairs, as bits, in both orders."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +33,8 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor.flatten(0, -2)
 
 
-def words(count: int) -> int:
-    """Return how many words hold ``count`` bits."""
+def words(count: Any) -> Any:
+    """Return how many words hold ``count`` bits (an int, or torch's symbol for one when tracing)."""
     return -(-count // 64)
 
 

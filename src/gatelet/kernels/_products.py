@@ -140,7 +140,7 @@ def build(
 def visits(
     listed: Any, cols: Any, c0: Any, c1: Any, n0: Any, n1: Any, chunks: Any
 ) -> Any:  # pragma: no cover (compiled)
-    """List the words that are not zero of some units and chunks, chunk by chunk: (unit, chunk, word); return how many."""
+    """List the words of some units and chunks that are not zero, (unit, chunk, word) by chunk; return how many."""
     count = 0
     for c in range(c0, c1):
         for n in range(n0, n1):

@@ -85,7 +85,7 @@ def dots(
         scratch = x.new_empty(team * stride, dtype=torch.uint8)
         source, spans = x, (0, 0)
     else:
-        # Examples near in cache while all units pass; where D is too large for that, more units per pass of the examples.
+        # Examples stay in cache while all units pass; where D is too large for that, more units share a pass.
         wide = batch * width * x.element_size() > NEAR and width * x.element_size() * 256 > NEAR
         spans = (min(256, 64 * words(batch)), 256 if wide and units >= 256 * 2 * team else 64)
         stride = spans[0] * spans[1] * VECTOR + (spans[0] // 64 * spans[1] + 4) * 24 + 192 * spans[1] * x.element_size()
@@ -124,7 +124,7 @@ def by_example(coefficient: Tensor, weight: Tensor, bias: Tensor | None, rows: T
 def by_unit(
     coefficient: Tensor, x: Tensor, cols: Tensor, need_sum: bool, need_rows: bool = True, packed: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return V (N, D) with V[n] = Σ_b C[b, n] x[b] over open b, and the sums Σ_b C[b, n]; None for what is not needed."""
+    """Return V (N, D), V[n] = Σ_b C[b, n] x[b] over open b, and the sums Σ_b C[b, n]; None for what is not needed."""
     (batch, width), units = x.shape, coefficient.shape[1]
     cleared = batch <= LAZY_ZEROS
     result = (_zeros(x, units, width) if cleared else x.new_empty((units, width))) if need_rows else None

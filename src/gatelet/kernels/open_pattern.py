@@ -1,5 +1,7 @@
 """open_pattern: which units are open, built once for several products."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -20,7 +22,7 @@ def open_pattern(gate: Float[Tensor, "*lead G"], group_size: int = 1) -> OpenPat
     tensor([[5]])
     """
     check_tensor(gate, "gate")
-    _dispatch.refuse_vmap("open_pattern", gate)
+    _dispatch.refuse_transforms("open_pattern", gate)
     units = gate.shape[-1] * group_size
     rows, cols = torch.ops.gatelet.open_pattern(flat(gate.detach()), units, "auto")
     return OpenPattern(rows, cols, gate.shape[:-1], units)
@@ -41,7 +43,7 @@ def _open_pattern(gate: Tensor, units: int, backend: str) -> tuple[Tensor, Tenso
 
 
 @_open_pattern.register_fake
-def _(gate: Tensor, units: int, backend: str) -> tuple[Tensor, Tensor]:
+def _(gate: Tensor, units: Any, backend: str) -> tuple[Tensor, Tensor]:
     batch = gate.shape[0]
     rows = gate.new_empty((batch, words(units)), dtype=torch.int64)
     return rows, gate.new_empty((units, words(batch)), dtype=torch.int64)

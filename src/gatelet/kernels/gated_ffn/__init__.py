@@ -45,7 +45,7 @@ def gated_ffn(
 
     Raises:
         ValueError, TypeError: for shapes, dtypes or devices that do not fit, an unknown backend or activation.
-        RuntimeError, NotImplementedError: for a backend that is not there; under ``torch.vmap``.
+        RuntimeError, NotImplementedError: for a backend that is not there; under ``torch.vmap`` and ``torch.func``.
 
     >>> x, gate = torch.ones(1, 2), torch.tensor([[0.0, 1.0, 1.0]])
     >>> gated_ffn(x, torch.ones(3, 2), None, gate, "relu", torch.ones(1, 3), None)
@@ -57,7 +57,7 @@ def gated_ffn(
     check_gate(gate, x, w1.shape[0])
     # What w2 is checked against: a hidden layer of x's leading shape.
     check_affine(x.new_empty(()).expand(*x.shape[:-1], w1.shape[0]), w2, b2, ("the hidden layer", "w2", "b2"))
-    _dispatch.refuse_vmap("gated_ffn", x, w1, b1, gate, w2, b2)
+    _dispatch.refuse_transforms("gated_ffn", x, w1, b1, gate, w2, b2)
     flat_x, flat_gate = flat(x), flat(gate)
     if flat_gate.dtype != x.dtype:
         flat_gate = flat_gate.to(x.dtype)

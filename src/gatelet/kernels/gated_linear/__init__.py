@@ -41,7 +41,7 @@ def gated_linear(
 
     Raises:
         ValueError, TypeError: for shapes, dtypes or devices that do not fit, an unknown backend.
-        RuntimeError, NotImplementedError: for a backend that is not there; under ``torch.vmap``.
+        RuntimeError, NotImplementedError: for a backend that is not there; under ``torch.vmap`` and ``torch.func``.
 
     >>> x, weight = torch.ones(2, 3), torch.ones(4, 3)
     >>> gated_linear(x, weight, None, torch.tensor([[1.0, 0.0, 0.0, 2.0], [0.0, 0.0, 0.0, 1.0]]))
@@ -52,7 +52,7 @@ def gated_linear(
     check_affine(x, weight, bias)
     units, width = weight.shape
     check_gate(gate, x, units)
-    _dispatch.refuse_vmap("gated_linear", x, weight, bias, gate)
+    _dispatch.refuse_transforms("gated_linear", x, weight, bias, gate)
     flat_x, flat_gate = flat(x), flat(gate)
     if flat_gate.dtype != x.dtype:
         flat_gate = flat_gate.to(x.dtype)
@@ -196,7 +196,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, bias, gate, rows, cols, wide_rows, _, ctx.backend, _ = inputs
+    x, weight, _, gate, rows, cols, wide_rows, _, ctx.backend, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, weight, gate, output[1], rows, cols, wide_rows)
 

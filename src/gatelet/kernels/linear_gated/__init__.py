@@ -36,7 +36,7 @@ def linear_gated(
 
     Raises:
         ValueError, TypeError: for shapes, dtypes or devices that do not fit, an unknown backend.
-        RuntimeError, NotImplementedError: for a backend that is not there; under ``torch.vmap``.
+        RuntimeError, NotImplementedError: for a backend that is not there; under ``torch.vmap`` and ``torch.func``.
 
     >>> from gatelet.kernels import open_pattern
     >>> gate = torch.tensor([[1.0, 0.0, 1.0]])
@@ -51,7 +51,7 @@ def linear_gated(
         raise ValueError(
             f"pattern is one of gates {(*pattern.lead, pattern.units)}, but hidden has shape {tuple(hidden.shape)}"
         )
-    _dispatch.refuse_vmap("linear_gated", hidden, weight, bias)
+    _dispatch.refuse_transforms("linear_gated", hidden, weight, bias)
     out: Tensor = torch.ops.gatelet.linear_gated(flat(hidden), pattern.rows, pattern.cols, weight, bias, backend)
     return out.view(*hidden.shape[:-1], weight.shape[0])
 
