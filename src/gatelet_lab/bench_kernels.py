@@ -22,6 +22,8 @@ from gatelet_lab.train import write_atomically, write_json
 
 RATE = 0.1
 BATCHES = (1, 32, 256, 1024)
+QUIET = 0.05
+"""A measurement counts as undisturbed while other processes use less of a core than this."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class BenchKernels:
     """Time this shape, D and N, instead of the table's."""
     plot: Path | None = None
     """Directory for the sweeps' plot and the numbers as JSON."""
+    patience: float = 10.0
+    """Seconds to wait, per line, for a measurement that other processes do not disturb."""
 
 
 @dataclass(frozen=True)
@@ -80,14 +84,17 @@ def run(options: BenchKernels, console: Console) -> None:
     results = []
     for row in rows:
         for batch in (each for each in row.batches if each in batches):
-            found = measure(row, batch, RATE, budget)
+            found = measure(row, batch, RATE, budget, options.patience)
             results.append(found)
             times = "  ".join(f"{name} {value:.3f}" for name, value in found["ms"].items())
             console.print(f"{row.title}, B = {batch}: ms {times}", highlight=False)
     show(rows, results, console)
     report: dict[str, Any] = {"machine": about, "results": results}
     if options.plot is not None:
-        report["rates"], report["units"] = sweep_rate(budget / 2), sweep_units(budget / 2)
+        report["rates"], report["units"] = (
+            sweep_rate(budget / 2, options.patience),
+            sweep_units(budget / 2, options.patience),
+        )
         options.plot.mkdir(parents=True, exist_ok=True)
         plot(report, options.plot / "kernels.png")
         write_json(options.plot / "kernels.json", report)
@@ -114,16 +121,18 @@ def machine() -> dict[str, Any]:
 # -------------------------------------------------------------------- what is timed
 
 
-def measure(row: Row, batch: int, rate: float, budget: float, peers: bool = True) -> dict[str, Any]:
+def measure(
+    row: Row, batch: int, rate: float, budget: float, patience: float = 0.0, peers: bool = True
+) -> dict[str, Any]:
     """Return the medians of a row's ways, after their results were compared."""
     ways = prepare(row, batch, rate, peers)
     if not row.backward:
         with torch.no_grad():
             check(row, ways)
-            medians, noise = interleaved(ways, budget)
+            medians, noise = interleaved(ways, budget, patience)
     else:
         check(row, ways)
-        medians, noise = interleaved(ways, budget)
+        medians, noise = interleaved(ways, budget, patience)
     dense = medians["dense"]
     return {
         "title": row.title,
@@ -229,11 +238,23 @@ def check(row: Row, ways: Ways) -> None:
                 raise RuntimeError(f"{row.title}: {name} is off by {differs:g} and is not timed")
 
 
-def interleaved(ways: Ways, budget: float) -> tuple[dict[str, float], float]:
-    """Return each way's median time in turns, and the CPU seconds that other processes used meanwhile, per second."""
+def interleaved(ways: Ways, budget: float, patience: float = 0.0) -> tuple[dict[str, float], float]:
+    """Return each way's median time in turns, and the share of a core that other processes used meanwhile.
+
+    With ``patience`` (seconds) a disturbed measurement is repeated; the least disturbed one counts.
+    """
     for way in ways.values():
         way()
         way()
+    begin, best = time.perf_counter(), None
+    while best is None or (best[1] > QUIET and time.perf_counter() - begin < patience):
+        found = _once(ways, budget)
+        if best is None or found[1] < best[1]:
+            best = found
+    return best
+
+
+def _once(ways: Ways, budget: float) -> tuple[dict[str, float], float]:
     times: dict[str, list[float]] = {name: [] for name in ways}
     begin, busy, own = time.perf_counter(), _busy(), time.process_time()
     while time.perf_counter() - begin < budget or len(times["dense"]) < 5:
@@ -277,19 +298,19 @@ def show(rows: tuple[Row, ...], results: list[dict[str, Any]], console: Console)
     console.print(table)
 
 
-def sweep_rate(budget: float) -> list[dict[str, Any]]:
+def sweep_rate(budget: float, patience: float) -> list[dict[str, Any]]:
     """Return ratios over the active fraction, 1024 → 4096, B = 256."""
     rates = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
     row = Row("sweep over the active fraction", 1024, 4096)
-    return [measure(row, 256, rate, budget, peers=False) for rate in rates]
+    return [measure(row, 256, rate, budget, patience, peers=False) for rate in rates]
 
 
-def sweep_units(budget: float) -> list[dict[str, Any]]:
+def sweep_units(budget: float, patience: float) -> list[dict[str, Any]]:
     """Return times over N with 200 open units per example, D = 1024, B = 256: the cost must follow the open work."""
     found = []
     for units in (1000, 2000, 4000, 8000, 16000):
         row = Row("sweep over N", 1024, units)
-        found.append(measure(row, 256, 200 / units, budget, peers=False) | {"units": units})
+        found.append(measure(row, 256, 200 / units, budget, patience, peers=False) | {"units": units})
     return found
 
 

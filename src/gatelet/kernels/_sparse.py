@@ -149,10 +149,12 @@ def pointwise(
     need_gate: bool,
     need_coefficient: bool,
     activation: str = "identity",
+    slopes: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return C = g · gate · act'(z) at open pairs (nothing elsewhere) and the gradient of the gate (B, G)."""
+    """Return C = g · gate · act'(z) at open pairs and the gate's gradient (B, G), in ``slopes`` if given."""
     batch, units = upper.shape
-    slopes = torch.empty_like(gate) if need_gate else None
+    if slopes is None and need_gate:
+        slopes = torch.empty_like(gate)
     coefficient = torch.empty_like(upper) if need_coefficient else None
     if not upper.numel():
         return coefficient, slopes

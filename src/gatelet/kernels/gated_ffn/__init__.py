@@ -183,10 +183,13 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, w1, _, gate, ctx.activation, w2, _, ctx.backend, _ = inputs
     ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, w1, gate, w2, *output[1:])
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 9
     x, w1, gate, w2, pre, hidden, rows, cols = ctx.saved_tensors
     places = (0, 1, 2, 3, 5, 6)
     need = [ctx.needs_input_grad[index] for index in places]

@@ -198,10 +198,13 @@ def _(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, gate, rows, cols, wide_rows, _, ctx.backend, _ = inputs
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # zeros for the gradient of what has none would cost as much as the output
     ctx.save_for_backward(x, weight, gate, output[1], rows, cols, wide_rows)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 10
     x, weight, gate, pre, rows, cols, wide_rows = ctx.saved_tensors
     need = list(ctx.needs_input_grad[:4])
     found = torch.ops.gatelet.gated_linear_backward(

@@ -6,6 +6,9 @@ from gatelet.kernels import _sparse
 from gatelet.kernels._dispatch import SMALLEST_GROUP
 from gatelet.kernels._pattern import words
 
+IN_PLACE = 1 << 23
+"""Bytes of a matrix (B, N) from which memory is saved at the cost of a second pass."""
+
 
 def infer(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
     """Return the output alone; the pattern is built on the way and dropped."""
@@ -52,14 +55,18 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, weight, bias and gate; None for what is not needed."""
     need_x, need_weight, need_bias, need_gate = need
-    coefficient, slope = _sparse.pointwise(
-        grad, pre, gate, rows if wide is None else wide, need_gate, need_x or need_weight or need_bias
-    )
+    pattern = rows if wide is None else wide
+    products = need_x or need_weight or need_bias
+    # The gate's gradient takes the place of the coefficients after them, where another such matrix would weigh.
+    later = need_gate and products and gate.shape == grad.shape and grad.nbytes > IN_PLACE
+    coefficient, slope = _sparse.pointwise(grad, pre, gate, pattern, need_gate and not later, products)
     from_x = from_weight = from_bias = None
     if need_x and coefficient is not None:
         from_x = _sparse.by_example(coefficient, weight, None, rows)
     if (need_weight or need_bias) and coefficient is not None:
         from_weight, from_bias = _sparse.by_unit(coefficient, x, cols, need_bias, need_weight)
+    if later:
+        _, slope = _sparse.pointwise(grad, pre, gate, pattern, True, False, slopes=coefficient)
     return from_x, from_weight, from_bias, slope
 
 
