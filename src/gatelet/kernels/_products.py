@@ -140,16 +140,30 @@ def build(
 def visits(
     listed: Any, cols: Any, c0: Any, c1: Any, n0: Any, n1: Any, chunks: Any
 ) -> Any:  # pragma: no cover (compiled)
-    """List the words of some units and chunks that are not zero, (unit, chunk, word) by chunk; return how many."""
+    """List the words of some units and chunks that are not zero, (unit, chunk, word) by chunk; return how many.
+
+    Within a chunk by the number of bits: loops over bits of one length after the other end where the processor
+    expects it, and a wrong guess would cost as much as two pairs.
+    """
     count = 0
+    starts = np.empty(66, np.int64)
     for c in range(c0, c1):
+        starts[:] = 0
+        for n in range(n0, n1):
+            starts[ones(read_word(cols + (n * chunks + c) * 8)) + 1] += 1
+        starts[1] = 0  # closed for the whole chunk: not listed
+        for bits in range(1, 66):
+            starts[bits] += starts[bits - 1]
         for n in range(n0, n1):
             word = read_word(cols + (n * chunks + c) * 8)
-            at = listed + 24 * count
-            write_word(at, n)
-            write_word(at + 8, c)
-            write_word(at + 16, word)
-            count += word != 0  # without a branch, which would be guessed wrong
+            if word != 0:
+                bits = ones(word)
+                at = listed + 24 * (count + starts[bits])
+                starts[bits] += 1
+                write_word(at, n)
+                write_word(at + 8, c)
+                write_word(at + 16, word)
+        count += starts[65]
     return count
 
 
@@ -226,7 +240,8 @@ def _kernels(one: Any) -> dict[str, Any]:
                         read_word(listed + 24 * i + 8),
                         read_word(listed + 24 * i + 16),
                     )
-                    prefetch(w + read_word(listed + 24 * (i + 1)) * D * size)
+                    if B > 8:
+                        prefetch(w + read_word(listed + 24 * (i + 1)) * D * size)
                     if d == 0:
                         sums = dot_first(w + n * D * size, 0, block + 64 * c * SLICE, word, sums, one)
                     else:
