@@ -74,7 +74,7 @@ def gated_linear(
                     flat_x.detach().contiguous(), weight.detach().contiguous(), shift, flat_gate.detach().contiguous()
                 )
                 return found.view(shape)
-            return _reference.forward(flat_x, weight, bias, flat_gate, None, False)[0].view(shape)
+            return _reference.forward(flat_x, weight, bias, flat_gate, False)[0].view(shape)
     rows = cols = wide_rows = wide_cols = None
     if support is not None:
         if support.shape != gate.shape:
@@ -123,8 +123,7 @@ def _gated_linear(
 
         x, weight, gate = x.contiguous(), weight.contiguous(), gate.contiguous()
         return _numba.forward(x, weight, bias if bias is None else bias.contiguous(), gate, cols, wide_cols, keep)
-    wide = None if wide_rows is None else mask_of(wide_rows, weight.shape[0])
-    return _reference.forward(x, weight, bias, gate, wide, keep)
+    return _reference.forward(x, weight, bias, gate, keep)
 
 
 @_gated_linear.register_fake

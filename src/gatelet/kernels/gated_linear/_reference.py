@@ -7,16 +7,22 @@ from torch.nn import functional as F
 from gatelet.kernels._pattern import gathered, spread
 
 
-def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, wide: Tensor | None, keep: bool
-) -> tuple[Tensor, Tensor]:
-    """Return (x Wᵀ + b) ∘ gate and, to ``keep``, x Wᵀ + b on the support ``wide`` (B, N), by default the open gates."""
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, keep: bool) -> tuple[Tensor, Tensor]:
+    """Return (x Wᵀ + b) ∘ gate and, to ``keep``, x Wᵀ + b."""
     pre = F.linear(x, weight, bias)
     each = spread(gate, weight.shape[0])
-    # Not just a product: a closed unit may hold NaN or infinity.
-    out = torch.where(each != 0, pre * each, 0)
-    kept = torch.where(each != 0 if wide is None else wide, pre, 0) if keep else x.new_empty(0)
-    return out, kept
+    out = closed(pre * each if keep else pre.mul_(each), each)
+    return out, pre if keep else x.new_empty(0)
+
+
+def closed(product: Tensor, gate: Tensor) -> Tensor:
+    """Return the product with the gate, where NaN and infinity times a closed gate are zero too.
+
+    One sum tells whether there are any; looking at every number would cost as much as the product.
+    """
+    if product.numel() and not bool(product.sum().isfinite()):
+        return torch.where(gate != 0, product, 0)
+    return product
 
 
 def backward(
@@ -31,8 +37,7 @@ def backward(
     """Return the gradients of x, weight, bias and gate; None for what is not needed."""
     each = spread(gate, weight.shape[0])
     is_open = each != 0
-    # What arrives at closed units is not looked at either.
-    coefficient = torch.where(is_open, grad * each, 0)
+    coefficient = closed(grad * each, each)
     slope = None
     if need[3]:
         units = torch.where(is_open if wide is None else wide, grad * pre, 0)
