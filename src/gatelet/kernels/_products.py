@@ -401,9 +401,9 @@ def _kernels(one: Any) -> dict[str, Any]:
     def by_unit(p: Any) -> None:
         """A task is 64 units; their rows of V stay near while the packed examples pass."""
         A = carray(p, (32,), types.int64)
-        listed = A[11] + take(A.ctypes.data + 8) * A[12]
+        listed = A[10] + take(A.ctypes.data + 8) * A[11]
         C, packed, cols, V, total = A[2], A[3], A[4], A[5], A[6]
-        B, N, D, cleared = A[7], A[8], A[9], A[10]
+        B, N, D = A[7], A[8], A[9]
         chunks, whole = (B + 63) // 64, D // span
         rest = (D - whole * span + lanes - 1) // lanes
         tail = packed + whole * B * SLICE
@@ -430,8 +430,7 @@ def _kernels(one: Any) -> dict[str, Any]:
                     write(total + n * size, read(total + n * size, one) + value)
             if V == 0:
                 continue
-            if cleared == 0:
-                clear(V + n0 * D * size, (n1 - n0) * D * size)
+            clear(V + n0 * D * size, (n1 - n0) * D * size)
             for s in range(whole + rest):
                 d = s * span if s < whole else whole * span + (s - whole) * lanes
                 at = coefficients

@@ -1,7 +1,5 @@
 """The Numba products as functions of tensors: memory, sizes of tasks, threads."""
 
-import mmap
-
 import torch
 from torch import Tensor
 
@@ -11,8 +9,6 @@ from gatelet.kernels._products import ACTIVATIONS, SLICE, VECTOR, kernel
 
 NEAR = 1 << 20
 """Bytes of examples that are to stay in the second-level cache (2 MB and more on today's servers)."""
-LAZY_ZEROS = 8
-"""Up to so many examples, most units are closed for all: their gradients' zeros are left to the system's pages."""
 
 
 def _bits(tensor: Tensor) -> int:
@@ -126,8 +122,7 @@ def by_unit(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return V (N, D), V[n] = Σ_b C[b, n] x[b] over open b, and the sums Σ_b C[b, n]; None for what is not needed."""
     (batch, width), units = x.shape, coefficient.shape[1]
-    cleared = batch <= LAZY_ZEROS
-    result = (_zeros(x, units, width) if cleared else x.new_empty((units, width))) if need_rows else None
+    result = x.new_empty((units, width)) if need_rows else None
     sums = x.new_empty(units) if need_sum else None
     source = (pack(x) if packed is None else packed) if need_rows else x
     team = _team.threads()
@@ -135,7 +130,7 @@ def by_unit(
     scratch = x.new_empty(team * stride, dtype=torch.uint8)
     args = (
         *(coefficient.data_ptr(), source.data_ptr(), cols.data_ptr(), _address(result), _address(sums)),
-        *(batch, units, width, int(cleared), scratch.data_ptr(), stride),
+        *(batch, units, width, scratch.data_ptr(), stride),
     )
     _team.run(kernel("by_unit", _bits(x)), args, team)
     return result, sums
@@ -164,12 +159,3 @@ def pointwise(
     )
     _team.run(kernel("pointwise", _bits(upper)), args, _team.threads())
     return coefficient, slopes
-
-
-def _zeros(like: Tensor, units: int, width: int) -> Tensor:
-    """Return zeros whose memory the system provides page by page, when it is touched."""
-    count = units * width
-    if count * like.element_size() < 1 << 20:
-        return like.new_zeros((units, width))
-    memory = mmap.mmap(-1, count * like.element_size())
-    return torch.frombuffer(memory, dtype=like.dtype).view(units, width)
