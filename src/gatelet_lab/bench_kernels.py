@@ -2,6 +2,7 @@
 
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -257,11 +258,14 @@ def interleaved(ways: Ways, budget: float, patience: float = 0.0) -> tuple[dict[
 def _once(ways: Ways, budget: float) -> tuple[dict[str, float], float]:
     times: dict[str, list[float]] = {name: [] for name in ways}
     begin, busy, own = time.perf_counter(), _busy(), time.process_time()
+    order = list(ways)
     while time.perf_counter() - begin < budget or len(times["dense"]) < 5:
-        for name, way in ways.items():
+        for name in order:
             start = time.perf_counter()
-            way()
+            ways[name]()
             times[name].append(time.perf_counter() - start)
+        # What ran before leaves its weights in the caches: everyone follows everyone.
+        random.shuffle(order)
     wall = time.perf_counter() - begin
     others = max(0.0, _busy() - busy - (time.process_time() - own)) / wall
     return {name: statistics.median(each) for name, each in times.items()}, round(others, 3)
