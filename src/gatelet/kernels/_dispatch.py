@@ -47,8 +47,10 @@ LIMITS: dict[tuple[str, bool], tuple[tuple[int, float], ...]] = {
     # measured at 256 examples only; elsewhere what holds for units, which share these products
     ("group", True): ((4, 0.2), (64, 0.4), (512, 0.5), (1 << 62, 0.33)),
 }
-SMALL = 1 << 16
-"""Products of fewer multiply-adds than this run dense: starting a kernel would cost more than it saves."""
+SMALL = 100e-6
+"""Dense products of fewer seconds than this run dense: calling a kernel costs about as much."""
+FLOPS, BANDWIDTH = 3e11, 5e10
+"""What dense reached in that measurement, per second: operations, and bytes of weights where there are few examples."""
 SAMPLE = 1 << 14
 """Gates that are looked at to measure the active fraction."""
 
@@ -116,7 +118,7 @@ def choose(
         return Choice("reference", "reference", None, 0.0, f"no kernel for the device {gate.device}")
     if missing := numba_missing():
         return Choice("reference", "reference", None, 0.0, missing)
-    if batch * units * width < SMALL:
+    if max(2 * batch * units * width / FLOPS, 4 * units * width / BANDWIDTH) < SMALL:
         return Choice("reference", "reference", None, 0.0, "so small that starting a kernel costs more than it saves")
     most = limit(kernel, batch, gradients)
     rate = active_fraction(gate)
