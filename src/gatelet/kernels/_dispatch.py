@@ -100,6 +100,7 @@ def choose(
     dtype: torch.dtype,
     gradients: bool,
     batch: int | None = None,
+    announce: bool = True,
 ) -> Choice:
     """Decide for gates (B, G), or a sample of ``batch``; D = ``width`` and N = ``units``."""
     batch = gate.shape[0] if batch is None else batch
@@ -108,7 +109,8 @@ def choose(
     if backend == "reference":
         return Choice("reference", "reference", None, 0.0, "asked for")
     if dtype not in NATIVE:
-        _announce(dtype)
+        if announce:
+            _announce(dtype)
         return Choice("reference", "reference", None, 0.0, f"no kernel for {dtype}")
     if backend == "numba":
         if gate.device.type != "cpu":
@@ -194,4 +196,4 @@ def explain(x: Tensor, weight: Tensor, gate: Tensor, *, backend: str = "auto", g
     check_backend(backend)
     if gradients is None:
         gradients = recording(x, weight, gate)
-    return choose(backend, flat(gate.detach()), weight.shape[1], weight.shape[0], x.dtype, gradients)
+    return choose(backend, flat(gate.detach()), weight.shape[1], weight.shape[0], x.dtype, gradients, announce=False)
