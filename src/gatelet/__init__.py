@@ -1,6 +1,7 @@
 """gatelet: networks that decide, per example, which of their units to compute."""
 
 from gatelet import estimators as estimators
+from gatelet import kernels as kernels
 from gatelet import nn as nn
 from gatelet import sparsity as sparsity
 from gatelet.diagnose import diagnose as diagnose

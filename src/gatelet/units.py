@@ -64,7 +64,7 @@ class StochasticUnit(nn.Module):
         self,
         logits: Float[Tensor, "*lead N"],
         *,
-        noise: Float[Tensor, "*lead N"] | None = None,
+        noise: Float[Tensor, "..."] | None = None,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "*lead N"]:
         """Return the gates.

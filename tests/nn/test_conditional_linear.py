@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -115,7 +116,8 @@ def test_gradient_of_every_parameter(name):
         loss = net(x).square().sum(-1)
     (tape.surrogate(loss).mean() + penalty(net)).backward()
     for key, parameter in net.named_parameters():
-        assert parameter.grad.any(), key
+        # A learned baseline's first layer has none as long as the second is zero.
+        assert parameter.grad.any() or key.startswith("unit.estimator."), key
         assert parameter.grad.isfinite().all(), key
 
 
@@ -231,10 +233,12 @@ def test_autocast_and_bfloat16():
     (y.float().sum() + penalty(net)).backward()
     assert net.gater.hidden.weight.grad.dtype == torch.float32
     half = layer().to(torch.bfloat16)
-    assert half(x.bfloat16()).dtype == torch.bfloat16
-    penalty(half).backward()
-    calibrate_thresholds(half, [x.bfloat16()])
-    assert half.eval()(x.bfloat16()).dtype == torch.bfloat16
+    with warnings.catch_warnings():  # the kernels announce, once in a process, that they run dense here
+        warnings.simplefilter("ignore")
+        assert half(x.bfloat16()).dtype == torch.bfloat16
+        penalty(half).backward()
+        calibrate_thresholds(half, [x.bfloat16()])
+        assert half.eval()(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_compiles_without_a_graph_break():

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatelet._checks import _is_transformed, check_positive
+from gatelet._checks import check_positive, is_transformed
 from gatelet.estimators._base import Kind
 
 
@@ -32,7 +32,7 @@ def keep(module: nn.Module, value: float | Tensor, name: str = "temperature", po
 
 def _check_above_zero(value: Tensor, name: str) -> None:
     # As for the logits: the value is looked at where that is free of a synchronisation.
-    if value.device.type != "cpu" or torch.compiler.is_compiling() or _is_transformed(value):
+    if value.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed(value):
         return
     check_positive(value.item(), name)
 

@@ -7,8 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatelet._checks import check_count, check_rate
+from gatelet._checks import check_count, check_rate, is_transformed
 from gatelet.estimators import Estimator, resolve
+from gatelet.kernels import gated_linear
 from gatelet.nn.gater import Gater, glorot_
 from gatelet.sparsity._controller import Controller, Penalised
 from gatelet.sparsity.adaptive_l1 import AdaptiveL1
@@ -21,6 +22,9 @@ class ConditionalLinear(Penalised):
 
     y = (W x + b) ∘ h, h = gate(gater(x)) (section 5). The experts are linear: gate × linear generalises
     the rectifier, which is the case h = 1[W x + b > 0].
+
+    Closed units are not computed (:func:`gatelet.kernels.gated_linear`): in ``eval()``, and in training with every
+    estimator that asks nothing of closed units (its ``support`` is not ``"all"``).
 
     In training the gates follow the estimator and ``sparsity.penalty(model)`` holds their rate; in ``eval()`` they
     are deterministic, with the threshold that ``sparsity.calibrate_thresholds(model, loader)`` sets.
@@ -96,7 +100,7 @@ class ConditionalLinear(Penalised):
         self,
         x: Float[Tensor, "*lead D"],
         *,
-        noise: Float[Tensor, "*lead G"] | None = None,
+        noise: Float[Tensor, "..."] | None = None,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "*lead N"]:
         """Return (W x + b) ∘ h.
@@ -119,9 +123,19 @@ class ConditionalLinear(Penalised):
         if self.training:
             terms = [control.penalty(self.unit.estimator, logits, gates) for control in controllers]
             self._penalty = sum((term for term in terms if term is not None), start=logits.new_zeros(()))
-        if self.group_size > 1:
-            gates = gates.repeat_interleave(self.group_size, dim=-1)
-        return cast(Tensor, self.expert(x) * gates)
+        return self._experts(x, gates)
+
+    def _experts(self, x: Tensor, gates: Tensor) -> Tensor:
+        """Return (W x + b) ∘ h, computed where the gates are open, if that is all the estimator asks for."""
+        # support "open" or "none": a closed gate sends no gradient, so its unit need not be known. Straight-through
+        # wants ∂L/∂h of closed gates too ("all", or "sampled" ones): dense, as long as there is a gradient to send.
+        closed_too = self.unit.estimator.support in ("all", "sampled")
+        wants_closed = closed_too and gates.requires_grad and torch.is_grad_enabled()
+        if wants_closed or torch.is_autocast_enabled(x.device.type) or is_transformed(x):
+            if self.group_size > 1:
+                gates = gates.repeat_interleave(self.group_size, dim=-1)
+            return cast(Tensor, self.expert(x) * gates)
+        return gated_linear(x, self.expert.weight, self.expert.bias, gates)
 
     def extra_repr(self) -> str:
         """Show the sizes."""

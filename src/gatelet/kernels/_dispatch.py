@@ -1,0 +1,199 @@
+"""Which backend runs, and why."""
+
+import functools
+import importlib.util
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gatelet._checks import check_choice
+from gatelet.kernels._pattern import flat, mask_of
+
+BACKENDS = ("auto", "reference", "numba", "triton")
+Kernel = Literal["reference", "unit", "group"]
+NATIVE = (torch.float32, torch.float64)
+SMALLEST_GROUP = 4
+"""Groups of at least so many units go through the group kernel, which multiplies four units at a time."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What ``backend="auto"`` decided.
+
+    Attributes:
+        backend: ``"reference"`` (dense, in PyTorch) or ``"numba"``.
+        kernel: ``"reference"``, ``"unit"`` or ``"group"``.
+        active_fraction: the share of open gates it measured, on a sample of examples; None where it did not look.
+        limit: the active fraction below which the sparse kernel is expected to be faster.
+        reason: in words.
+    """
+
+    backend: str
+    kernel: Kernel
+    active_fraction: float | None
+    limit: float
+    reason: str
+
+
+# Measured break-even: the active fraction at which the sparse kernel takes as long as dense (docs/kernels.md, "Auto").
+# By kernel and whether gradients follow: (largest B, limit). A sparse call costs nearly a + b·α: one number says it.
+LIMITS: dict[tuple[str, bool], tuple[tuple[int, float], ...]] = {
+    ("unit", False): ((4, 0.6), (16, 0.85), (64, 0.55), (512, 0.45), (1 << 62, 0.3)),
+    ("unit", True): ((4, 0.2), (512, 0.4), (1 << 62, 0.33)),
+    ("group", False): ((4, 0.75), (64, 1.0), (512, 0.75), (1 << 62, 0.6)),
+    # measured at 256 examples only; elsewhere what holds for units, which share these products
+    ("group", True): ((4, 0.2), (64, 0.4), (512, 0.5), (1 << 62, 0.33)),
+}
+SMALL = 100e-6
+"""Dense products of fewer seconds than this run dense: calling a kernel costs about as much."""
+FLOPS, BANDWIDTH = 3e11, 5e10
+"""What dense reached in that measurement, per second: operations, and bytes of weights where there are few examples."""
+SAMPLE = 1 << 14
+"""Gates that are looked at to measure the active fraction."""
+
+
+@functools.cache
+def numba_missing() -> str | None:
+    """Return why the Numba backend cannot run, None if it can. Nothing is imported to find out."""
+    return None if importlib.util.find_spec("numba") else "numba is not installed"
+
+
+@functools.cache
+def _announce(dtype: torch.dtype) -> None:
+    warnings.warn(
+        f"gatelet.kernels: {dtype} runs on the dense reference path; the CPU kernels are for float32 and float64",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+def active_fraction(gate: Tensor) -> float:
+    """Return the share of open gates, from rows spread evenly over the batch."""
+    step = max(1, gate.numel() // SAMPLE)
+    sample = gate[:: min(step, max(gate.shape[0], 1))] if step > 1 else gate
+    return float(sample.count_nonzero()) / max(sample.numel(), 1)
+
+
+def limit(kernel: Kernel, batch: int, gradients: bool) -> float:
+    """Return the active fraction below which this kernel is expected to beat dense."""
+    return next(at for most, at in LIMITS[kernel, gradients] if batch <= most)
+
+
+def check_backend(backend: str) -> str:
+    """Return the backend's name if it is known and there."""
+    check_choice(backend, BACKENDS, "backend")
+    if backend == "triton":
+        raise NotImplementedError('backend="triton": the GPU kernels are not there yet; use "auto" or "reference"')
+    if backend == "numba" and (missing := numba_missing()):
+        raise RuntimeError(f'backend="numba": {missing}')
+    return backend
+
+
+def choose(
+    backend: str,
+    gate: Tensor,
+    width: int,
+    units: int,
+    dtype: torch.dtype,
+    gradients: bool,
+    batch: int | None = None,
+    announce: bool = True,
+) -> Choice:
+    """Decide for gates (B, G), or a sample of ``batch``; D = ``width`` and N = ``units``."""
+    batch = gate.shape[0] if batch is None else batch
+    group = units // max(gate.shape[1], 1)
+    kernel: Kernel = "group" if group >= SMALLEST_GROUP else "unit"
+    if backend == "reference":
+        return Choice("reference", "reference", None, 0.0, "asked for")
+    if dtype not in NATIVE:
+        if announce:
+            _announce(dtype)
+        return Choice("reference", "reference", None, 0.0, f"no kernel for {dtype}")
+    if backend == "numba":
+        if gate.device.type != "cpu":
+            raise ValueError(f'backend="numba" runs on the CPU, but the tensors are on {gate.device}')
+        return Choice("numba", kernel, None, 1.0, "asked for")
+    if gate.device.type != "cpu":
+        return Choice("reference", "reference", None, 0.0, f"no kernel for the device {gate.device}")
+    if missing := numba_missing():
+        return Choice("reference", "reference", None, 0.0, missing)
+    if max(2 * batch * units * width / FLOPS, 4 * units * width / BANDWIDTH) < SMALL:
+        return Choice("reference", "reference", None, 0.0, "so small that starting a kernel costs more than it saves")
+    most = limit(kernel, batch, gradients)
+    rate = active_fraction(gate)
+    if rate <= most:
+        return Choice("numba", kernel, rate, most, f"{rate:.1%} of the gates are open, break-even is at {most:.0%}")
+    return Choice(
+        "reference", "reference", rate, most, f"{rate:.1%} of the gates are open, over break-even at {most:.0%}"
+    )
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether these are ordinary tensors outside of tracing and transforms, so that kernels may be called directly."""
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and all(t is None or type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
+    )
+
+
+def recording(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what happens to these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
+    """Raise under ``torch.vmap`` and ``torch.func.grad``, whose wrapped tensors no kernel can read."""
+    if torch.compiler.is_compiling():
+        return
+    if any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+        raise NotImplementedError(
+            f"{op} does not work under torch.vmap and torch.func transforms; instead of vmap give x and gate the "
+            "extra dimension as a leading one, instead of torch.func.grad use torch.autograd.grad"
+        )
+
+
+def settled(backend: str, x: Tensor) -> str:
+    """Return the backend as far as it can be known without looking at values (inside tracing and transforms)."""
+    if backend == "auto" and (x.dtype not in NATIVE or x.device.type != "cpu" or numba_missing()):
+        return "reference"
+    return backend
+
+
+def runs_numba(backend: str, tensor: Tensor) -> bool:
+    """Whether Numba builds the pattern for this backend: it costs little, so ``"auto"`` builds it whatever follows."""
+    return backend != "reference" and settled("auto", tensor) == "auto"
+
+
+def choose_by_pattern(backend: str, rows: Tensor, hidden: Tensor, weight: Tensor) -> Choice:
+    """Decide for a hidden layer (B, N) whose pattern is known, and W (O, N)."""
+    if backend != "auto" or hidden.dtype not in NATIVE or hidden.device.type != "cpu":
+        gate = hidden
+    else:  # a sample's bits stand for the gates
+        step = max(1, hidden.numel() // SAMPLE)
+        gate = mask_of(rows[:: min(step, max(len(rows), 1))], hidden.shape[1])
+    return choose(backend, gate, weight.shape[0], weight.shape[1], hidden.dtype, False, batch=hidden.shape[0])
+
+
+def explain(x: Tensor, weight: Tensor, gate: Tensor, *, backend: str = "auto", gradients: bool | None = None) -> Choice:
+    """Return which kernel :func:`gatelet.kernels.gated_linear` runs for these arguments, and why.
+
+    Args:
+        x: (..., D).
+        weight: (N, D).
+        gate: (..., G).
+        backend: as given to the op.
+        gradients: whether a backward pass follows; by default, whether autograd records these tensors.
+
+    >>> x, weight = torch.zeros(64, 512), torch.zeros(1024, 512)
+    >>> explain(x, weight, torch.ones(64, 1024)).backend
+    'reference'
+    """
+    check_backend(backend)
+    if gradients is None:
+        gradients = recording(x, weight, gate)
+    return choose(backend, flat(gate.detach()), weight.shape[1], weight.shape[0], x.dtype, gradients, announce=False)

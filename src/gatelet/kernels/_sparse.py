@@ -1,0 +1,161 @@
+"""The Numba products as functions of tensors: memory, sizes of tasks, threads."""
+
+import torch
+from torch import Tensor
+
+from gatelet.kernels import _team
+from gatelet.kernels._pattern import words
+from gatelet.kernels._products import ACTIVATIONS, SLICE, VECTOR, kernel
+
+NEAR = 1 << 20
+"""Bytes of examples that are to stay in the second-level cache (2 MB and more on today's servers)."""
+
+
+def _bits(tensor: Tensor) -> int:
+    return tensor.element_size() * 8
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def pattern(gate: Tensor, units: int) -> tuple[Tensor, Tensor]:
+    """Return the pattern of gates (B, G) by example and by unit."""
+    batch, group = gate.shape[0], units // max(gate.shape[1], 1)
+    rows = gate.new_empty((batch, words(units)), dtype=torch.int64)
+    cols = gate.new_empty((units, words(batch)), dtype=torch.int64)
+    if gate.numel():
+        args = (gate.data_ptr(), rows.data_ptr(), cols.data_ptr(), batch, units, group)
+        _team.run(kernel("pattern", _bits(gate)), args, _team.threads())
+    return rows, cols
+
+
+def pack(x: Tensor) -> Tensor:
+    """Return x (B, D) in slices, as the products read it; a single example is in that order already."""
+    batch, width = x.shape
+    lanes = VECTOR // x.element_size()
+    if batch == 1 and width % lanes == 0:
+        return x
+    packed = x.new_empty(batch * -(-width // lanes) * lanes)
+    team = 1 if x.numel() < 1 << 15 else _team.threads()
+    _team.run(kernel("pack", _bits(x)), (x.data_ptr(), packed.data_ptr(), batch, width), team)
+    return packed
+
+
+def dots(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    cols: Tensor,
+    out: Tensor,
+    pre: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    rows: Tensor | None = None,
+    grouped: int = 1,
+    activation: str = "identity",
+    fill: bool = True,
+    packed: Tensor | None = None,
+) -> None:
+    """Write act(x Wᵀ + b) ∘ gate to ``out`` (B, N) at open pairs, and x Wᵀ + b to ``pre``; zero elsewhere if ``fill``.
+
+    With ``mask`` (B, G) the pattern is its non-zeros and is written to ``rows`` and ``cols``; without, it is read.
+    ``grouped`` > 1 says that units open in aligned groups of that size and asks for the group kernel.
+    """
+    batch, width = x.shape
+    units = weight.shape[0]
+    if not out.numel():
+        return
+    gates = mask if mask is not None else gate
+    group = grouped if gates is None else units // gates.shape[1]
+    team = _team.threads()
+    code = ACTIVATIONS.index(activation)
+    if mask is not None and (grouped > 1 or batch > 64):
+        # Along the examples' rows in a pass of its own; a few examples are looked at on the way.
+        build = (mask.data_ptr(), _address(rows), cols.data_ptr(), batch, units, group)
+        _team.run(kernel("pattern", _bits(x)), build, team)
+        mask = None
+    if grouped > 1:
+        stride = 4 * batch + 512
+        scratch = x.new_empty(team * stride, dtype=torch.uint8)
+        source, spans = x, (0, 0)
+    else:
+        # Examples stay in cache while all units pass; where D is too large for that, more units share a pass.
+        wide = batch * width * x.element_size() > NEAR and width * x.element_size() * 256 > NEAR
+        spans = (min(256, 64 * words(batch)), 256 if wide and units >= 256 * 2 * team else 64)
+        stride = spans[0] * spans[1] * VECTOR + (spans[0] // 64 * spans[1] + 4) * 24 + 192 * spans[1] * x.element_size()
+        scratch = x.new_empty(team * stride, dtype=torch.uint8)
+        source = pack(x) if packed is None else packed
+    args = (
+        *(source.data_ptr(), weight.data_ptr(), _address(bias), _address(mask), _address(gate), _address(rows)),
+        *(cols.data_ptr(), out.data_ptr(), _address(pre), batch, units, width, group, spans[0]),
+        *(scratch.data_ptr(), stride, spans[1], int(fill), code),
+    )
+    _team.run(kernel("group_dots" if grouped > 1 else "dots", _bits(x)), args, team)
+
+
+def by_example(coefficient: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
+    """Return y (B, D) with y[b] = bias + Σ_n C[b, n] W[n] over open n."""
+    batch, (units, width) = coefficient.shape[0], weight.shape
+    out = weight.new_empty((batch, width))
+    if not out.numel():
+        return out
+    team = _team.threads()
+    lanes = VECTOR // weight.element_size()
+    whole, rest = divmod(width, SLICE // weight.element_size())
+    slices = whole + -(-rest // lanes)
+    # Every thread reads its share of each weight row, in one piece; few slices are split by examples instead.
+    span_s = -(-slices // team)
+    span = min(256, batch) if span_s * team < slices + team and slices >= 2 * team else min(256, -(-batch // team))
+    scratch = weight.new_empty(team * SLICE * 64, dtype=torch.uint8)
+    args = (
+        *(coefficient.data_ptr(), weight.data_ptr(), _address(bias), rows.data_ptr(), out.data_ptr()),
+        *(batch, units, width, span, span_s, scratch.data_ptr()),
+    )
+    _team.run(kernel("by_example", _bits(weight)), args, team)
+    return out
+
+
+def by_unit(
+    coefficient: Tensor, x: Tensor, cols: Tensor, need_sum: bool, need_rows: bool = True, packed: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return V (N, D), V[n] = Σ_b C[b, n] x[b] over open b, and the sums Σ_b C[b, n]; None for what is not needed."""
+    (batch, width), units = x.shape, coefficient.shape[1]
+    result = x.new_empty((units, width)) if need_rows else None
+    sums = x.new_empty(units) if need_sum else None
+    source = (pack(x) if packed is None else packed) if need_rows else x
+    team = _team.threads()
+    stride = (64 * words(batch) + 1) * 24 + 64 * batch * x.element_size()
+    scratch = x.new_empty(team * stride, dtype=torch.uint8)
+    args = (
+        *(coefficient.data_ptr(), source.data_ptr(), cols.data_ptr(), _address(result), _address(sums)),
+        *(batch, units, width, scratch.data_ptr(), stride),
+    )
+    _team.run(kernel("by_unit", _bits(x)), args, team)
+    return result, sums
+
+
+def pointwise(
+    upper: Tensor,
+    pre: Tensor | None,
+    gate: Tensor,
+    rows: Tensor,
+    need_gate: bool,
+    need_coefficient: bool,
+    activation: str = "identity",
+    slopes: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return C = g · gate · act'(z) at open pairs and the gate's gradient (B, G), in ``slopes`` if given."""
+    batch, units = upper.shape
+    if slopes is None and need_gate:
+        slopes = torch.empty_like(gate)
+    coefficient = torch.empty_like(upper) if need_coefficient else None
+    if not upper.numel():
+        return coefficient, slopes
+    args = (
+        *(upper.data_ptr(), _address(pre), gate.data_ptr(), rows.data_ptr(), _address(coefficient), _address(slopes)),
+        *(batch, units, units // max(gate.shape[1], 1), ACTIVATIONS.index(activation)),
+    )
+    _team.run(kernel("pointwise", _bits(upper)), args, _team.threads())
+    return coefficient, slopes

@@ -1,0 +1,94 @@
+"""ConditionalLinear on the kernels: the same numbers as the dense layer, whatever the estimator."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import gatelet
+from gatelet.estimators import ALL
+
+CERTAIN = [name for name, method in ALL.items() if method.needs != "objective"]
+SKIPPING = [name for name in CERTAIN if ALL[name].support in ("open", "none")]
+
+
+def dense(layer, x, gates):
+    return F.linear(x, layer.expert.weight, layer.expert.bias) * gates.repeat_interleave(layer.group_size, -1)
+
+
+def losses_and_gradients(layer, x, noise, make):
+    layer = copy.deepcopy(layer)  # moving averages and the like start alike
+    experts = make(layer)
+    leaf = x.clone().requires_grad_()
+    layer._experts = experts
+    replicas = layer.unit.estimator.replicas
+    with gatelet.Tape() as tape:
+        loss = layer(tape.replicate(leaf, replicas), noise=noise).sin().square().sum(-1)
+    total = tape.surrogate(loss).mean() + gatelet.sparsity.penalty(layer)
+    total.backward()
+    return [loss, leaf.grad, *(p.grad for p in layer.parameters())]
+
+
+@pytest.mark.parametrize("group", [1, 8])
+@pytest.mark.parametrize("name", SKIPPING)
+def test_sparse_training_has_the_dense_gradients(name, group):
+    """Bit for bit it cannot be, sums run in another order; in float64 it is to 12 digits."""
+    torch.manual_seed(1)
+    layer = gatelet.nn.ConditionalLinear(40, 160, 12, estimator=name, group_size=group).double()
+    x = torch.rand(130, 40, dtype=torch.float64)
+    logits = layer.gater(x)
+    method = layer.unit.estimator
+    noise = method.draw_noise(logits.expand(method.replicas, *logits.shape))
+    noise = noise[0] if method.replicas == 1 else noise
+    seen = []
+
+    def sparse(layer):
+        def experts(x, gates):
+            seen.append(gates)
+            return gatelet.kernels.gated_linear(x, layer.expert.weight, layer.expert.bias, gates, backend="numba")
+
+        return experts
+
+    have = losses_and_gradients(layer, x, noise, sparse)
+    want = losses_and_gradients(layer, x, noise, lambda layer: functools.partial(dense, layer))
+    for a, b in zip(have, want, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
+    assert (seen[0] == 0).any()
+
+
+@pytest.mark.parametrize("name", CERTAIN)
+def test_the_layer_skips_where_the_estimator_allows(name, monkeypatch):
+    calls = []
+    module = gatelet.nn.conditional_linear
+    original = module.gated_linear
+    monkeypatch.setattr(module, "gated_linear", lambda *args: calls.append(1) or original(*args))
+    layer = gatelet.nn.ConditionalLinear(40, 160, 12, estimator=name)
+    layer.unit.threshold.fill_(0.0)
+    with gatelet.Tape() as tape:
+        layer(tape.replicate(torch.rand(3, 40), ALL[name].replicas))
+    assert bool(calls) == (name in SKIPPING)
+    calls.clear()
+    layer.eval()
+    with torch.no_grad():
+        out = layer(torch.rand(3, 40))
+    assert calls
+    assert out.isfinite().all()
+
+
+def test_eval_equals_dense():
+    layer = gatelet.nn.ConditionalLinear(40, 160, 12, group_size=4).eval()
+    layer.unit.threshold.fill_(0.0)
+    x = torch.rand(5, 6, 40)
+    gates = layer.unit(layer.gater(x))
+    torch.testing.assert_close(layer(x), dense(layer, x, gates))
+
+
+def test_autocast_runs_dense():
+    layer = gatelet.nn.ConditionalLinear(40, 160, 12).eval()
+    layer.unit.threshold.fill_(0.0)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(torch.rand(3, 40)).dtype == torch.bfloat16

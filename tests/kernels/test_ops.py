@@ -1,0 +1,322 @@
+"""What torch asks of an op, and what users do to one: transforms, threads, forks, NaN, memory."""
+
+import inspect
+import os
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gatelet import kernels
+from gatelet.kernels import explain, gated_ffn, gated_linear, linear_gated, open_pattern
+
+OPS = (gated_linear, linear_gated, gated_ffn)
+
+
+def tensors(batch=9, units=70, width=33, group=1, rate=0.3, dtype=torch.float64, grad=True):
+    draw = torch.Generator().manual_seed(3)
+    x = torch.randn(batch, width, generator=draw, dtype=dtype)
+    weight = torch.randn(units, width, generator=draw, dtype=dtype)
+    bias = torch.randn(units, generator=draw, dtype=dtype)
+    gate = torch.rand(batch, units // group, generator=draw, dtype=dtype)
+    gate = torch.where(gate < rate, gate + 0.5, 0)
+    return [each.requires_grad_(grad) for each in (x, weight, bias, gate)]
+
+
+def second(units, outputs=7, dtype=torch.float64):
+    draw = torch.Generator().manual_seed(4)
+    weight = torch.randn(outputs, units, generator=draw, dtype=dtype).requires_grad_()
+    return weight, torch.randn(outputs, generator=draw, dtype=dtype).requires_grad_()
+
+
+# A gate that moves through zero opens a unit, so the finite difference is taken on the open gates only.
+def opened(gate):
+    is_open = gate.detach() != 0
+    return gate[is_open].detach().clone().requires_grad_(), is_open
+
+
+@pytest.mark.parametrize("group", [1, 10])
+@pytest.mark.parametrize("backend", ["reference", "numba"])
+def test_gradcheck(backend, group):
+    x, weight, bias, gate = tensors(batch=3, units=20, width=5, group=group)
+    values, is_open = opened(gate)
+    w2, b2 = second(20, 4)
+    pattern = open_pattern(gate, group)
+
+    def spread(values):
+        return torch.zeros(is_open.shape, dtype=values.dtype).masked_scatter(is_open, values)
+
+    def linear(x, weight, bias, values):
+        return gated_linear(x, weight, bias, spread(values), backend=backend)
+
+    def after(hidden, w2, b2):
+        return linear_gated(hidden, pattern, w2, b2, backend=backend)
+
+    def ffn(x, weight, bias, values, w2, b2):
+        return gated_ffn(x, weight, bias, spread(values), "gelu", w2, b2, backend=backend)
+
+    assert torch.autograd.gradcheck(linear, (x, weight, bias, values))
+    hidden = torch.randn(3, 20, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(after, (hidden, w2, b2))
+    assert torch.autograd.gradcheck(ffn, (x, weight, bias, values, w2, b2))
+
+
+@pytest.mark.parametrize("backend", ["reference", "numba", "auto"])
+def test_opcheck(backend):
+    x, weight, bias, gate = tensors()
+    w2, b2 = second(70)
+    check = torch.library.opcheck
+    rows, cols = torch.ops.gatelet.open_pattern(gate.detach(), 70, backend)
+    check(torch.ops.gatelet.open_pattern.default, (gate.detach(), 70, backend))
+    check(torch.ops.gatelet.gated_linear.default, (x, weight, bias, gate, rows, cols, None, None, backend, True))
+    check(torch.ops.gatelet.gated_linear.default, (x, weight, None, gate, rows, cols, rows, cols, backend, True))
+    check(torch.ops.gatelet.linear_gated.default, (x.new_ones(9, 70), rows, cols, w2, b2, backend))
+    check(torch.ops.gatelet.gated_ffn.default, (x, weight, bias, gate, "gelu", w2, b2, backend, True))
+
+
+# In a process of their own: the suite's run-time type checks cannot be traced.
+TRACED = """
+import torch
+from gatelet.kernels import gated_ffn, gated_linear
+
+def block(x, weight, bias, gate, w2, b2):
+    hidden = gated_linear(x, weight, bias, gate)
+    return gated_ffn(x, weight, bias, gate, "relu", w2, b2).sum() + hidden.sin().sum()
+
+torch.manual_seed(0)
+shapes = (80, 65), (130, 65), (130,), (80, 130), (64, 130), (64,)
+inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+inputs[3] = inputs[3] * (torch.rand(80, 130) < 0.1)
+inputs = [each.requires_grad_() for each in inputs]
+want = torch.autograd.grad(block(*inputs), inputs)
+compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+for a, b in zip(torch.autograd.grad(compiled(*inputs), inputs), want, strict=True):
+    torch.testing.assert_close(a, b)
+
+class Module(torch.nn.Module):
+    def forward(self, x, weight, bias, gate):
+        return gated_linear(x, weight, bias, gate)
+
+plain = tuple(each.detach() for each in inputs[:4])
+program = torch.export.export(Module(), plain)
+assert "gatelet.gated_linear" in str(program.graph), program.graph
+torch.testing.assert_close(program.module()(*plain), gated_linear(*plain))
+"""
+
+
+def test_compile_and_export_keep_the_op():
+    found = subprocess.run([sys.executable, "-c", TRACED], capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr[-3000:]
+
+
+def test_transforms_are_refused():
+    x, weight, bias, gate = tensors(grad=False)
+    with pytest.raises(NotImplementedError, match=r"torch\.vmap"):
+        torch.vmap(lambda x, gate: gated_linear(x, weight, bias, gate))(x.unsqueeze(1), gate.unsqueeze(1))
+    with pytest.raises(NotImplementedError, match=r"torch\.func"):
+        torch.func.grad(lambda w: gated_linear(x, w, bias, gate).sum())(weight)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("group", [1, 10])
+@pytest.mark.parametrize("backend", ["reference", "numba", "auto"])
+def test_closed_units_may_hold_anything(backend, group, value):
+    x, weight, bias, gate = tensors(group=group, rate=0.2)
+    w2, b2 = second(70)
+    with torch.no_grad():
+        gate[:, 1] = 0  # closed for all
+        gate[0, 0], gate[1:, 0] = 0, 1  # closed for one example
+    upper = torch.randn(9, 70, dtype=torch.float64)
+
+    def run(weight, bias, w2, x, upper):
+        # The two ops' gradients, the second's with a hidden layer that was filled with the value at closed units.
+        out = gated_linear(x, weight, bias, gate, backend=backend)
+        ffn = gated_ffn(x, weight, bias, gate, "relu", w2, b2, backend=backend)
+        found = torch.autograd.grad([out, ffn], (x, weight, gate), [upper, torch.ones_like(ffn)])
+        return out, ffn, *found
+
+    want = run(weight, bias, w2, x, upper)
+    spoilt, offset, after = weight.detach().clone(), bias.detach().clone(), w2.detach().clone()
+    span = slice(group, 2 * group)
+    spoilt[span], offset[span], after[:, span] = value, value, value
+    arriving = torch.where(gate.detach().repeat_interleave(group, 1) == 0, value, upper)
+    have = run(spoilt.requires_grad_(), offset.requires_grad_(), after.requires_grad_(), x, arriving)
+    for a, b in zip(have, want, strict=True):
+        torch.testing.assert_close(a, b)
+    # A unit that is open for others leaves the example that has it closed alone.
+    spoilt = weight.detach().clone()
+    spoilt[:group] = value
+    leaf = x.detach().clone().requires_grad_()
+    out = gated_linear(leaf, spoilt, bias, gate, backend=backend)
+    (slope,) = torch.autograd.grad(out, leaf, upper)
+    torch.testing.assert_close(out[0], want[0][0])
+    assert slope[0].isfinite().all()
+    assert not slope[1:].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_announced_once(dtype):
+    from gatelet.kernels import _dispatch
+
+    _dispatch._announce.cache_clear()
+    x, weight, bias, gate = tensors(dtype=dtype)
+    with pytest.warns(UserWarning, match="reference path"):
+        out = gated_linear(x, weight, bias, gate)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        out = gated_linear(x, weight, bias, gate)
+        torch.autograd.grad(out.sum(), (x, weight, bias, gate))
+    torch.testing.assert_close(out, F.linear(x, weight, bias) * gate)
+
+
+def test_threads():
+    """Two Python threads at once, each with two of torch's."""
+    inputs = tensors(batch=150, units=300, width=140, rate=0.1, dtype=torch.float32)
+    upper = torch.randn(150, 300)
+
+    def run():
+        out = gated_linear(*inputs, backend="numba")
+        return [out, *torch.autograd.grad(out, inputs, upper)]
+
+    want, wrong = run(), []
+
+    def stress():
+        torch.set_num_threads(2)
+        for _ in range(30):
+            pairs = zip(run(), want, strict=True)
+            wrong.extend(not torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in pairs)
+
+    team = [threading.Thread(target=stress) for _ in range(2)]
+    try:
+        for thread in team:
+            thread.start()
+        for thread in team:
+            thread.join()
+    finally:
+        torch.set_num_threads(1)
+    assert len(wrong) == 300
+    assert not any(wrong)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_any_number_of_threads_gives_the_same_bits(count):
+    inputs = tensors(batch=70, units=130, width=140, dtype=torch.float32, grad=False)
+    want = gated_linear(*inputs, backend="numba")
+    torch.set_num_threads(count)
+    try:
+        assert torch.equal(gated_linear(*inputs, backend="numba"), want)
+    finally:
+        torch.set_num_threads(1)
+
+
+FORK = """
+import os, sys, torch
+from gatelet.kernels import gated_linear
+torch.set_num_threads(2)
+x, weight, gate = torch.ones(80, 70), torch.ones(90, 70), torch.eye(80, 90)
+want = gated_linear(x, weight, None, gate, backend="numba")
+child = os.fork()
+if child == 0:
+    found = gated_linear(x, weight, None, gate, backend="numba")
+    os._exit(0 if torch.equal(found, want) else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_after_fork():
+    assert subprocess.run([sys.executable, "-c", FORK], timeout=60).returncode == 0
+
+
+def test_importing_the_library_leaves_numba_alone():
+    code = "import sys, gatelet; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+MEMORY = """
+import pathlib, sys, torch
+from gatelet.kernels import gated_linear
+from torch.nn import functional as F
+torch.set_num_threads(2)
+B, N, D = 1024, 8192, 256
+x, weight = (torch.randn(s, D, requires_grad=True) for s in (B, N))
+gate = (torch.rand(B, N) < 0.1).float().requires_grad_()
+small = [x[:64].detach().requires_grad_(), weight[:64].detach().requires_grad_(), gate[:64, :64].detach()]
+small[2].requires_grad_()
+upper = torch.randn(B, N)
+def run(x, weight, gate, upper):
+    y = gated_linear(x, weight, None, gate, backend="numba") if sys.argv[1] == "sparse" else F.linear(x, weight) * gate
+    y.backward(upper)
+def kilobytes(what):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(what)))
+run(*small, upper[:64, :64])  # compiles, and starts threads
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+before = kilobytes("VmRSS")
+run(x, weight, gate, upper)
+print(kilobytes("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system does not tell peaks")
+def test_memory_stays_below_dense():
+    def peak(how):
+        found = subprocess.run([sys.executable, "-c", MEMORY, how], capture_output=True, text=True, timeout=60)
+        return int(found.stdout)
+
+    sparse, dense = peak("sparse"), peak("dense")
+    assert dense > 60_000  # kilobytes: the measurement sees what it is to see
+    assert sparse <= dense
+
+
+# -------------------------------------------------------------------- what is asked for, and what runs
+
+
+def test_explain_says_what_runs():
+    x, weight = torch.zeros(64, 512), torch.zeros(1024, 512)
+    sparse, dense = torch.zeros(64, 1024), torch.ones(64, 1024)
+    sparse[:, ::50] = 1
+    assert explain(x, weight, sparse).kernel == "unit"
+    assert explain(x, weight, sparse[:, ::16]).kernel == "group"
+    assert explain(x, weight, dense).backend == "reference"
+    assert explain(x, weight, dense, backend="numba").backend == "numba"
+    assert explain(x[:1, :2], weight[:8, :2], dense[:1, :8]).backend == "reference"
+    assert explain(x.half(), weight.half(), sparse).backend == "reference"
+
+
+def test_errors_name_the_argument():
+    # Without the suite's run-time type checks, as users call them.
+    gated_linear, linear_gated, gated_ffn = map(inspect.unwrap, OPS)
+    x, weight, bias, gate = tensors(grad=False)
+    with pytest.raises(NotImplementedError, match="backend"):
+        gated_linear(x, weight, bias, gate, backend="triton")
+    with pytest.raises(ValueError, match="backend"):
+        gated_linear(x, weight, bias, gate, backend="nmba")
+    with pytest.raises(ValueError, match="x must have 33 features"):
+        gated_linear(x[:, 1:], weight, bias, gate)
+    with pytest.raises(ValueError, match="gate must have"):
+        gated_linear(x, weight, bias, gate[:, 1:])
+    with pytest.raises(ValueError, match="gate must have the leading shape"):
+        gated_linear(x, weight, bias, gate[1:])
+    with pytest.raises(TypeError, match="weight"):
+        gated_linear(x, weight.float(), bias, gate)
+    with pytest.raises(ValueError, match="bias"):
+        gated_linear(x, weight, bias[1:], gate)
+    with pytest.raises(ValueError, match="support"):
+        gated_linear(x, weight, bias, gate, support=gate[1:] != 0)
+    with pytest.raises(ValueError, match="pattern"):
+        linear_gated(gate[1:], open_pattern(gate), weight.t(), None)
+    with pytest.raises(TypeError, match="pattern"):
+        linear_gated(gate, gate, weight.t(), None)
+    with pytest.raises(ValueError, match="activation"):
+        gated_ffn(x, weight, bias, gate, "tanh", weight.t(), None)
+    with pytest.raises(ValueError, match="w2"):
+        gated_ffn(x, weight, bias, gate, "relu", weight, None)
+
+
+def test_public_names():
+    assert {"gated_linear", "linear_gated", "gated_ffn", "open_pattern", "OpenPattern", "explain"} <= set(dir(kernels))
