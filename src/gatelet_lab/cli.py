@@ -17,7 +17,7 @@ def main() -> None:
         from rich.console import Console
     except ImportError as error:
         sys.exit(f"gatelet: the command line needs the extra packages of gatelet[lab] ({error})")
-    from gatelet_lab import bench_estimators, diagnose, reproduce, vae
+    from gatelet_lab import bench_estimators, bench_kernels, diagnose, reproduce, vae
     from gatelet_lab.data import DataError
 
     if sys.argv[1:] == ["--version"]:
@@ -32,16 +32,20 @@ def main() -> None:
         """What to train."""
 
     @dataclass(frozen=True)
-    class Bench(bench_estimators.BenchEstimators):
-        __doc__ = bench_estimators.BenchEstimators.__doc__
-        subject: tyro.conf.Positional[Literal["estimators"]] = "estimators"
-        """What to time."""
+    class Bench:
+        """Time estimators, or the kernels that skip closed units."""
+
+        subject: (
+            Annotated[bench_estimators.BenchEstimators, named("estimators")]
+            | Annotated[bench_kernels.BenchKernels, named("kernels")]
+        )
 
     run: dict[type, Callable[[Any, Console], None]] = {
         reproduce.Reproduce: reproduce.run,
         diagnose.Diagnose: diagnose.run,
         Train: vae.run,
-        Bench: bench_estimators.run,
+        bench_estimators.BenchEstimators: bench_estimators.run,
+        bench_kernels.BenchKernels: bench_kernels.run,
     }
     command = (
         Annotated[reproduce.Reproduce, named("reproduce")]
@@ -53,12 +57,13 @@ def main() -> None:
     if not console.is_terminal:
         console = Console(width=120)  # a file has no width of its own
     try:
-        options = tyro.cli(
+        options: Any = tyro.cli(
             command,
             prog="gatelet",
             description="gatelet: networks that decide which of their units to compute.",
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
         )
+        options = options.subject if isinstance(options, Bench) else options
         run[type(options)](options, console)
     except (ValueError, OSError, RuntimeError, DataError, reproduce.CheckpointError) as error:
         Console(stderr=True).print(f"gatelet: {error}", style="bold red", highlight=False, markup=False)
