@@ -81,14 +81,16 @@ def shapes_for(method):
     if not method.enumerable:
         return []
     fits = []
-    for batch, units in itertools.product((1, 3), (1, 2, 3, 4)):
+    for batch, units in [*itertools.product((1, 3), (1, 2, 3, 4)), (1, 8)]:
         if is_smooth(method) and units > (3 if method.law == "gaussian" and batch == 1 else 2):
             continue
         cells = method.breaks(torch.zeros(units)).shape[-1] + 1
         nodes = cells * (order_for(method, units) if is_smooth(method) else 1)
         nodes *= (order_for(method, units) if is_smooth(method) else 2) ** len(method.extra_laws)
         rows = method.noise_shape(torch.Size((method.replicas, batch, units)))[0]
-        if nodes ** (rows * units) * method.replicas * batch * units <= BUDGET:
+        outcomes = nodes ** (rows * units)
+        # Eight units where two nodes each are all: 256 outcomes.
+        if outcomes * method.replicas * batch * units <= BUDGET and (units < 8 or outcomes <= 256):
             fits.append((batch, units))
     return fits
 
