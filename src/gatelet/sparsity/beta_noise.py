@@ -79,7 +79,7 @@ def beta_quantiles(alpha: float, beta: float, size: int = 1 << 14) -> Float[Tens
     """Return the quantiles of Beta(α, β) at ``size`` equally spaced probabilities from 0 to 1.
 
     The density is summed on a fine grid and its running sum inverted, to within 1e-6 of the
-    true quantiles. Drawing by table takes a tenth of the time of drawing two gamma variables per gate.
+    true quantiles. Drawing by table is several times faster than drawing two gamma variables per gate.
     """
     edges = torch.linspace(0, 1, 1 << 17, dtype=torch.float64)
     middle = (edges[1:] + edges[:-1]) / 2
