@@ -18,12 +18,11 @@ def curves(results: Sequence[dict[str, Any]], path: Path) -> None:
     """Plot validation error against epochs; the four stochastic methods of Figure 2 solid, the baselines dashed."""
     plt, mpl = _matplotlib()
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    colours = dict(zip(ROWS, plt.get_cmap("tab10").colors, strict=False))
-    for row, make in ROWS.items():
-        runs = [result["history"] for result in results if result["row"] == row]
-        if not runs:
-            continue
-        for index, history in enumerate(runs):
+    rows = dict.fromkeys(each["row"] for each in results)
+    colours = dict(zip(rows, plt.get_cmap("tab10").colors, strict=False))
+    for row in rows:
+        for index, result in enumerate(each for each in results if each["row"] == row):
+            history = result["history"]
             axes.plot(
                 [epoch["epoch"] + 1 for epoch in history],
                 [epoch["valid_error"] for epoch in history],
@@ -31,7 +30,7 @@ def curves(results: Sequence[dict[str, Any]], path: Path) -> None:
                 linestyle="-" if row in STOCHASTIC else "--",
                 linewidth=1.8 if row in STOCHASTIC else 1.1,
                 marker="." if len(history) < 20 else None,
-                label=make().title if index == 0 else None,
+                label=result["config"]["title"] if index == 0 else None,
             )
     axes.set(xlabel="epoch", ylabel="validation error (%)", yscale="log", title="Learning curves (Figure 2, left)")
     axes.yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
@@ -62,7 +61,7 @@ def gates(results: Sequence[dict[str, Any]], out: Path, path: Path) -> None:
         selective = selective[np.argsort(counts[:, selective].argmax(axis=0), kind="stable")]
         image = axes.imshow(counts[:, selective], aspect="auto", vmin=0, vmax=1, cmap="magma", interpolation="nearest")
         axes.set(ylabel="class", yticks=range(0, len(counts), max(1, len(counts) // 5)), xticks=[])
-        axes.set_title(ROWS[row]().title, fontsize=9)
+        axes.set_title(result["config"]["title"], fontsize=9)
     panels[-1, 0].set_xlabel(f"the {SHOWN_GATES} gates that differ most between classes, sorted by their class")
     figure.colorbar(image, ax=panels[:, 0].tolist(), label="share of the class's images with the gate open")
     _save(figure, path)

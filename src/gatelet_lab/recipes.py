@@ -4,10 +4,14 @@ What the paper states (A.4) is taken from it. What it leaves open (epochs, sched
 values do not train (noted at the row) was chosen by validation error.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Literal
+
+from gatelet._checks import check_choice, check_count, check_positive, check_rate
+from gatelet.estimators import ALL
 
 Preset = Literal["quick", "paper"]
 
@@ -56,6 +60,31 @@ class Recipe:
     epochs: int = 100
     patience: int = 20
     """Stop after this many epochs without a better validation error."""
+
+    def __post_init__(self) -> None:
+        """Check every number: a run must not fail after an hour, nor train something else than was meant."""
+        try:
+            ALL[check_choice(self.estimator, ALL, "estimator")](**self.options)
+        except TypeError as error:
+            raise ValueError(f"options: {error}".replace(".__init__()", "")) from error
+        for name in ("experts", "bottleneck", "batch", "epochs", "patience"):
+            check_count(getattr(self, name), name)
+        for name in ("kl_weight", "l1_weight", "gate_scale", "rate_decay", "max_norm", "gater_max_norm"):
+            if getattr(self, name) is not None:
+                check_positive(getattr(self, name), name)
+        if self.target_rate is not None:
+            check_rate(self.target_rate)
+        if self.beta_noise is not None and not self.beta_noise > 1:
+            raise ValueError(f"beta_noise must be a number above 1, not {self.beta_noise!r}")
+        if self.sparse_gates is not None:
+            check_count(self.sparse_gates, "sparse_gates")
+        for name in ("rate", "gater_rate"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a finite number of at least 0, not {getattr(self, name)!r}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must lie in [0, 1), not {self.momentum!r}")
+        if not math.isfinite(self.gate_bias):
+            raise ValueError(f"gate_bias must be a finite number, not {self.gate_bias!r}")
 
 
 def noisy_rectifier() -> Recipe:

@@ -13,15 +13,17 @@ from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from queue import Empty
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from gatelet._checks import check_choice, check_count
 from gatelet_lab import data, plots, table
 from gatelet_lab.recipes import ROWS, Preset, Recipe, recipe
+from gatelet_lab.settings import override
 from gatelet_lab.train import CheckpointError, Epoch, Stopped, Trainer, write_json
 
 
@@ -37,6 +39,8 @@ class Reproduce:
     """How many runs of each row, with seeds 0, 1, ..."""
     epochs: int | None = None
     """At most so many epochs, instead of the recipe's."""
+    settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE"), tyro.conf.UseAppendAction] = ()
+    """Override a field of the recipe of every named row, as gater_rate=0 or options.slope=sigmoid; may be repeated."""
     dataset: str = "mnist"
     """mnist, fashion-mnist, digits (needs no download), or a directory of IDX files."""
     data_dir: Path | None = None
@@ -87,15 +91,15 @@ def run(options: Reproduce, console: Console) -> None:
     def finish(job: Job, result: dict[str, Any]) -> None:
         finished[job.name] = result
         ordered = [finished[each.name] for each in jobs if each.name in finished]
-        table.write(options.out, ordered, options.preset, options.dataset)
+        table.write(options.out, ordered, options)
 
     if open_jobs:
         train_all(options, open_jobs, console, finish)
     results = [finished[job.name] for job in jobs]
-    table.write(options.out, results, options.preset, options.dataset)
+    table.write(options.out, results, options)
     plots.curves(results, options.out / "curves.png")
     plots.gates(results, options.out, options.out / "gates.png")
-    table.show(results, options.preset, options.dataset, console)
+    table.show(results, options, console)
     console.print(f"table.json, table.md, curves.png, gates.png and tensorboard/ are in {options.out}")
 
 
@@ -117,6 +121,7 @@ def plan(options: Reproduce) -> list[Job]:
     recipes = [recipe(row, options.preset) for row in ROWS if row in options.rows]
     if options.epochs is not None:
         recipes = [replace(each, epochs=options.epochs) for each in recipes]
+    recipes = [override(each, options.settings) for each in recipes]
     return [Job(each, seed) for each in recipes for seed in range(options.seeds)]
 
 
@@ -133,8 +138,12 @@ def check_output(options: Reproduce) -> None:
         raise ValueError(f"--out {out}: is not the output of `gatelet reproduce`; name another directory")
     found = read_json(out / "run.json")
     for key, value in _identity(options).items():
-        if found.get(key) != value:
-            raise ValueError(f"--out {out}: holds a run of {key} {found.get(key)}, not {value}; name another directory")
+        before = found.get(key, "")
+        if before != value:
+            raise ValueError(
+                f"--out {out}: holds a run of {key} {before or 'nothing'}, not {value or 'nothing'}; "
+                "name another directory"
+            )
 
 
 def make_output(options: Reproduce) -> None:
@@ -148,7 +157,12 @@ def make_output(options: Reproduce) -> None:
 
 
 def _identity(options: Reproduce) -> dict[str, str]:
-    return {"preset": options.preset, "dataset": options.dataset, "version": version("gatelet")}
+    return {
+        "preset": options.preset,
+        "dataset": options.dataset,
+        "version": version("gatelet"),
+        "set": " ".join(options.settings),
+    }
 
 
 def read_result(out: Path, job: Job) -> dict[str, Any] | None:

@@ -4,24 +4,39 @@ import statistics
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gatelet_lab.recipes import ROWS, Preset
 from gatelet_lab.train import write_atomically, write_json
 
-Result = dict[str, Any]
+if TYPE_CHECKING:
+    from gatelet_lab.reproduce import Reproduce
 
-_COLUMNS: Sequence[tuple[str, Callable[[Result], float], str]] = (
+Result = dict[str, Any]
+Column = tuple[str, Callable[[Result], float], str]
+
+_COLUMNS: Sequence[Column] = (
     ("our train", lambda row: row["train_nll"], "{:.1e}"),
     ("our valid", lambda row: row["valid_error"], "{:.2f}"),
     ("our test", lambda row: row["test_error"], "{:.2f}"),
     ("our smpl.", lambda row: row["test_error_sampled"], "{:.2f}"),
     ("open %", lambda row: 100 * row["open_test"], "{:.1f}"),
     ("ep.", lambda row: row["epochs"], "{:.0f}"),
+)
+_ALL_COLUMNS: Sequence[Column] = (
+    *_COLUMNS[:4],
+    ("mean of 10", lambda row: row["test_error_mean_of_10"], "{:.2f}"),
+    ("valid smpl.", lambda row: row["valid_error_sampled"], "{:.2f}"),
+    ("valid mean of 10", lambda row: row["valid_error_mean_of_10"], "{:.2f}"),
+    _COLUMNS[4],
+    ("open smpl. %", lambda row: 100 * row["open_test_sampled"], "{:.1f}"),
+    _COLUMNS[5],
+    ("s/epoch", lambda row: row["seconds_per_epoch"], "{:.1f}"),
+    ("minutes", lambda row: row["seconds"] / 60, "{:.0f}"),
+    ("seeds", lambda row: row["seeds"], "{:.0f}"),
 )
 _PAPER = (("train_nll", "{:.1e}"), ("valid_error", "{:.2f}"), ("test_error", "{:.2f}"))
 
@@ -32,58 +47,79 @@ LEGEND = (
 )
 
 
-def write(out: Path, results: Sequence[Result], preset: Preset, dataset: str) -> None:
+def write(out: Path, results: Sequence[Result], options: "Reproduce") -> None:
     """Write ``table.json`` and ``table.md``."""
     rows = [{key: value for key, value in row.items() if key != "history"} for row in results]
-    write_json(out / "table.json", {"rows": rows, "version": version("gatelet"), "dataset": dataset, "preset": preset})
-    header, body = cells(results)
-    lines = [" | ".join(line) for line in [header, ["---"] * len(header), *body]]
-    text = "\n".join(f"| {line} |" for line in lines)
+    run = {"dataset": options.dataset, "preset": options.preset, "set": list(options.settings)}
+    write_json(out / "table.json", {"rows": rows, "version": version("gatelet"), **run})
+    settings = "".join(f" --set {setting}" for setting in options.settings)
     text = (
-        f"# gatelet reproduce --preset {preset} --dataset {dataset}\n\n{text}\n\n{LEGEND}\n{caveat(preset, dataset)}\n"
+        f"# gatelet reproduce --preset {options.preset} --dataset {options.dataset}{settings}\n\n"
+        f"{markdown(*cells(results, _ALL_COLUMNS))}\n\n{LEGEND}\n"
+        f"Mean of 10: of the class probabilities of 10 samples. s/epoch: the median; minutes: times the epochs.\n"
+        f"{caveat(options)}\n"
     )
     write_atomically(out / "table.md", lambda file: file.write(text.encode()))
 
 
-def show(results: Sequence[Result], preset: Preset, dataset: str, console: Console) -> None:
+def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *body])
+
+
+def show(results: Sequence[Result], options: "Reproduce", console: Console) -> None:
     """Print the table, the paper's numbers beside ours."""
     header, body = cells(results)
-    grid = Table(title=f"{dataset}, preset {preset}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for index, name in enumerate(header):
-        grid.add_column(name.replace(" ", "\n"), justify="left" if index == 0 else "right", no_wrap=True)
-    for line in body:
-        grid.add_row(*line)
-    console.print(grid)
+    title = ", ".join((options.dataset, f"preset {options.preset}", *options.settings))
+    console.print(grid(title, header, body))
     console.print(LEGEND, highlight=False)
-    console.print(caveat(preset, dataset), style="bold", highlight=False)
+    console.print(caveat(options), style="bold", highlight=False)
 
 
-def caveat(preset: Preset, dataset: str) -> str:
+def grid(title: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> Table:
+    """Return a table for the terminal."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for index, name in enumerate(header):
+        table.add_column(name.replace(" ", "\n"), justify="left" if index == 0 else "right", no_wrap=True)
+    for line in body:
+        table.add_row(*line)
+    return table
+
+
+def caveat(options: "Reproduce") -> str:
     """Return what must be said of this run."""
-    if dataset != "mnist":
-        return f"The paper's numbers are for MNIST; this is {dataset}."
-    if preset == "quick":
+    if options.dataset != "mnist":
+        return f"The paper's numbers are for MNIST; this is {options.dataset}."
+    if options.preset == "quick":
         return "This is a quick run of a few epochs, not the paper's result: --preset paper trains to convergence."
     return "One run's test error has a standard error of about 0.13 points."
 
 
-def cells(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+def cells(results: Sequence[Result], columns: Sequence[Column] = _COLUMNS) -> tuple[list[str], list[list[str]]]:
     """Return the header and a line per row, mean ± standard deviation over its seeds."""
-    header = ["row", *(name for name, _, _ in _COLUMNS), "paper train", "paper valid", "paper test"]
+    header = ["row", *(name for name, _, _ in columns), "paper train", "paper valid", "paper test"]
     lines = []
-    for name, make in ROWS.items():
+    for name in dict.fromkeys(row["row"] for row in results):
         runs = [row for row in results if row["row"] == name]
-        if not runs:
-            continue
-        ours = [_spread([value(row) for row in runs], form) for _, value, form in _COLUMNS]
-        paper = [_format(form, runs[0]["paper"][key]) for key, form in _PAPER]
-        lines.append([make().title, *ours, *paper])
+        runs = [row | {"seeds": len(runs)} for row in runs]
+        ours = [_spread(runs, value, form) for _, value, form in columns]
+        paper = [_format(form, runs[0]["paper"][key]) if runs[0]["paper"] else "–" for key, form in _PAPER]
+        lines.append([runs[0]["config"]["title"], *ours, *paper])
     return header, lines
 
 
-def _spread(values: Sequence[float], form: str) -> str:
+def _spread(runs: Sequence[Result], value: Callable[[Result], float], form: str) -> str:
+    try:
+        values = [value(row) for row in runs]
+    except KeyError:  # a row of an earlier version, which did not measure this
+        return "–"
+    return spread(values, form)
+
+
+def spread(values: Sequence[float], form: str) -> str:
+    """Return mean ± standard deviation, or only the mean where all values agree."""
     mean = _format(form, statistics.fmean(values))
-    return mean if len(values) == 1 else f"{mean} ± {_format(form, statistics.stdev(values))}"
+    return mean if len(set(values)) == 1 else f"{mean} ± {_format(form, statistics.stdev(values))}"
 
 
 def _format(form: str, value: float) -> str:

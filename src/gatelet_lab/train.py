@@ -4,9 +4,10 @@ import copy
 import json
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from gatelet_lab.recipes import Recipe
 VERSION = 1  # of the checkpoints
 _CALIBRATION = 5000  # training images that set the threshold
 _EVAL_BATCH = 1000
+_DEFAULTS = {each.name: each.default for each in fields(Recipe) if each.default is not MISSING}
 
 
 class CheckpointError(Exception):
@@ -179,12 +181,17 @@ class Trainer:
             sampled, _, open_sampled = self.evaluate(split.test_images, split.test_labels, samples=1)
             mean10, _, _ = self.evaluate(split.test_images, split.test_labels, samples=10)
             _, train_nll, _ = self.evaluate(split.train_images, split.train_labels)
-        seconds = [row.seconds for row in self.history]
+            valid_sampled, _, _ = self.evaluate(split.valid_images, split.valid_labels, samples=1)
+            valid10, _, _ = self.evaluate(split.valid_images, split.valid_labels, samples=10)
+        # The median: a machine that was busy or asleep during an epoch must not be taken for a slow method.
+        seconds = statistics.median(row.seconds for row in self.history)
         return {
             "row": recipe.row,
             "seed": self.seed,
             "train_nll": train_nll,
             "valid_error": valid,
+            "valid_error_sampled": valid_sampled,
+            "valid_error_mean_of_10": valid10,
             "test_error": test,
             "test_error_sampled": sampled,
             "test_error_mean_of_10": mean10,
@@ -193,7 +200,8 @@ class Trainer:
             "open_train": self.history[self.best_epoch].open_train,
             "epochs": len(self.history),
             "best_epoch": self.best_epoch + 1,
-            "seconds_per_epoch": sum(seconds) / len(seconds),
+            "seconds_per_epoch": seconds,
+            "seconds": seconds * len(self.history),
             "config": {key: value for key, value in asdict(recipe).items() if key != "paper"},
             "paper": asdict(recipe.paper),
         }
@@ -237,6 +245,7 @@ class Trainer:
         except Exception as error:
             raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from error
         wanted = json.loads(self._identity())
+        found = _DEFAULTS | found  # a field that a checkpoint does not know yet had its default
         differing = [key for key in wanted if found.get(key) != wanted[key]]
         if differing:
             told = ", ".join(f"{key} was {found.get(key)!r}, is {wanted[key]!r}" for key in differing)

@@ -8,13 +8,15 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from gatelet_lab import reproduce, table
-from gatelet_lab.recipes import ROWS
+from gatelet_lab import data, reproduce, settings, table
+from gatelet_lab.recipes import ROWS, recipe
+from gatelet_lab.train import Trainer
 
 GATELET = str(Path(sys.executable).with_name("gatelet"))
 SMALL = ("--dataset", "digits", "--rows", "sigmoid", "noisy_sigmoid")
-TIMES = ("seconds_per_epoch",)
+TIMES = ("seconds_per_epoch", "seconds")
 
 
 def gatelet(*arguments, **options):
@@ -24,6 +26,11 @@ def gatelet(*arguments, **options):
 def rows(out):
     found = json.loads((out / "table.json").read_text())["rows"]
     return [{key: value for key, value in row.items() if key not in TIMES} for row in found]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +60,8 @@ def test_the_output_is_complete(finished):
             "open_train",
             "epochs",
             "seconds_per_epoch",
+            "valid_error_sampled",
+            "valid_error_mean_of_10",
             "config",
             "paper",
         } <= set(row)
@@ -82,6 +91,28 @@ def test_resuming_a_finished_run_shows_it_again(finished):
     done = gatelet("reproduce", *SMALL, "straight_through", "--epochs", 3, "--out", out, "--resume")
     assert done.returncode == 0, done.stderr
     assert rows(out) == before
+
+
+def test_a_setting_overrides_the_recipe_and_is_told(tmp_path):
+    out = tmp_path / "out"
+    frozen = ("--set", "gater_rate=0", "--set", "options.std=0.5", "--set", "experts=100")
+    done = gatelet("reproduce", "--dataset", "digits", "--rows", "noisy_sigmoid", "--epochs", 1, "--out", out, *frozen)
+    assert done.returncode == 0, done.stderr
+    (row,) = rows(out)
+    assert row["config"]["gater_rate"] == 0
+    assert row["config"]["options"] == {"std": 0.5}
+    assert row["config"]["experts"] == 100
+    assert json.loads((out / "table.json").read_text())["set"] == list(frozen[1::2])
+    assert "--set options.std=0.5" in (out / "table.md").read_text()
+
+
+def test_a_frozen_gater_stays_as_it_was(digits):
+    frozen = settings.override(recipe("straight_through", "quick"), ["gater_rate=0", "experts=50", "bottleneck=10"])
+    trainer = Trainer(frozen, 0, digits)
+    trainer.step_epoch()  # max-norm shortens the start's weights once
+    before = [parameter.clone() for parameter in trainer.model.layer.gater.parameters()]
+    trainer.step_epoch()
+    assert all(torch.equal(one, two) for one, two in zip(before, trainer.model.layer.gater.parameters(), strict=True))
 
 
 LONGER = ("reproduce", *SMALL, "--epochs", "12", "--out")
@@ -134,6 +165,16 @@ def bad_calls(out, tmp_path):
         "output is under a file": (("--out", file / "x", "--dataset", "digits"), "--out"),
         "output is somebody's": (("--out", alien, "--dataset", "digits", "--resume"), "not the output of"),
         "another preset": (("--out", out, "--dataset", "digits", "--preset", "paper", "--resume"), "preset"),
+        "no such key": (("--set", "gater_rat=0", "--out", tmp_path / "a"), "'gater_rate'"),
+        "a setting without a value": (("--set", "gater_rate", "--out", tmp_path / "a"), "key=value"),
+        "a setting of another type": (("--set", "batch=1.5", "--out", tmp_path / "a"), "--set batch=1.5: must be int"),
+        "a setting out of range": (("--set", "momentum=1", "--out", tmp_path / "a"), "momentum must lie in [0, 1)"),
+        "no such option": (("--set", "options.slope=sigmoid", "--out", tmp_path / "a"), "row noisy_rectifier: options"),
+        "no such slope": (
+            ("--rows", "straight_through", "--set", "options.slope=1", "--out", tmp_path / "a"),
+            "unknown slope 1",
+        ),
+        "other settings": (("--out", out, *SMALL, "--epochs", 3, "--set", "rate=1", "--resume"), "not rate=1"),
         "another length": (("--out", out, *SMALL, "--epochs", 5, "--resume"), "epochs (3, not 5)"),
     }
 
@@ -170,6 +211,7 @@ def test_a_damaged_result_is_told(finished):
 def test_seeds_are_shown_as_mean_and_deviation():
     row = {
         "row": "sigmoid",
+        "config": {"title": "Baseline Sigmoid"},
         "train_nll": 1e-3,
         "valid_error": 2.0,
         "test_error_sampled": 2.0,
