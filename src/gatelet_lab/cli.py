@@ -17,7 +17,7 @@ def main() -> None:
         from rich.console import Console
     except ImportError as error:
         sys.exit(f"gatelet: the command line needs the extra packages of gatelet[lab] ({error})")
-    from gatelet_lab import bench_estimators, bench_kernels, diagnose, reproduce, vae
+    from gatelet_lab import bench_estimators, bench_kernels, diagnose, reproduce, sweep, vae
     from gatelet_lab.data import DataError
 
     if sys.argv[1:] == ["--version"]:
@@ -42,6 +42,7 @@ def main() -> None:
 
     run: dict[type, Callable[[Any, Console], None]] = {
         reproduce.Reproduce: reproduce.run,
+        sweep.Sweep: sweep.run,
         diagnose.Diagnose: diagnose.run,
         Train: vae.run,
         bench_estimators.BenchEstimators: bench_estimators.run,
@@ -49,6 +50,7 @@ def main() -> None:
     }
     command = (
         Annotated[reproduce.Reproduce, named("reproduce")]
+        | Annotated[sweep.Sweep, named("sweep")]
         | Annotated[diagnose.Diagnose, named("diagnose")]
         | Annotated[Train, named("train")]
         | Annotated[Bench, named("bench")]
@@ -69,5 +71,6 @@ def main() -> None:
         Console(stderr=True).print(f"gatelet: {error}", style="bold red", highlight=False, markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; the same command with --resume continues")
+        how = " with --resume" if hasattr(options, "resume") else ""
+        Console(stderr=True).print(f"interrupted; the same command{how} continues")
         sys.exit(130)

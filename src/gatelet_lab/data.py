@@ -19,7 +19,7 @@ import threading
 import uuid
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -91,6 +91,10 @@ class Split:
     valid_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
+
+    def without_test(self) -> "Split":
+        """Return the split with an empty test set, for whoever must not look at it."""
+        return replace(self, test_images=self.train_images[:0], test_labels=self.train_labels[:0])
 
 
 def load(dataset: str | Path, data_dir: Path | None = None) -> Split:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from gatelet_lab.recipes import ROWS
 from gatelet_lab.train import write_atomically
 
 STOCHASTIC = ("noisy_rectifier", "straight_through", "smooth_times_stochastic", "score_function")

@@ -203,6 +203,11 @@ ROWS: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
 )
 
 
+def rows(preset: Preset) -> Mapping[str, Callable[[], Recipe]]:
+    """Return the rows of a preset."""
+    return ROWS
+
+
 def recipe(row: str, preset: Preset) -> Recipe:
     """Return a row's recipe; ``quick`` shortens it to a few epochs of a faster falling rate."""
     full = ROWS[row]()

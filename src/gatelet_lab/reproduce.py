@@ -114,15 +114,20 @@ def plan(options: Reproduce) -> list[Job]:
         check_count(options.epochs, "--epochs")
     if options.jobs is not None:
         check_count(options.jobs, "--jobs")
-    try:
-        torch.empty(0, device=options.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
+    check_device(options.device)
     recipes = [recipe(row, options.preset) for row in ROWS if row in options.rows]
     if options.epochs is not None:
         recipes = [replace(each, epochs=options.epochs) for each in recipes]
     recipes = [override(each, options.settings) for each in recipes]
     return [Job(each, seed) for each in recipes for seed in range(options.seeds)]
+
+
+def check_device(device: str) -> None:
+    """Raise unless torch has this device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
 
 
 def check_output(options: Reproduce) -> None:

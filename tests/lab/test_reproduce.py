@@ -170,10 +170,7 @@ def bad_calls(out, tmp_path):
         "a setting of another type": (("--set", "batch=1.5", "--out", tmp_path / "a"), "--set batch=1.5: must be int"),
         "a setting out of range": (("--set", "momentum=1", "--out", tmp_path / "a"), "momentum must lie in [0, 1)"),
         "no such option": (("--set", "options.slope=sigmoid", "--out", tmp_path / "a"), "row noisy_rectifier: options"),
-        "no such slope": (
-            ("--rows", "straight_through", "--set", "options.slope=1", "--out", tmp_path / "a"),
-            "unknown slope 1",
-        ),
+        "no such estimator": (("--set", "estimator=straight_thru", "--out", tmp_path / "a"), "'straight_through'"),
         "other settings": (("--out", out, *SMALL, "--epochs", 3, "--set", "rate=1", "--resume"), "not rate=1"),
         "another length": (("--out", out, *SMALL, "--epochs", 5, "--resume"), "epochs (3, not 5)"),
     }

@@ -1,0 +1,310 @@
+"""`gatelet sweep`: search a recipe's numbers by validation error, with Optuna; the test set is not there."""
+
+import json
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import optuna
+import tyro
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from sqlalchemy.exc import SQLAlchemyError
+
+from gatelet._checks import check_choice, check_count
+from gatelet_lab import data, table
+from gatelet_lab.recipes import Preset, Recipe, recipe, rows
+from gatelet_lab.reproduce import check_device
+from gatelet_lab.settings import number, override, value
+from gatelet_lab.train import Epoch, Trainer
+
+STORAGE = "sqlite:///runs/sweep.db"
+HEARTBEAT, GRACE = 30, 300  # seconds; a trial that is silent for longer than GRACE was killed
+Space = Mapping[str, BaseDistribution]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Search the numbers of a row's recipe by validation error; the same command again continues the search."""
+
+    row: tyro.conf.Positional[str]
+    """The row, by name."""
+    preset: Preset = "quick"
+    """Whose recipe to start from: its epochs, its schedule."""
+    trials: int = 30
+    """Finished trials (complete or pruned) that the study is to hold in the end, those of other processes included."""
+    epochs: int | None = None
+    """At most so many epochs per trial, instead of the recipe's."""
+    space: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=RANGE"), tyro.conf.UseAppendAction] = ()
+    """What to search, instead of the row's own space: rate=0.03:1:log, gate_bias=-6:0, batch=32,64; may be repeated."""
+    settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE"), tyro.conf.UseAppendAction] = ()
+    """Hold a field of the recipe at this value; may be repeated."""
+    seed: int = 0
+    """Of every trial's training."""
+    dataset: str = "mnist"
+    """mnist, fashion-mnist, digits (needs no download), or a directory of IDX files."""
+    data_dir: Path | None = None
+    """Where to look for the data set's files first (or the environment variable GATELET_DATA)."""
+    device: str = "cpu"
+    """Torch device to train on."""
+    storage: str = STORAGE
+    """Database of the study, as an SQLAlchemy URL: processes and machines that share it share the search."""
+    study: str | None = None
+    """The study's name in the database; by default made of row, preset and data set."""
+
+
+def run(options: Sweep, console: Console) -> None:
+    """Run trials until the study holds enough of them, then print the best settings."""
+    base, space = plan(options)
+    split = data.load(options.dataset, options.data_dir).without_test()
+    study = open_study(options, base, space)
+    already = len(finished(study))
+    console.print(f"study {study.study_name} in {options.storage}: {already} of {options.trials} trials are there")
+    with _display(options, study, base.epochs, console) as show:
+
+        def objective(trial: optuna.Trial) -> float:
+            settings = [f"{key}={_suggest(trial, key, each)}" for key, each in space.items()]
+            trial.set_user_attr("settings", settings)
+            try:
+                return train(trial, Trainer(override(base, settings), options.seed, split, options.device), show)
+            except FloatingPointError as error:  # diverged: as bad as it gets, and not to be tried again
+                trial.set_user_attr("diverged", str(error))
+                raise optuna.TrialPruned(str(error)) from error
+
+        while len(finished(study)) < options.trials:
+            study.optimize(objective, n_trials=1)
+            show(None)
+    report(options, study, console)
+
+
+def train(trial: optuna.Trial, trainer: Trainer, show: Callable[[Epoch], None]) -> float:
+    """Train one trial and return its best validation error; stop it early if the other trials were better."""
+    while not trainer.finished:
+        row = trainer.step_epoch()
+        show(row)
+        trial.report(row.valid_error, row.epoch)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+    return trainer.best_error
+
+
+def plan(options: Sweep) -> tuple[Recipe, Space]:
+    """Check the options; return the recipe to start from and what to search."""
+    check_choice(options.row, rows(options.preset), "row")
+    check_count(options.trials, "--trials")
+    if options.epochs is not None:
+        check_count(options.epochs, "--epochs")
+    check_device(options.device)
+    base = recipe(options.row, options.preset)
+    if options.epochs is not None:
+        base = replace(base, epochs=options.epochs)
+    base = override(base, options.settings)
+    held = {setting.partition("=")[0] for setting in options.settings}
+    texts = options.space or [text for text in default_space(base) if text.partition("=")[0] not in held]
+    space: dict[str, BaseDistribution] = {}
+    for text in texts:
+        key, distribution = parse_range(text)
+        if key in space or key in held:
+            raise ValueError(f"--space {text}: {key} is there twice")
+        space[key] = distribution
+        for end in _ends(distribution):  # the recipe's own checks, before hours are spent
+            override(base, [f"{key}={end}"])
+    return base, space
+
+
+def default_space(base: Recipe) -> list[str]:
+    """Return what decides a row most (and the paper leaves open), as ``--space`` takes it."""
+    space = ["rate=0.02:1:log", "momentum=0:0.9"]
+    space += ["rate_decay=0.95:1" if base.rate_decay > 0.95 else "rate_decay=0.6:0.99"]
+    if base.gater_rate != 1:
+        space += ["gater_rate=0.001:1:log"]
+    if base.target_rate is not None:
+        space += ["gater_max_norm=1:10:log"]
+        if base.kl_weight is not None:
+            space += [f"kl_weight={base.kl_weight / 10:g}:{base.kl_weight * 10:g}:log"]
+        if base.sparse_gates is None:
+            space += ["gate_scale=1:30:log", "gate_bias=-6:0"]
+    return space
+
+
+def parse_range(text: str) -> tuple[str, BaseDistribution]:
+    """Return the key and the distribution of ``key=low:high``, ``key=low:high:log`` or ``key=a,b,c``."""
+    flag = f"--space {text}"
+    key, sign, what = text.partition("=")
+    if not sign or not what:
+        raise ValueError(f"{flag}: must be key=low:high, key=low:high:log or key=a,b,c")
+    option = key.startswith("options.")
+    if ":" not in what:
+        choices = what.split(",")
+        if not option:
+            for each in choices:
+                value(key, each, "--space")
+        return key, CategoricalDistribution(choices)
+    low, high, *log = what.split(":")
+    if log not in ([], ["log"]):
+        raise ValueError(f"{flag}: after low:high only :log may follow")
+    if not option:
+        value(key, low, "--space")
+    kind = float if option else number(key)
+    if kind is None:
+        raise ValueError(f"{flag}: {key} is no number; name choices, as {key}=a,b")
+    try:
+        ends = kind(low), kind(high)
+    except ValueError as error:
+        raise ValueError(f"{flag}: the ends must be {kind.__name__}") from error
+    if not ends[0] < ends[1]:
+        raise ValueError(f"{flag}: the low end must be below the high end")
+    if log and ends[0] <= 0:
+        raise ValueError(f"{flag}: a logarithmic range must start above 0")
+    return key, (IntDistribution if kind is int else FloatDistribution)(*ends, log=bool(log))
+
+
+def _suggest(trial: optuna.Trial, key: str, each: BaseDistribution) -> str:
+    """Return a trial's value as text, which is what it trains with and what is printed: four digits are enough."""
+    if isinstance(each, FloatDistribution):
+        return f"{trial.suggest_float(key, each.low, each.high, log=each.log):.4g}"
+    if isinstance(each, IntDistribution):
+        return str(trial.suggest_int(key, each.low, each.high, log=each.log))
+    assert isinstance(each, CategoricalDistribution)
+    return str(trial.suggest_categorical(key, each.choices))
+
+
+def _ends(each: BaseDistribution) -> Sequence[Any]:
+    if isinstance(each, FloatDistribution | IntDistribution):
+        return each.low, each.high
+    assert isinstance(each, CategoricalDistribution)
+    return each.choices
+
+
+def open_study(options: Sweep, base: Recipe, space: Space) -> optuna.Study:
+    """Make the study, or continue it if it is the same search."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    name = options.study or f"{options.row}-{options.preset}-{Path(options.dataset).name}"
+    if options.storage == STORAGE:
+        Path("runs").mkdir(exist_ok=True)
+    # Processes take turns in an SQLite file; its default patience of 5 s is short beside a busy disk.
+    waiting = {"connect_args": {"timeout": 60}} if options.storage.startswith("sqlite") else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        try:
+            storage = optuna.storages.RDBStorage(
+                options.storage, engine_kwargs=waiting, heartbeat_interval=HEARTBEAT, grace_period=GRACE
+            )
+        except (SQLAlchemyError, ImportError, ValueError) as error:
+            raise ValueError(f"--storage {options.storage}: {str(error).splitlines()[0]}") from error
+        study = optuna.create_study(
+            storage=storage,
+            study_name=name,
+            load_if_exists=True,
+            direction="minimize",
+            sampler=optuna.samplers.TPESampler(multivariate=True, constant_liar=True),
+            pruner=optuna.pruners.MedianPruner(n_warmup_steps=max(1, base.epochs // 4)),
+        )
+    wanted = _identity(options, base, space)
+    if found := study.user_attrs.get("search"):
+        defaults = {each.name: each.default for each in fields(Recipe) if each.default is not MISSING}
+        found = defaults | found  # a field that an older study does not know had its default
+        for key, now in wanted.items():
+            if found.get(key) != now:
+                raise ValueError(
+                    f"study {name}: its {key} was {found.get(key)!r}, is {now!r}; name another study with --study"
+                )
+    study.set_user_attr("search", wanted)
+    # The recipe itself comes first: whatever is found is no worse.
+    own = {key: number for key, each in space.items() if (number := _own(base, key, each)) is not None}
+    study.enqueue_trial(own, skip_if_exists=True)
+    return study
+
+
+def _own(base: Recipe, key: str, each: BaseDistribution) -> Any:
+    """Return the recipe's own value, None if it lies outside of the range."""
+    own = base.options.get(key.removeprefix("options.")) if key.startswith("options.") else getattr(base, key)
+    if isinstance(each, CategoricalDistribution):
+        return str(own) if str(own) in each.choices else None
+    assert isinstance(each, FloatDistribution | IntDistribution)
+    return own if own is not None and each.low <= own <= each.high else None
+
+
+def _identity(options: Sweep, base: Recipe, space: Space) -> dict[str, Any]:
+    ranges = {key: optuna.distributions.distribution_to_json(each) for key, each in space.items()}
+    own = {key: each for key, each in asdict(base).items() if key not in ("title", "paper")}
+    search = {"preset": options.preset, "dataset": options.dataset, "seed": options.seed, "space": ranges, **own}
+    identity: dict[str, Any] = json.loads(json.dumps(search))
+    return identity
+
+
+def finished(study: optuna.Study) -> list[FrozenTrial]:
+    """Return the trials that ran to their end or were pruned."""
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+
+
+def ranked(study: optuna.Study) -> list[FrozenTrial]:
+    """Return the complete trials, best first."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return sorted(complete, key=lambda trial: (trial.value if trial.value is not None else 100.0, trial.number))
+
+
+def report(options: Sweep, study: optuna.Study, console: Console) -> None:
+    """Print the best trials, and the best one's settings as `gatelet reproduce` takes them."""
+    best = ranked(study)
+    states = [trial.state for trial in study.get_trials(deepcopy=False)]
+    console.print(", ".join(f"{states.count(each)} {each.name.lower()}" for each in TrialState if each in states))
+    if not best:
+        console.print("no trial ran to its end: there is nothing to recommend")
+        return
+    keys = [setting.partition("=")[0] for setting in best[0].user_attrs["settings"]]
+    body = [
+        [str(trial.number), f"{trial.value:.2f}", *(each.partition("=")[2] for each in trial.user_attrs["settings"])]
+        for trial in best[:5]
+    ]
+    console.print(table.grid("the best trials", ["trial", "valid %", *keys], body))
+    settings = " ".join(f"--set {setting}" for setting in (*options.settings, *best[0].user_attrs["settings"]))
+    epochs = f" --epochs {options.epochs}" if options.epochs is not None else ""
+    console.print(
+        f"gatelet reproduce --preset {options.preset} --rows {options.row}{epochs} {settings}",
+        style="bold",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@contextmanager
+def _display(options: Sweep, study: optuna.Study, epochs: int, console: Console) -> Any:
+    """Show the search's progress: bars in a terminal, a line per trial elsewhere. Yields a function to be told."""
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    trials = progress.add_task("trials", total=options.trials, completed=len(finished(study)), state="")
+    epoch = progress.add_task("epochs", total=epochs, state="")
+
+    def show(row: Epoch | None) -> None:
+        """Take an epoch of the trial in progress, or None: it has ended."""
+        if row is not None:
+            progress.update(epoch, completed=row.epoch + 1, state=f"valid {row.valid_error:5.2f} %")
+            return
+        best = ranked(study)[:1]
+        state = f"best {best[0].value:.2f} % (trial {best[0].number})" if best else ""
+        progress.update(trials, completed=len(finished(study)), state=state)
+        if not console.is_terminal:
+            trial = study.get_trials(deepcopy=False)[-1]
+            reached = min(trial.intermediate_values.values(), default=100.0)
+            console.print(
+                f"trial {trial.number}: valid {reached:.2f} % ({trial.state.name.lower()}), {state}: "
+                + " ".join(trial.user_attrs.get("settings", ())),
+                highlight=False,
+                soft_wrap=True,
+            )
+
+    with progress:
+        yield show

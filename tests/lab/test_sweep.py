@@ -1,0 +1,186 @@
+"""The search: by validation error alone, resumable, and a trial that was killed does not stop it."""
+
+import io
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from rich.console import Console
+
+from gatelet_lab import cli, data, sweep
+from gatelet_lab.train import Trainer
+
+SMALL = {
+    "row": "sigmoid",
+    "dataset": "digits",
+    "epochs": 2,
+    "space": ("rate=0.03:1:log", "batch=32,64"),
+    "settings": ("experts=20", "bottleneck=5"),
+}
+
+
+class Untouchable:
+    """Stands for a test set: whatever is done with it is an error."""
+
+    def __getattr__(self, name):
+        raise AssertionError(f"the test set was looked at: {name}")
+
+    __len__ = __getitem__ = lambda *_: pytest.fail("the test set was looked at")
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Return options of a search, with a test set that must not be looked at."""
+    split = replace(data.load("digits"), test_images=Untouchable(), test_labels=Untouchable())
+    monkeypatch.setattr(data, "load", lambda *_: split)
+    return lambda **changes: sweep.Sweep(**SMALL | {"storage": f"sqlite:///{tmp_path}/study.db"} | changes)
+
+
+def study(options):
+    return optuna.load_study(study_name="sigmoid-quick-digits", storage=options.storage)
+
+
+def states(options):
+    return [trial.state for trial in study(options).get_trials()]
+
+
+def run(options):
+    told = io.StringIO()
+    sweep.run(options, Console(width=200, file=told))
+    return told.getvalue()
+
+
+def test_a_search_ends_with_settings_that_reproduce_takes(small):
+    printed = run(small(trials=3))
+    best = study(small()).best_trial
+    settings = best.user_attrs["settings"]
+    expected = " ".join(f"--set {each}" for each in (*SMALL["settings"], *settings))
+    assert f"gatelet reproduce --preset quick --rows sigmoid --epochs 2 {expected}" in printed.replace("\n", " ")
+    assert f"best {best.value:.2f} % (trial {best.number})" in printed
+
+
+def test_the_value_is_the_best_validation_error_of_these_settings(small):
+    run(small(trials=1))
+    (trial,) = study(small()).get_trials()
+    assert trial.user_attrs["settings"] == ["rate=0.3", "batch=32"]  # the recipe's own come first
+    base, _ = sweep.plan(small())
+    trainer = Trainer(base, 0, data.load().without_test())
+    while not trainer.finished:
+        trainer.step_epoch()
+    assert trial.value == min(row.valid_error for row in trainer.history)
+    assert list(trial.intermediate_values.values()) == [row.valid_error for row in trainer.history]
+
+
+def test_the_same_command_continues_and_counts_what_is_there(small):
+    run(small(trials=1))
+    run(small(trials=2))
+    run(small(trials=2))
+    assert states(small()) == [TrialState.COMPLETE] * 2
+
+
+def test_another_search_under_the_same_name_is_refused(small):
+    run(small(trials=1))
+    with pytest.raises(ValueError, match="experts was 20, is 30; name another study"):
+        sweep.run(small(settings=("experts=30", "bottleneck=5")), Console())
+
+
+def test_ctrl_c_leaves_a_failed_trial_and_the_search_continues(small, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step_epoch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(small(trials=1))
+    assert states(small()) == [TrialState.FAIL]
+    run(small(trials=1))
+    assert states(small()) == [TrialState.FAIL, TrialState.COMPLETE]
+
+
+def test_a_killed_trial_is_marked_failed(small, monkeypatch):
+    monkeypatch.setattr(sweep, "GRACE", 1)
+    options = small(trials=1)
+    killed = sweep.open_study(options, *sweep.plan(options))
+    with pytest.warns(UserWarning, match="optimize"):  # which would go on beating
+        trial = killed.ask()
+    killed._storage.record_heartbeat(trial._trial_id)
+    time.sleep(2.1)
+    run(options)
+    assert states(options) == [TrialState.FAIL, TrialState.COMPLETE]
+
+
+def test_a_diverged_trial_is_over_and_the_search_goes_on(small):
+    printed = run(small(trials=2, space=("rate=1e29,1e30",)))
+    assert states(small()) == [TrialState.PRUNED] * 2
+    assert "nothing to recommend" in printed
+
+
+def test_a_trial_worse_than_the_others_is_stopped_early(small):
+    class Bad:
+        steps = 0
+
+        def report(self, value, step):
+            self.steps += 1
+
+        def should_prune(self):
+            return True
+
+    base, _ = sweep.plan(small())
+    trial = Bad()
+    with pytest.raises(optuna.TrialPruned):
+        sweep.train(trial, Trainer(base, 0, data.load().without_test()), lambda _: None)
+    assert trial.steps == 1
+
+
+def test_two_processes_share_a_study(tmp_path):
+    command = [
+        str(Path(sys.executable).with_name("gatelet")),
+        *("sweep", "sigmoid", "--dataset", "digits", "--epochs", "1", "--trials", "4"),
+        *("--set", "experts=20", "--set", "bottleneck=5", "--storage", f"sqlite:///{tmp_path}/study.db"),
+    ]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
+    for process in processes:
+        told, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, told.decode()
+    shared = optuna.load_study(study_name="sigmoid-quick-digits", storage=f"sqlite:///{tmp_path}/study.db")
+    assert len(shared.get_trials()) in (4, 5)
+
+
+BAD = {
+    "no row": ((), "row"),
+    "unknown row": (("sigmoidal",), "'sigmoid'"),
+    "no trial": (("sigmoid", "--trials", "0"), "--trials"),
+    "no sign": (("sigmoid", "--space", "rate"), "key=low:high"),
+    "unknown key": (("sigmoid", "--space", "rat=0:1"), "'rate'"),
+    "empty range": (("sigmoid", "--space", "rate=1:0.1"), "low end must be below"),
+    "logarithm of zero": (("sigmoid", "--space", "rate=0:1:log"), "must start above 0"),
+    "another word": (("sigmoid", "--space", "rate=0.1:1:lin"), "only :log"),
+    "text for a number": (("sigmoid", "--space", "batch=1.5:3"), "must be int"),
+    "text for the high end": (("sigmoid", "--space", "batch=1:x"), "must be int"),
+    "a range of words": (("sigmoid", "--space", "estimator=a:b"), "no number"),
+    "an impossible end": (("sigmoid", "--space", "momentum=0:1"), "momentum must lie in [0, 1)"),
+    "an unknown choice": (("sigmoid", "--space", "estimator=sigmoid,sigmo"), "'sigmoid'"),
+    "twice": (("sigmoid", "--space", "rate=0:1", "--space", "rate=0:1"), "twice"),
+    "held and searched": (("sigmoid", "--space", "rate=0:1", "--set", "rate=1"), "twice"),
+    "no database": (("sigmoid", "--dataset", "digits", "--storage", "nowhere"), "--storage"),
+    "no such folder": (("sigmoid", "--dataset", "digits", "--storage", "sqlite:////nowhere/at/all.db"), "--storage"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_calls_name_the_argument(case, monkeypatch, capsys, tmp_path):
+    arguments, told = BAD[case]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gatelet", "sweep", *arguments])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    captured = capsys.readouterr()
+    message = " ".join((captured.out + captured.err).split())
+    assert exit_.value.code == 2
+    assert told.lower() in message.lower()
+    assert "Traceback" not in message
