@@ -1,8 +1,11 @@
-"""Figure 1: the paper's network, built from a recipe."""
+"""Figure 1: the paper's network, built from a recipe; and a mixture of experts in the gates' place."""
 
 import math
+from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gatelet
@@ -10,39 +13,76 @@ from gatelet_lab.recipes import Recipe
 
 
 class PaperNet(nn.Module):
-    """Class scores of affine(H ∘ h): one conditional layer and an affine layer on top (section 5)."""
+    """Class scores of affine(H ∘ h): conditional layers and an affine layer on top (section 5)."""
 
     def __init__(self, recipe: Recipe, features: int, classes: int) -> None:
         super().__init__()
-        self.layer = gatelet.nn.ConditionalLinear(
-            features,
-            recipe.experts,
-            recipe.bottleneck,
-            estimator=gatelet.estimators.ALL[recipe.estimator](**recipe.options),
-            target_rate=recipe.target_rate,
-            sparsity=controllers(recipe),
-        )
+        self.recipe = recipe
+        build: Callable[[Recipe, int], Layer] = mixture_layer if recipe.mixture else conditional_layer
+        self.layer = build(recipe, features)
+        self.above = nn.ModuleList(build(recipe, recipe.experts) for _ in range(recipe.layers - 1))
         self.output = nn.Linear(recipe.experts, classes)
-        self._initialise(recipe)
-
-    def _initialise(self, recipe: Recipe) -> None:
-        gates = self.layer.gater.gates
+        for layer in self.layers:
+            if isinstance(layer, gatelet.nn.ConditionalLinear):
+                start_gates(layer, recipe)
+        bound = math.sqrt(6 / (self.output.in_features + self.output.out_features))
         with torch.no_grad():
-            if recipe.sparse_gates is None:
-                bound = recipe.gate_scale * math.sqrt(6 / (gates.in_features + gates.out_features))
-                gates.weight.uniform_(-bound, bound)
-            else:  # each gate hears only a few bottleneck units
-                chosen = torch.rand(gates.weight.shape).argsort(dim=1) < recipe.sparse_gates
-                gates.weight.copy_(torch.randn(gates.weight.shape) * chosen)
-            gates.bias.fill_(recipe.gate_bias)
-            bound = math.sqrt(6 / (self.output.in_features + self.output.out_features))
             self.output.weight.uniform_(-bound, bound)
             self.output.bias.zero_()
 
+    @property
+    def layers(self) -> list["Layer"]:
+        """The conditional layers, from the bottom."""
+        return [self.layer, *(cast(Layer, layer) for layer in self.above)]
+
+    @property
+    def active_fraction(self) -> float:
+        """Share of the units computed in the last forward pass, of all layers together."""
+        shares = [layer.active_fraction for layer in self.layers]
+        return sum(float(share) for share in shares) / len(shares)
+
     def forward(self, x: Tensor) -> Tensor:
         """Return the class scores (B, classes)."""
-        scores: Tensor = self.output(self.layer(x))
+        if self.training and self.recipe.input_noise:
+            x = x + self.recipe.input_noise * torch.randn_like(x)
+        if self.recipe.input_dropout:
+            x = F.dropout(x, self.recipe.input_dropout, self.training)
+        for layer in self.layers:
+            x = layer(x)
+            if self.recipe.hidden_dropout:
+                x = F.dropout(x, self.recipe.hidden_dropout, self.training)
+        scores: Tensor = self.output(x)
         return scores
+
+
+def conditional_layer(recipe: Recipe, features: int) -> gatelet.nn.ConditionalLinear:
+    """Return a gater and its experts."""
+    layer = gatelet.nn.ConditionalLinear(
+        features,
+        recipe.experts,
+        recipe.bottleneck,
+        estimator=gatelet.estimators.ALL[recipe.estimator](**recipe.options),
+        target_rate=recipe.target_rate,
+        group_size=recipe.group_size,
+        sparsity=controllers(recipe),
+    )
+    if recipe.gater_norm:
+        layer.gater.hidden = NormedLinear(layer.gater.hidden)
+    return layer
+
+
+def start_gates(layer: gatelet.nn.ConditionalLinear, recipe: Recipe) -> None:
+    """Draw the gates' weights and set their biases as the recipe says."""
+    gates = layer.gater.gates
+    with torch.no_grad():
+        if recipe.sparse_gates is None:
+            bound = recipe.gate_scale * math.sqrt(6 / (gates.in_features + gates.out_features))
+            gates.weight.uniform_(-bound, bound)
+        else:  # each gate hears only a few bottleneck units
+            chosen = torch.rand(gates.weight.shape).argsort(dim=1) < recipe.sparse_gates
+            gates.weight.copy_(torch.randn(gates.weight.shape) * chosen)
+        if recipe.gate_bias is not None:
+            gates.bias.fill_(recipe.gate_bias)
 
 
 def controllers(recipe: Recipe) -> list[gatelet.sparsity.Controller]:
@@ -56,3 +96,93 @@ def controllers(recipe: Recipe) -> list[gatelet.sparsity.Controller]:
         if recipe.beta_noise is not None:
             chosen.append(gatelet.sparsity.BetaNoise(recipe.target_rate, recipe.beta_noise))
     return chosen
+
+
+class NormedLinear(nn.Linear):
+    """Affine map with batch normalisation behind it; at test time the two are one affine map."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features)
+        self.load_state_dict(linear.state_dict())
+        self.norm = nn.BatchNorm1d(linear.out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return norm(W x + b)."""
+        normed: Tensor = self.norm(super().forward(x))
+        return normed
+
+
+class Mixture(nn.Module):
+    """Top-k mixture of experts, the peer of a conditional layer: k groups of units are computed per example.
+
+    y = relu(W x + b) ∘ r, with r = k · softmax(router(x)) on the k groups where it is largest and 0 elsewhere.
+    To the loss comes E Σ_e f_e P_e, with f_e the share of examples that chose expert e and P_e the mean probability,
+    which is least where the load is balanced (Fedus, Zoph, Shazeer 2021, arXiv:2101.03961, eqs. 4–6).
+    """
+
+    BALANCE = 0.01  # the balance term's weight in the source
+
+    def __init__(self, features: int, units: int, groups: int, chosen: int) -> None:
+        super().__init__()
+        self.gater = nn.Linear(features, groups)
+        self.expert = nn.Linear(features, units)
+        self.chosen, self.group_size = chosen, units // groups
+        nn.init.kaiming_uniform_(self.expert.weight, nonlinearity="relu")
+        nn.init.zeros_(self.expert.bias)
+        self.active_fraction = chosen / groups
+        self.balance: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y (B, units)."""
+        logits = self.gater(x)
+        probability = logits.softmax(-1)
+        opened = torch.zeros_like(logits).scatter(-1, logits.topk(self.chosen, dim=-1).indices, 1.0)
+        route = self.chosen * probability * opened
+        if self.training:
+            load = opened.mean(0) / self.chosen
+            self.balance = self.BALANCE * logits.shape[-1] * (load * probability.mean(0)).sum()
+        if torch.is_grad_enabled():  # a closed expert gets no gradient either; at this size dense is faster
+            units = self.expert(x) * route.repeat_interleave(self.group_size, dim=-1)
+        else:
+            units = gatelet.kernels.gated_linear(x, self.expert.weight, self.expert.bias, route)
+        return F.relu(units)  # route is positive: relu(u)·r = relu(u·r)
+
+
+Layer = gatelet.nn.ConditionalLinear | Mixture
+
+
+def mixture_layer(recipe: Recipe, features: int) -> Mixture:
+    """Return a mixture that computes as many units as the gates' target rate asks for."""
+    groups = recipe.experts // recipe.group_size
+    chosen = groups if recipe.target_rate is None else max(1, round(recipe.target_rate * groups))
+    return Mixture(features, recipe.experts, groups, chosen)
+
+
+def penalty(model: PaperNet) -> Tensor:
+    """Return what gates or routers add to the loss."""
+    if not model.recipe.mixture:
+        return gatelet.sparsity.penalty(model)
+    terms = [layer.balance for layer in model.layers if isinstance(layer, Mixture) and layer.balance is not None]
+    return torch.stack(terms).sum()
+
+
+def multiply_adds(recipe: Recipe, features: int, classes: int, open_share: float) -> Mapping[str, int]:
+    """Return the multiply-adds per example at test time: of the gaters, the open experts, the output; and if dense.
+
+    A layer above the first reads open units only; so do its experts and its gater.
+    """
+    groups = recipe.experts // recipe.group_size
+    gater = experts = 0.0
+    dense = 0
+    inputs: float = features
+    for layer in range(recipe.layers):
+        gater += inputs * groups if recipe.mixture else (inputs + groups) * recipe.bottleneck
+        experts += inputs * recipe.experts * open_share
+        dense += (features if layer == 0 else recipe.experts) * recipe.experts
+        inputs = recipe.experts * open_share
+    return {
+        "gater": round(gater),
+        "experts": round(experts),
+        "output": round(inputs * classes),
+        "dense": dense + recipe.experts * classes,
+    }

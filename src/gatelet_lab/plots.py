@@ -47,20 +47,22 @@ def save_gates(counts: Tensor, path: Path) -> None:
 
 def gates(results: Sequence[dict[str, Any]], out: Path, path: Path) -> None:
     """Plot, per sparse row, how often its most class-dependent gates are open for each class."""
-    shown = {result["row"]: result for result in results if result["config"]["target_rate"] and result["seed"] == 0}
+    files = {each["row"]: out / "rows" / f"{each['row']}-seed0.gates.npy" for each in results}
+    titles = {each["row"]: each["config"]["title"] for each in results}
+    shown = {row: file for row, file in files.items() if file.is_file()}
     if not shown:
         return
     plt, _ = _matplotlib()
     figure, panels = plt.subplots(
         len(shown), 1, figsize=(9, 0.6 + 1.7 * len(shown)), layout="constrained", squeeze=False
     )
-    for axes, (row, result) in zip(panels[:, 0], shown.items(), strict=True):
-        counts = np.load(out / "rows" / f"{row}-seed{result['seed']}.gates.npy").astype(np.float32)
+    for axes, (row, file) in zip(panels[:, 0], shown.items(), strict=True):
+        counts = np.load(file).astype(np.float32)
         selective = np.argsort(-counts.var(axis=0))[:SHOWN_GATES]
         selective = selective[np.argsort(counts[:, selective].argmax(axis=0), kind="stable")]
         image = axes.imshow(counts[:, selective], aspect="auto", vmin=0, vmax=1, cmap="magma", interpolation="nearest")
         axes.set(ylabel="class", yticks=range(0, len(counts), max(1, len(counts) // 5)), xticks=[])
-        axes.set_title(result["config"]["title"], fontsize=9)
+        axes.set_title(titles[row], fontsize=9)
     panels[-1, 0].set_xlabel(f"the {SHOWN_GATES} gates that differ most between classes, sorted by their class")
     figure.colorbar(image, ax=panels[:, 0].tolist(), label="share of the class's images with the gate open")
     _save(figure, path)

@@ -31,11 +31,18 @@ class Recipe:
 
     row: str
     title: str
-    paper: PaperRow
+    paper: PaperRow | None
     estimator: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    layers: int = 1
+    """Conditional layers, one on top of the other."""
     experts: int = 2000
+    """Units of each conditional layer."""
     bottleneck: int = 400
+    group_size: int = 1
+    """Consecutive units that share a gate."""
+    mixture: bool = False
+    """Instead of gates: a top-k mixture of experts, each a group of units, with ``target_rate`` of them open."""
     target_rate: float | None = 0.1
 
     # How the share of open gates is held (A.1, A.2); None: not by this.
@@ -45,9 +52,25 @@ class Recipe:
 
     # The gater's start: its last layer's weights are drawn in ±gate_scale·√(6/(M + N)), or sparsely (A.4).
     gate_scale: float = 4.0
-    gate_bias: float = 0.0
+    gate_bias: float | None = 0.0
+    """None: such that gates fire at the target rate."""
     sparse_gates: int | None = None
 
+    # What the paper has not, and others use.
+    input_noise: float = 0.0
+    """Standard deviation of Gaussian noise on the pixels, in training."""
+    input_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    label_smoothing: float = 0.0
+    average: float = 0.0
+    """Decay per step of a moving average of the weights, which is what is validated and tested; 0: none."""
+    gater_norm: bool = False
+    """Batch normalisation before the gater's tanh."""
+
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    weight_decay: float = 0.0
+    schedule: Literal["exponential", "cosine"] = "exponential"
+    """cosine: to zero over ``epochs``, after an epoch of rising; ``rate_decay`` is then not used."""
     batch: int = 32
     rate: float = 0.1
     rate_decay: float = 0.98
@@ -55,8 +78,9 @@ class Recipe:
     gater_rate: float = 1.0
     """The gater's learning rate, in multiples of ``rate``."""
     momentum: float = 0.0
-    max_norm: float = 2.0
-    gater_max_norm: float = 2.0
+    max_norm: float | None = 2.0
+    """Of every unit's incoming weights; None: no limit."""
+    gater_max_norm: float | None = 2.0
     epochs: int = 100
     patience: int = 20
     """Stop after this many epochs without a better validation error."""
@@ -67,23 +91,25 @@ class Recipe:
             ALL[check_choice(self.estimator, ALL, "estimator")](**self.options)
         except TypeError as error:
             raise ValueError(f"options: {error}".replace(".__init__()", "")) from error
-        for name in ("experts", "bottleneck", "batch", "epochs", "patience"):
-            check_count(getattr(self, name), name)
+        for name in ("layers", "experts", "bottleneck", "group_size", "batch", "epochs", "patience", "sparse_gates"):
+            if getattr(self, name) is not None:
+                check_count(getattr(self, name), name)
         for name in ("kl_weight", "l1_weight", "gate_scale", "rate_decay", "max_norm", "gater_max_norm"):
             if getattr(self, name) is not None:
                 check_positive(getattr(self, name), name)
+        if self.experts % self.group_size:
+            raise ValueError(f"group_size must divide experts: {self.group_size} does not divide {self.experts}")
         if self.target_rate is not None:
             check_rate(self.target_rate)
-        if self.beta_noise is not None and not self.beta_noise > 1:
-            raise ValueError(f"beta_noise must be a number above 1, not {self.beta_noise!r}")
-        if self.sparse_gates is not None:
-            check_count(self.sparse_gates, "sparse_gates")
-        for name in ("rate", "gater_rate"):
+        if self.beta_noise is not None and not 1 < self.beta_noise < math.inf:
+            raise ValueError(f"beta_noise must be a finite number above 1, not {self.beta_noise!r}")
+        for name in ("rate", "gater_rate", "weight_decay", "input_noise"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number of at least 0, not {getattr(self, name)!r}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must lie in [0, 1), not {self.momentum!r}")
-        if not math.isfinite(self.gate_bias):
+        for name in ("momentum", "input_dropout", "hidden_dropout", "label_smoothing", "average"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), not {getattr(self, name)!r}")
+        if self.gate_bias is not None and not math.isfinite(self.gate_bias):
             raise ValueError(f"gate_bias must be a finite number, not {self.gate_bias!r}")
 
 

@@ -240,16 +240,13 @@ def _work(job: Job, options: Reproduce) -> dict[str, Any]:
             _events.put((job.name, row))
     _events.put((job.name, None))
     result = trainer.result()
-    plots.save_gates(trainer.gates_by_class(), gates_file(options.out, job.name))
+    if job.recipe.target_rate is not None and not job.recipe.mixture:
+        by_class, result["probabilities"] = trainer.gates()
+        plots.save_gates(by_class, options.out / "rows" / f"{job.name}.gates.npy")
     result["history"] = [asdict(row) for row in trainer.history]
     write_json(options.out / "rows" / f"{job.name}.json", result)
     checkpoint.unlink(missing_ok=True)  # 30 MB that nothing needs any more
     return result
-
-
-def gates_file(out: Path, name: str) -> Path:
-    """Return where a run's open gates per class are kept."""
-    return out / "rows" / f"{name}.gates.npy"
 
 
 def train_all(

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 
 import gatelet
 from gatelet_lab.data import Split
-from gatelet_lab.model import PaperNet
+from gatelet_lab.model import PaperNet, multiply_adds, penalty
 from gatelet_lab.recipes import Recipe
 
 VERSION = 1  # of the checkpoints
 _CALIBRATION = 5000  # training images that set the threshold
 _EVAL_BATCH = 1000
+PROBABILITY_BINS = 100
 _DEFAULTS = {each.name: each.default for each in fields(Recipe) if each.default is not MISSING}
 
 
@@ -58,25 +59,23 @@ class Trainer:
         self.device = torch.device(device)
         torch.manual_seed(seed)
         self.model = PaperNet(recipe, split.train_images.shape[1], split.classes).to(self.device)
-        gater = {id(parameter) for parameter in self.model.layer.gater.parameters()}
-        rest = [parameter for parameter in self.model.parameters() if id(parameter) not in gater]
-        self.optimizer = torch.optim.SGD(
-            [
-                {"params": rest, "scale": 1.0},
-                {"params": list(self.model.layer.gater.parameters()), "scale": recipe.gater_rate},
-            ],
-            lr=recipe.rate,
-            momentum=recipe.momentum,
-            fused=True,
+        # What is validated and tested: the weights themselves, or their moving average.
+        self.averaged = copy.deepcopy(self.model) if recipe.average else self.model
+        gater = [parameter for layer in self.model.layers for parameter in layer.gater.parameters()]
+        known = {id(parameter) for parameter in gater}
+        rest = [parameter for parameter in self.model.parameters() if id(parameter) not in known]
+        groups = [{"params": rest, "scale": 1.0}, {"params": gater, "scale": recipe.gater_rate}]
+        self.optimizer = (
+            torch.optim.SGD(groups, recipe.rate, recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
+            if recipe.optimizer == "sgd"
+            else torch.optim.AdamW(groups, recipe.rate, weight_decay=recipe.weight_decay, fused=True)
         )
-        self.limits = [
-            (
-                module.weight,
-                recipe.gater_max_norm if id(module.weight) in gater else recipe.max_norm,
-            )
+        limits = (
+            (module.weight, recipe.gater_max_norm if id(module.weight) in known else recipe.max_norm)
             for module in self.model.modules()
             if isinstance(module, nn.Linear)
-        ]
+        )
+        self.limits = [(weight, limit) for weight, limit in limits if limit is not None]
         self.train_images, self.train_labels = self._put(split.train_images), self._put(split.train_labels)
         self.history: list[Epoch] = []
         self.best: dict[str, Any] = {}
@@ -94,18 +93,22 @@ class Trainer:
     def step_epoch(self, stop: Callable[[], bool] = lambda: False) -> Epoch:
         """Train one epoch, calibrate, validate, and remember the weights if they are the best so far."""
         began, epoch = time.perf_counter(), len(self.history)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.recipe.rate * group["scale"] * self.recipe.rate_decay**epoch
         order = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         indices = torch.randperm(len(self.train_labels), generator=order).to(self.device)
         loss_sum, open_sum, batches = 0.0, 0.0, 0
         self.model.train()
-        for index in indices.split(self.recipe.batch):
+        parts = indices.split(self.recipe.batch)
+        for index in parts:
             if stop():
                 raise Stopped
+            rate = self.rate(epoch + batches / len(parts))
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate * group["scale"]
             loss_sum += self._step(self.train_images[index], self.train_labels[index]) * len(index)
-            open_sum += self.model.layer.active_fraction.item()
+            open_sum += self.model.active_fraction
             batches += 1
+            if self.recipe.average:
+                self._average(epoch * len(parts) + batches)
         self.calibrate()
         error, _, share = self.evaluate(self.split.valid_images, self.split.valid_labels)
         row = Epoch(
@@ -119,13 +122,32 @@ class Trainer:
         self.history.append(row)
         if error < self.best_error:
             self.best_error, self.best_epoch = error, epoch
-            self.best = copy.deepcopy(self.model.state_dict())
+            self.best = copy.deepcopy(self.averaged.state_dict())
         return row
+
+    def rate(self, epoch: float) -> float:
+        """Return the learning rate at a point in training, in epochs; exponential decay goes in steps of one."""
+        recipe = self.recipe
+        if recipe.schedule == "exponential":
+            return recipe.rate * recipe.rate_decay ** int(epoch)
+        falling = max(0.0, epoch - 1) / max(1, recipe.epochs - 1)
+        return recipe.rate * min(1.0, epoch + 0.01) * (1 + math.cos(math.pi * falling)) / 2
+
+    @torch.no_grad()
+    def _average(self, step: int) -> None:
+        """Take the weights (and running statistics) after this step into their moving average."""
+        keep = min(self.recipe.average, step / (step + 10))
+        for average, now in zip(self.averaged.state_dict().values(), self.model.state_dict().values(), strict=True):
+            if average.is_floating_point():
+                average.lerp_(now, 1 - keep)
+            else:
+                average.copy_(now)
 
     def _step(self, x: Tensor, y: Tensor) -> float:
         with gatelet.Tape() as tape:
-            losses = F.cross_entropy(self.model(x), y, reduction="none")
-        loss = tape.surrogate(losses).mean() + gatelet.sparsity.penalty(self.model)
+            smoothing = self.recipe.label_smoothing
+            losses = F.cross_entropy(self.model(x), y, reduction="none", label_smoothing=smoothing)
+        loss = tape.surrogate(losses).mean() + penalty(self.model)
         self.optimizer.zero_grad()
         value = losses.detach().mean().item()
         if not math.isfinite(value):
@@ -141,27 +163,27 @@ class Trainer:
 
     def calibrate(self) -> None:
         """Set the test-time threshold on some training images."""
-        if self.recipe.target_rate is not None:
+        if self.recipe.target_rate is not None and not self.recipe.mixture:
             images = self.split.train_images[:_CALIBRATION]
             batches = [self._put(batch) for batch in images.split(_EVAL_BATCH)]
-            gatelet.sparsity.calibrate_thresholds(self.model, batches)
+            gatelet.sparsity.calibrate_thresholds(self.averaged, batches)
 
     @torch.no_grad()
     def evaluate(self, images: Tensor, labels: Tensor, samples: int = 0) -> tuple[float, float, float]:
         """Return error (per cent), NLL and share of open gates: deterministic, or the mean of some samples."""
-        self.model.eval()
+        model = self.averaged.eval()
         wrong, nll, share = 0, 0.0, 0.0
         for x, y in zip(images.split(_EVAL_BATCH), labels.split(_EVAL_BATCH), strict=True):
             x, y = self._put(x), self._put(y)
             if samples == 0:
-                probability = self.model(x).log_softmax(-1)
-                opened = self.model.layer.active_fraction.item()
+                probability = model(x).log_softmax(-1)
+                opened = model.active_fraction
             else:
-                with gatelet.sampling(self.model):
+                with gatelet.sampling(model):
                     draws, opens = [], []
                     for _ in range(samples):
-                        draws.append(self.model(x).log_softmax(-1))
-                        opens.append(self.model.layer.active_fraction.item())
+                        draws.append(model(x).log_softmax(-1))
+                        opens.append(model.active_fraction)
                 probability = torch.stack(draws).logsumexp(0) - math.log(samples)
                 opened = sum(opens) / samples
             wrong += int((probability.argmax(-1) != y).sum())
@@ -171,7 +193,7 @@ class Trainer:
 
     def result(self) -> dict[str, Any]:
         """Restore the weights of the best validation error and return the row of ``table.json``."""
-        self.model.load_state_dict(self.best)
+        self.averaged.load_state_dict(self.best)
         self.calibrate()
         split, recipe = self.split, self.recipe
         with torch.random.fork_rng(devices=[]):
@@ -202,22 +224,40 @@ class Trainer:
             "best_epoch": self.best_epoch + 1,
             "seconds_per_epoch": seconds,
             "seconds": seconds * len(self.history),
+            "multiply_adds": multiply_adds(recipe, split.train_images.shape[1], split.classes, open_test),
             "config": {key: value for key, value in asdict(recipe).items() if key != "paper"},
-            "paper": asdict(recipe.paper),
+            "paper": recipe.paper and asdict(recipe.paper),
         }
 
     @torch.no_grad()
-    def gates_by_class(self) -> Tensor:
-        """Return how often each gate is open for each class, (classes, N), on the test images."""
-        self.model.eval()
-        counts = torch.zeros(self.split.classes, self.recipe.experts)
-        for x, y in zip(
-            self.split.test_images.split(_EVAL_BATCH), self.split.test_labels.split(_EVAL_BATCH), strict=True
-        ):
-            layer = self.model.layer
-            gates = layer.unit(layer.gater(self._put(x))).cpu()
-            counts.index_add_(0, y, (gates != 0).float())
-        return counts / torch.bincount(self.split.test_labels, minlength=self.split.classes).clamp(min=1)[:, None]
+    def gates(self) -> tuple[Tensor, list[float]]:
+        """Return what the first layer's gates do on the validation images.
+
+        How often each gate is open for each class, (classes, gates); and a histogram of the probabilities with which
+        gates fire, as shares in ``PROBABILITY_BINS`` bins from 0 to 1.
+        """
+        layer = self.averaged.eval().layer
+        assert isinstance(layer, gatelet.nn.ConditionalLinear)
+        groups = self.recipe.experts // self.recipe.group_size
+        counts, histogram = torch.zeros(self.split.classes, groups), torch.zeros(PROBABILITY_BINS)
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def see(unit: gatelet.StochasticUnit, args: tuple[Tensor], gates: Tensor) -> None:
+            seen.append((unit.estimator.fire_probability(args[0]).cpu(), gates.cpu()))
+
+        hook = layer.unit.register_forward_hook(see)
+        try:
+            images, labels = self.split.valid_images, self.split.valid_labels
+            for x, y in zip(images.split(_EVAL_BATCH), labels.split(_EVAL_BATCH), strict=True):
+                self.averaged(self._put(x))
+                ((probability, opened),) = seen
+                seen.clear()
+                counts.index_add_(0, y, (opened != 0).float())
+                histogram += torch.histc(probability, PROBABILITY_BINS, 0, 1)
+        finally:
+            hook.remove()
+        shares = counts / torch.bincount(labels, minlength=self.split.classes).clamp(min=1)[:, None]
+        return shares, (histogram / histogram.sum()).tolist()
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -226,6 +266,7 @@ class Trainer:
         state = {
             "identity": self._identity(),
             "model": self.model.state_dict(),
+            "averaged": self.averaged.state_dict() if self.recipe.average else None,
             "optimizer": self.optimizer.state_dict(),
             "random": torch.get_rng_state(),
             "history": [asdict(row) for row in self.history],
@@ -251,6 +292,8 @@ class Trainer:
             told = ", ".join(f"{key} was {found.get(key)!r}, is {wanted[key]!r}" for key in differing)
             raise CheckpointError(f"{path}: belongs to another run: {told}; name another --out, or remove the file")
         self.model.load_state_dict(state["model"])
+        if self.recipe.average:
+            self.averaged.load_state_dict(state["averaged"])
         self.optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"].cpu())
         if "random_cuda" in state:
