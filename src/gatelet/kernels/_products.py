@@ -26,7 +26,7 @@ from numba import carray, cfunc, njit, types
 
 from gatelet.kernels import _vector as v
 
-SLICE, VECTOR = v.SLICE, v.VECTOR
+SLICE, VECTOR, PART = v.SLICE, v.VECTOR, v.PART
 # Module globals of this module itself, as Numba's cache wants them.
 dot_first, dot_more, dot_rest_first, dot_rest = v.dot_first, v.dot_more, v.dot_rest_first, v.dot_rest
 axpy, axpy_rest, axpy_in_turn, axpy_rest_in_turn = v.axpy, v.axpy_rest, v.axpy_in_turn, v.axpy_rest_in_turn
@@ -213,17 +213,17 @@ def _kernels(one: Any) -> dict[str, Any]:
         packed, W, bias, mask, gate, rows, cols = A[2], A[3], A[4], A[5], A[6], A[7], A[8]
         out, pre, B, N, D, group, span_b, span_n = A[9], A[10], A[11], A[12], A[13], A[14], A[15], A[18]
         fill, code = A[19], A[20]
-        listed = scratch + span_b * span_n * VECTOR
+        listed = scratch + span_b * span_n * PART
         near = listed + (span_b // 64 * span_n + 4) * 24
         near_pre, near_gate = near + 64 * span_n * size, near + 128 * span_n * size
         chunks, whole = (B + 63) // 64, D // span
         rest = (D - whole * span + lanes - 1) // lanes
         tail = packed + whole * B * SLICE
         tiles_n, gates = (N + span_n - 1) // span_n, N // group
-        while True:
-            t = take(A.ctypes.data)
-            if t >= tiles_n * ((B + span_b - 1) // span_b):
-                break
+        tasks = tiles_n * ((B + span_b - 1) // span_b)
+        following = take(A.ctypes.data)
+        while following < tasks:
+            t, following = following, take(A.ctypes.data)
             b0, n0 = (t // tiles_n) * span_b, (t % tiles_n) * span_n
             b1, n1 = min(b0 + span_b, B), min(n0 + span_n, N)
             c0, c1 = b0 // 64, (b1 + 63) // 64
@@ -231,6 +231,12 @@ def _kernels(one: Any) -> dict[str, Any]:
                 for c in range(c0, c1):
                     build(mask, rows, cols, n0 // 64, (n1 + 63) // 64, c, B, N, group, size, one)
             count = visits(listed, cols, c0, c1, n0, n1, chunks)
+            # Rows of weights are read in slices, which no processor foresees: while one task runs, each visit asks
+            # for some lines of the next one's. Where few units are open, most of that would be for nothing.
+            ahead = W + (following % tiles_n) * span_n * D * size
+            lines = 0
+            if following < tasks and 2 * count > (c1 - c0) * (n1 - n0):
+                lines = (min(span_n, N - (following % tiles_n) * span_n) * D * size) // (64 * count * max(whole, 1)) + 1
             for d in range(whole):
                 sums = scratch
                 block, w = packed + d * B * SLICE, W + d * span * size
@@ -240,8 +246,9 @@ def _kernels(one: Any) -> dict[str, Any]:
                         read_word(listed + 24 * i + 8),
                         read_word(listed + 24 * i + 16),
                     )
-                    if B > 8:
-                        prefetch(w + read_word(listed + 24 * (i + 1)) * D * size)
+                    for _ in range(lines):
+                        prefetch(ahead)
+                        ahead += 64
                     if d == 0:
                         sums = dot_first(w + n * D * size, 0, block + 64 * c * SLICE, word, sums, one)
                     else:
@@ -281,7 +288,7 @@ def _kernels(one: Any) -> dict[str, Any]:
                         b = lowest(word)
                         word &= word - 1
                         z = add if D == 0 else lanes_sum(sums, one) + add
-                        sums += VECTOR
+                        sums += PART
                         inside, outside = b * wide + (n - n0) * size, ((first + b) * N + n) * size
                         if pre != 0:
                             write((near_pre + inside) if fill != 0 else (pre + outside), z)
@@ -379,7 +386,11 @@ def _kernels(one: Any) -> dict[str, Any]:
                     copy(target, bias + d0 * size, (d1 - d0) * size)
                 else:
                     clear(target, (d1 - d0) * size)
+            # Meanwhile the next word's rows are brought near, some lines per visit, where most of them will be read.
+            piece = ((d1 - d0) * size + 63) // 64
+            lines = 64 * piece // ((s1 - s0) * (b1 - b0)) + 1 if b1 - b0 > 8 else 0
             for word in range(words):
+                row, line = 64 * (word + 1), 0
                 for s in range(s0, s1):
                     d = s * span if s < whole else whole * span + (s - whole) * lanes
                     count = span if s < whole else min(lanes, D - d)
@@ -389,6 +400,11 @@ def _kernels(one: Any) -> dict[str, Any]:
                             copy(scratch + n * SLICE, block + n * stride, count * size)
                         block, stride = scratch, SLICE
                     for b in range(b0, b1):
+                        for _ in range(lines):
+                            prefetch(W + (row * D + d0) * size + 64 * line)
+                            line += 1
+                            if line == piece:
+                                row, line = row + 1, 0
                         bits = read_word(rows + (b * words + word) * 8)
                         if bits != 0:
                             target = out + (b * D + d) * size

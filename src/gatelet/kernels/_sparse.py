@@ -5,7 +5,7 @@ from torch import Tensor
 
 from gatelet.kernels import _team
 from gatelet.kernels._pattern import words
-from gatelet.kernels._products import ACTIVATIONS, SLICE, VECTOR, kernel
+from gatelet.kernels._products import ACTIVATIONS, PART, SLICE, VECTOR, kernel
 
 NEAR = 1 << 20
 """Bytes of examples that are to stay in the second-level cache (2 MB and more on today's servers)."""
@@ -84,7 +84,7 @@ def dots(
         # Examples stay in cache while all units pass; where D is too large for that, more units share a pass.
         wide = batch * width * x.element_size() > NEAR and width * x.element_size() * 256 > NEAR
         spans = (min(256, 64 * words(batch)), 256 if wide and units >= 256 * 2 * team else 64)
-        stride = spans[0] * spans[1] * VECTOR + (spans[0] // 64 * spans[1] + 4) * 24 + 192 * spans[1] * x.element_size()
+        stride = spans[0] * spans[1] * PART + (spans[0] // 64 * spans[1] + 4) * 24 + 192 * spans[1] * x.element_size()
         scratch = x.new_empty(team * stride, dtype=torch.uint8)
         source = pack(x) if packed is None else packed
     args = (

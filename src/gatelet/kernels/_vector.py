@@ -19,6 +19,8 @@ WIDTH = 8
 VECTOR = 64
 """Bytes of a vector."""
 SLICE = WIDTH * VECTOR
+PART = 16
+"""Bytes of a pair's running sum."""
 CHAINS = 2
 """Chains of multiply-adds per pair: more of them hide latency, but have to be added up."""
 
@@ -95,12 +97,21 @@ def _half(builder: Any, value: Any, low: int, count: int) -> Any:
     return builder.shuffle_vector(value, empty, picked)
 
 
+def _folded(builder: Any, value: Any, count: int) -> Any:
+    """Add the upper half of the lanes to the lower one until ``count`` are left."""
+    lanes = value.type.count
+    while lanes > count:
+        lanes //= 2
+        value = builder.fadd(_half(builder, value, 0, lanes), _half(builder, value, lanes, lanes))
+    return value
+
+
 def _sum(builder: Any, value: Any) -> Any:
-    count = value.type.count
-    while count > 1:
-        count //= 2
-        value = builder.fadd(_half(builder, value, 0, count), _half(builder, value, count, count))
-    return builder.extract_element(value, _I32(0))
+    return builder.extract_element(_folded(builder, value, 1), _I32(0))
+
+
+def _part(builder: Any, value: Any) -> Any:
+    return _folded(builder, value, value.type.count * PART // VECTOR)
 
 
 def _ctz(builder: Any, word: Any) -> Any:
@@ -141,8 +152,8 @@ class _Bits:
 def _dot(width: int, masked: bool, fresh: bool) -> Any:
     """For each bit j of ``word`` in turn: sums[k++] (+)= w ∘ block[j], slice by slice; return the end of ``sums``.
 
-    The sums stay vectors (64 bytes a pair) until all of D is added: adding up lanes costs more than a store.
-    One chain of multiply-adds per pair: pairs are independent, so the processor overlaps eight of them.
+    The sums stay four numbers (of float64: two) until all of D is added: a quarter of a vector, so that a task's
+    sums stay near, and no more additions of lanes than a processor does beside its multiply-adds.
     """
 
     @intrinsic
@@ -158,13 +169,14 @@ def _dot(width: int, masked: bool, fresh: bool) -> Any:
             bits = _Bits(builder, word)
             here = bits.carry(sums)
             example = builder.add(block, builder.mul(_ctz(builder, bits.word), _I64(VECTOR * width)))
-            chains = [None if fresh else _load(builder, here, 0, vector), None][: min(width, CHAINS)]
+            chains: list[Any] = [None] * min(width, CHAINS)
             for v in range(width):
                 x = _load(builder, example, VECTOR * v, vector)
                 chain = chains[v % len(chains)]
                 chains[v % len(chains)] = builder.fmul(row[v], x) if chain is None else _fma(builder, row[v], x, chain)
-            _store(builder, chains[0] if len(chains) == 1 else builder.fadd(*chains), here, 0)
-            after = builder.add(here, _I64(VECTOR))
+            part = _part(builder, chains[0] if len(chains) == 1 else builder.fadd(*chains))
+            _store(builder, part if fresh else builder.fadd(part, _load(builder, here, 0, part.type)), here, 0)
+            after = builder.add(here, _I64(PART))
             bits.end([after])
             return after
 
@@ -299,10 +311,12 @@ def _load_int(builder: Any, address: Any, offset: int) -> Any:
 
 @intrinsic
 def lanes_sum(typing: Any, address: Any, one: Any) -> Any:
-    """Return the sum of a vector's numbers."""
+    """Return the total of a running sum."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _sum(builder, _load(builder, args[0], 0, _vector(context, signature.args[1])))
+        vector = _vector(context, signature.args[1])
+        part = ir.VectorType(vector.element, vector.count * PART // VECTOR)
+        return _sum(builder, _load(builder, args[0], 0, part))
 
     return one(types.int64, one), generate
 
@@ -433,12 +447,11 @@ def copy(typing: Any, target: Any, source: Any, size: Any) -> Any:
 
 @intrinsic
 def prefetch(typing: Any, address: Any) -> Any:
-    """Ask for a slice to be brought into the first-level cache."""
+    """Ask for a line of 64 bytes to be brought into the second-level cache. Any address may be given."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        for part in range(WIDTH):
-            pointer = builder.inttoptr(builder.add(args[0], _I64(VECTOR * part)), ir.IntType(8).as_pointer())
-            _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _I32(0), _I32(3), _I32(1)])
+        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _I32(0), _I32(2), _I32(1)])
         return context.get_dummy_value()
 
     return types.void(types.int64), generate

@@ -24,22 +24,33 @@ def open_pattern(gate: Float[Tensor, "*lead G"], group_size: int = 1) -> OpenPat
     check_tensor(gate, "gate")
     _dispatch.refuse_transforms("open_pattern", gate)
     units = gate.shape[-1] * group_size
-    rows, cols = torch.ops.gatelet.open_pattern(flat(gate.detach()), units, "auto")
+    rows, cols = pattern_of(flat(gate.detach()), units, "auto")
     return OpenPattern(rows, cols, gate.shape[:-1], units)
 
 
-@torch.library.custom_op(
-    "gatelet::open_pattern",
-    mutates_args=(),
-    schema="(Tensor gate, int units, str backend) -> (Tensor, Tensor)",
-)
-def _open_pattern(gate: Tensor, units: int, backend: str) -> tuple[Tensor, Tensor]:
+def pattern_of(gate: Tensor, units: int, backend: str) -> tuple[Tensor, Tensor]:
+    """Return the pattern of gates (B, G) by example and by unit."""
+    found: tuple[Tensor, Tensor] = (_build if _dispatch.plain(gate) else torch.ops.gatelet.open_pattern)(
+        gate, units, backend
+    )
+    return found
+
+
+def _build(gate: Tensor, units: int, backend: str) -> tuple[Tensor, Tensor]:
     if _dispatch.runs_numba(backend, gate):
         from gatelet.kernels import _sparse
 
         return _sparse.pattern(gate.contiguous(), units)
     mask = spread(gate, units) != 0
     return bits_of(mask), bits_of(mask.t())
+
+
+_open_pattern = torch.library.custom_op(
+    "gatelet::open_pattern",
+    _build,
+    mutates_args=(),
+    schema="(Tensor gate, int units, str backend) -> (Tensor, Tensor)",
+)
 
 
 @_open_pattern.register_fake

@@ -10,6 +10,7 @@ from gatelet.kernels import _dispatch
 from gatelet.kernels._checks import check_affine, check_gate
 from gatelet.kernels._pattern import OpenPattern, flat, mask_of
 from gatelet.kernels.gated_linear import _reference
+from gatelet.kernels.open_pattern import pattern_of
 
 
 def gated_linear(
@@ -80,7 +81,7 @@ def gated_linear(
         if support.shape != gate.shape:
             raise ValueError(f"support must have gate's shape {tuple(gate.shape)}, not {tuple(support.shape)}")
         flat_support = flat(support).to(x.dtype)
-        wide_rows, wide_cols = torch.ops.gatelet.open_pattern(flat_support, units, choice)
+        wide_rows, wide_cols = pattern_of(flat_support, units, choice)
     if pattern is not None:
         if pattern.lead != gate.shape[:-1] or pattern.units != units:
             raise ValueError(
@@ -88,24 +89,17 @@ def gated_linear(
             )
         rows, cols = pattern.rows, pattern.cols
     elif choice != "reference":
-        rows, cols = torch.ops.gatelet.open_pattern(flat_gate.detach(), units, choice)
+        rows, cols = pattern_of(flat_gate.detach(), units, choice)
     keep = _dispatch.recording(gate) or not plain
-    out: Tensor = torch.ops.gatelet.gated_linear(
-        flat_x, weight, bias, flat_gate, rows, cols, wide_rows, wide_cols, choice, keep
-    )[0]
+    op = _recorded if plain else torch.ops.gatelet.gated_linear
+    out: Tensor = op(flat_x, weight, bias, flat_gate, rows, cols, wide_rows, wide_cols, choice, keep)[0]
     return out.view(shape)
 
 
 # -------------------------------------------------------------------- the ops that torch knows
 
 
-@torch.library.custom_op(
-    "gatelet::gated_linear",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor gate, Tensor? rows, Tensor? cols, Tensor? wide_rows, "
-    "Tensor? wide_cols, str backend, bool keep) -> (Tensor, Tensor)",
-)
-def _gated_linear(
+def _forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -126,6 +120,15 @@ def _gated_linear(
     return _reference.forward(x, weight, bias, gate, keep)
 
 
+_gated_linear = torch.library.custom_op(
+    "gatelet::gated_linear",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, Tensor gate, Tensor? rows, Tensor? cols, Tensor? wide_rows, "
+    "Tensor? wide_cols, str backend, bool keep) -> (Tensor, Tensor)",
+)
+
+
 @_gated_linear.register_fake
 def _(
     x: Tensor,
@@ -143,14 +146,7 @@ def _(
     return x.new_empty(shape), x.new_empty(shape if keep else 0)
 
 
-@torch.library.custom_op(
-    "gatelet::gated_linear_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor weight, Tensor gate, Tensor pre, Tensor? rows, Tensor? cols, "
-    "Tensor? wide_rows, str backend, bool[] need) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _gated_linear_backward(
+def _gradients(
     grad: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -174,6 +170,16 @@ def _gated_linear_backward(
         found = _reference.backward(grad, x, weight, gate, pre, wide, wants)
     first, second, third, fourth = (x.new_empty(0) if each is None else each for each in found)
     return first, second, third, fourth
+
+
+_gated_linear_backward = torch.library.custom_op(
+    "gatelet::gated_linear_backward",
+    _gradients,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor weight, Tensor gate, Tensor pre, Tensor? rows, Tensor? cols, "
+    "Tensor? wide_rows, str backend, bool[] need) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @_gated_linear_backward.register_fake
@@ -206,11 +212,11 @@ def _backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor |
         return (None,) * 10
     x, weight, gate, pre, rows, cols, wide_rows = ctx.saved_tensors
     need = list(ctx.needs_input_grad[:4])
-    found = torch.ops.gatelet.gated_linear_backward(
-        grad, x, weight, gate, pre, rows, cols, wide_rows, ctx.backend, need
-    )
+    op = _gradients if _dispatch.plain(grad) else torch.ops.gatelet.gated_linear_backward
+    found = op(grad, x, weight, gate, pre, rows, cols, wide_rows, ctx.backend, need)
     gradients = [each if wanted else None for each, wanted in zip(found, need, strict=True)]
     return (*gradients, None, None, None, None, None, None)
 
 
 torch.library.register_autograd("gatelet::gated_linear", _backward, setup_context=_setup)
+_recorded = _dispatch.recorded(_forward, _setup, _backward)
