@@ -31,7 +31,7 @@ def check_logits(logits: Any, name: str = "logits") -> None:
 
 def is_transformed(tensor: Tensor) -> bool:
     """Whether a torch.func transform (vmap, grad) wraps the tensor, so that its values cannot be looked at."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+    return not torch.compiler.is_compiling() and bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def check_input(x: Any, weight: Tensor, name: str = "x") -> None:
