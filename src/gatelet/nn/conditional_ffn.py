@@ -1,6 +1,6 @@
 """A feed-forward layer of which each token computes only the hidden units that its gates open."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from gatelet.kernels.gated_ffn import ACTIVATIONS as FUSED
 from gatelet.nn.gating import Gating
 from gatelet.sparsity._controller import Controller
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
@@ -33,7 +33,7 @@ class Affine(NamedTuple):
     bias: Tensor | None
 
 
-def by_unit(parameter: nn.Parameter, dim: int) -> None:
+def by_unit(parameter: Tensor, dim: int) -> None:
     """Lay a weight matrix out in memory so that each hidden unit's numbers lie together; its values and shape stay.
 
     The kernels read whole units. ``dim`` is the units' dimension.
@@ -59,13 +59,13 @@ def feed_forward(
 
     ``up`` is W1 and b1, ``down`` W2 and b2, ``glu`` W_g and b_g; ``dropout`` acts on the hidden layer.
     """
-    if gating.fully_open and mask is None:
+    if gating.fully_open:
         gating.gates(x)
-        return F.linear(F.dropout(_hidden(x, activation, up, glu), dropout, dropout > 0), *down)
+        return F.linear(F.dropout(hidden_layer(x, activation, up, glu), dropout, dropout > 0), *down)
     gates = gating.gates(x, mask, noise, generator)
     if gating.needs_dense(x, gates):
         each = gates.repeat_interleave(gating.group_size, dim=-1) if gating.group_size > 1 else gates
-        return F.linear(F.dropout(_hidden(x, activation, up, glu) * each, dropout, dropout > 0), *down)
+        return F.linear(F.dropout(hidden_layer(x, activation, up, glu) * each, dropout, dropout > 0), *down)
     if glu is None and activation in FUSED and not dropout:
         return gated_ffn(x, *up, gates, activation, *down)
     # Units are computed where gates are open, multiplied by them after the activation.
@@ -79,10 +79,10 @@ def feed_forward(
     return linear_gated(F.dropout(hidden, dropout, dropout > 0), pattern, *down)
 
 
-def _hidden(x: Tensor, activation: str, up: Affine, glu: Affine | None) -> Tensor:
+def hidden_layer(x: Tensor, activation: str, up: Affine, glu: Affine | None) -> Tensor:
+    """Return act(W1 x + b1), or act(W_g x + b_g) * (W1 x + b1)."""
     act = ACTIVATIONS[activation]
-    found: Tensor = act(F.linear(x, *up)) if glu is None else act(F.linear(x, *glu)) * F.linear(x, *up)
-    return found
+    return act(F.linear(x, *up)) if glu is None else act(F.linear(x, *glu)) * F.linear(x, *up)
 
 
 def check_saves(
