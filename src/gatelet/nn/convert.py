@@ -2,7 +2,6 @@
 
 import copy
 import fnmatch
-import functools
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -74,6 +73,11 @@ def _affine(module: nn.Module) -> Affine:
     return Affine(weight.t() if hasattr(module, "nf") else weight, cast(Tensor | None, module.bias))
 
 
+def affine_at(owner: nn.Module, path: str) -> Affine:
+    """Return weight (N, D) and bias of the affine map at this path."""
+    return _affine(_at(owner, path))
+
+
 def _rate(owner: nn.Module, path: str | None) -> float:
     dropout = None if path is None else _at(owner, path)
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
@@ -82,8 +86,8 @@ def _rate(owner: nn.Module, path: str | None) -> float:
 def run_block(owner: nn.Module, gating: BlockGating, x: Tensor) -> Tensor:
     """Return W2 (hidden ∘ h) + b2 of the owner's block, before any dropout of the output."""
     block = gating.block
-    glu = None if block.glu is None else _affine(_at(owner, block.glu))
-    up, down = _affine(_at(owner, block.up)), _affine(_at(owner, block.down))
+    glu = None if block.glu is None else affine_at(owner, block.glu)
+    up, down = affine_at(owner, block.up), affine_at(owner, block.down)
     return feed_forward(x, gating, block.activation, up, down, glu, _rate(owner, block.inner))
 
 
@@ -110,9 +114,17 @@ def _rebuild(dense_class: type[nn.Module], kind: Kind) -> nn.Module:
     return cls.__new__(cls)
 
 
-@functools.cache
-def swapped(dense_class: Any, kind: Kind) -> type[nn.Module]:
+_CLASSES: dict[tuple[type[nn.Module], Kind], type[nn.Module]] = {}
+
+
+def swapped(dense_class: type[nn.Module], kind: Kind) -> type[nn.Module]:
     """Return a subclass that computes the block conditionally; all else, state included, is the class's."""
+    if (dense_class, kind) not in _CLASSES:
+        _CLASSES[dense_class, kind] = _subclass(dense_class, kind)
+    return _CLASSES[dense_class, kind]
+
+
+def _subclass(dense_class: type[nn.Module], kind: Kind) -> type[nn.Module]:
 
     def compute(self: nn.Module, x: Tensor) -> Tensor:
         return _run(self, x)
@@ -294,8 +306,8 @@ def _by_structure(module: nn.Module, affine: dict[str, nn.Module]) -> Block | st
 
 def _probe(module: nn.Module, up: str, down: str, glu: str | None) -> Block | str | None:
     """Return the block if the module computes one, whatever its code looks like; a reason if it cannot be tried."""
-    first, last = _affine(_at(module, up)), _affine(_at(module, down))
-    gate = None if glu is None else _affine(_at(module, glu))
+    first, last = affine_at(module, up), affine_at(module, down)
+    gate = None if glu is None else affine_at(module, glu)
     if first.weight.is_meta:
         return "its weights are on the meta device"
     generator = torch.Generator().manual_seed(0)
@@ -421,7 +433,7 @@ def convert(
             report.left[name] = reason
             continue
         assert isinstance(block, Block)
-        up, down = _affine(_at(owner, block.up)), _affine(_at(owner, block.down))
+        up, down = affine_at(owner, block.up), affine_at(owner, block.down)
         flops = 2 * ((2 if block.glu else 1) * up.weight.shape[1] + down.weight.shape[0])
         sizes = (up.weight.shape[1], up.weight.shape[0], bottleneck, flops)
         gating = BlockGating(*sizes, copy.deepcopy(estimator), target_rate, group_size, **options)
@@ -461,7 +473,7 @@ def _why_not(
     owner: nn.Module, block: Block, target_rate: float, bottleneck: int, group_size: int, uses: dict[int, int]
 ) -> str | None:
     """Return why this block is to be left dense, None if it can be converted."""
-    up, down = _affine(_at(owner, block.up)), _affine(_at(owner, block.down))
+    up, down = affine_at(owner, block.up), affine_at(owner, block.down)
     units, width = up.weight.shape
     paths = [path for path in (block.up, block.down, block.glu) if path is not None]
     tied = [path for path in paths if uses[id(_at(owner, path).weight)] > 1]

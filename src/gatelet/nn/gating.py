@@ -130,6 +130,8 @@ class Gating(Penalised):
         if mask is not None:
             mask = _as_mask(mask, x)
             logits = torch.where(mask.unsqueeze(-1), logits, logits.detach())
+        if not torch.compiler.is_compiling():
+            self.unit.mask = mask
         gates: Tensor = self.unit(logits, noise=noise, generator=generator)
         if mask is not None:
             gates = gates * mask.unsqueeze(-1)
@@ -149,8 +151,8 @@ class Gating(Penalised):
         tokens: Any = gates.shape[:-1].numel() if mask is None else mask.sum()
         self.active_fraction = counts.mean() / tokens
         if not is_transformed(gates):
-            self.opened += counts.long()
-            self.tokens += tokens
+            self.opened.add_(counts.long())
+            self.tokens.add_(tokens)
 
     def reset_statistics(self) -> None:
         """Forget what was counted."""
