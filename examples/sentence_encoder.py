@@ -62,7 +62,8 @@ def batches(tokenizer: AutoTokenizer, texts: list[str], size: int) -> list[dict[
     ordered = sorted(texts, key=len)
     groups = [ordered[i : i + size] for i in range(0, len(ordered), size)]
     random.Random(1).shuffle(groups)
-    return [dict(tokenizer(group, padding=True, truncation=True, max_length=64, return_tensors="pt")) for group in groups]
+    options = {"padding": True, "truncation": True, "max_length": 64, "return_tensors": "pt"}
+    return [dict(tokenizer(group, **options)) for group in groups]
 
 
 def embed(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
