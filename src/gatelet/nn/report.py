@@ -1,0 +1,195 @@
+"""What a model's conditional layers do: open share, cost, dead units, measured speed-up."""
+
+import contextlib
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gatelet.nn.convert import BlockGating, blocks, run_block
+from gatelet.nn.gating import Gating, fully_open, gatings
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One conditional layer. FLOPs are per token; None: nothing was counted or measured yet."""
+
+    name: str
+    units: int
+    groups: int
+    tokens: int
+    """How many tokens the statistics are over."""
+    open_share: float | None
+    dead: int | None
+    """Groups that no token opened."""
+    always: int | None
+    """Groups that every token opened."""
+    flops_dense: int
+    flops_active: float | None
+    """Of the units that were open, without the gater."""
+    flops_gater: int
+    dense_ms: float | None = None
+    ms: float | None = None
+
+    @property
+    def speed_up(self) -> float | None:
+        """Dense time over time."""
+        return None if self.ms is None or self.dense_ms is None else self.dense_ms / self.ms
+
+
+@dataclass(frozen=True, repr=False)
+class Report:
+    """What :func:`report` returns: a row per conditional layer. It prints as a table."""
+
+    layers: list[LayerReport]
+
+    def __getitem__(self, name: str) -> LayerReport:
+        """Return the row of this layer."""
+        return next(layer for layer in self.layers if layer.name == name)
+
+    def __repr__(self) -> str:
+        """Show the table."""
+        head = ["layer", "units", "open", "kFLOPs dense", "active", "gater", "dead", "always", "tokens"]
+        timed = any(layer.ms is not None for layer in self.layers)
+        head += ["dense ms", "ms", "speed-up"] if timed else []
+        rows = [head]
+        for it in self.layers:
+            share = f"{it.units}" if it.groups == it.units else f"{it.groups} × {it.units // it.groups}"
+            row = [it.name or "(the model)", share, _show(it.open_share, ".1%"), f"{it.flops_dense / 1e3:,.0f}"]
+            active = None if it.flops_active is None else it.flops_active / 1e3
+            row += [_show(active, ",.0f"), f"{it.flops_gater / 1e3:,.0f}"]
+            row += [_show(it.dead, "d"), _show(it.always, "d"), f"{it.tokens}"]
+            if timed:
+                row += [_show(it.dense_ms, ".3f"), _show(it.ms, ".3f"), _show(it.speed_up, ".2f")]
+            rows.append(row)
+        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if column else cell.ljust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in rows
+        ]
+        dense = sum(layer.flops_dense for layer in self.layers)
+        gater = sum(layer.flops_gater for layer in self.layers)
+        counted = [layer.flops_active for layer in self.layers if layer.flops_active is not None]
+        if len(counted) == len(self.layers):
+            spent = sum(counted) + gater
+            lines.append(f"together {spent / 1e3:,.0f} of {dense / 1e3:,.0f} kFLOPs per token, {spent / dense:.1%}")
+        else:
+            lines.append("– : nothing counted yet; run the model, or give report(model, *inputs)")
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def report(model: nn.Module, *inputs: Any, seconds: float = 0.2, **named: Any) -> Report:
+    """Open share, FLOPs, dead units and measured speed-up of a model's conditional layers.
+
+    The share of open gates and the groups that are dead (open for no token) or always open are those of all tokens
+    since the layers last changed their mode; :func:`gatelet.distil` starts the count anew and runs its loader once.
+    FLOPs count a multiply and an add as two, in affine maps only.
+
+    Args:
+        model: holds conditional layers.
+        inputs, named: if given, the model is run on them once, in the mode it is in, and then every layer is timed by
+            itself, on the input that it had there, without gradients: against itself with all gates open and no
+            gater, in turns; medians.
+        seconds: time to spend on each layer.
+
+    Returns:
+        a row per layer; print it.
+
+    Raises:
+        ValueError: if the model holds no conditional layer.
+
+    >>> import torch, gatelet
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64))
+    >>> _ = gatelet.convert(model, target_rate=0.25, bottleneck=8)
+    >>> gatelet.report(model)
+    layer     units  open  kFLOPs dense  active  gater  dead  always  tokens
+    0.gating    256     –            66       –      5     –       –       0
+    – : nothing counted yet; run the model, or give report(model, *inputs)
+    """
+    layers = gatings(model)
+    times: dict[str, tuple[float, float]] = {}
+    if inputs or named:
+        with torch.no_grad(), _inputs_of(model, layers) as seen:
+            model(*inputs, **named)
+        counted = {name: (layer.opened.clone(), layer.tokens.clone()) for name, layer in layers.items()}
+        owners = blocks(model)
+        for name, x in seen.items():
+            times[name] = _timed(layers[name], x, owners.get(name), seconds)
+        for name, (opened, tokens) in counted.items():  # what timing counted is no statistics
+            layers[name].opened.copy_(opened)
+            layers[name].tokens.copy_(tokens)
+    return Report([_row(name, layer, times.get(name)) for name, layer in layers.items()])
+
+
+def _row(name: str, layer: Gating, times: tuple[float, float] | None) -> LayerReport:
+    tokens, groups, dense = int(layer.tokens), layer.opened.numel(), layer.units * layer.flops_per_unit
+    opened = layer.opened.cpu()
+    share = None if not tokens else float(opened.sum()) / (tokens * groups)
+    width, bottleneck = layer.gater.hidden.in_features, layer.gater.hidden.out_features
+    return LayerReport(
+        name,
+        layer.units,
+        groups,
+        tokens,
+        share,
+        None if share is None else int((opened == 0).sum()),
+        None if share is None else int((opened == tokens).sum()),
+        dense,
+        None if share is None else share * dense,
+        2 * bottleneck * (width + groups),
+        None if times is None else times[0],
+        None if times is None else times[1],
+    )
+
+
+@contextlib.contextmanager
+def _inputs_of(model: nn.Module, layers: dict[str, Gating]) -> Iterator[dict[str, Tensor]]:
+    """Collect what each layer's gater is given, the last time that it runs."""
+    seen: dict[str, Tensor] = {}
+    hooks = [
+        layer.gater.register_forward_pre_hook(lambda _, args, name=name: seen.update({name: args[0].detach()}))
+        for name, layer in layers.items()
+    ]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _timed(
+    layer: Gating, x: Tensor, owned: tuple[nn.Module, BlockGating] | None, seconds: float
+) -> tuple[float, float]:
+    """Return milliseconds of the layer fully open and of the layer, medians of runs in turns."""
+
+    def run() -> None:
+        if owned is not None:
+            run_block(owned[0], owned[1], x)
+        else:
+            layer(x)
+        if x.is_cuda:
+            torch.cuda.synchronize()
+
+    dense: list[float] = []
+    gated: list[float] = []
+    begin = time.perf_counter()
+    with torch.no_grad():
+        while time.perf_counter() - begin < seconds or len(gated) < 7:
+            for times, is_open in ((dense, True), (gated, False)):
+                with fully_open(layer) if is_open else contextlib.nullcontext():
+                    start = time.perf_counter()
+                    run()
+                    times.append(time.perf_counter() - start)
+    skip = 2  # what runs first compiles kernels and fills caches
+    return 1e3 * statistics.median(dense[skip:]), 1e3 * statistics.median(gated[skip:])
+
+
+def _show(value: float | int | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
