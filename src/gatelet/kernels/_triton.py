@@ -14,9 +14,11 @@ from gatelet.kernels import _triton_kernels as kernels
 from gatelet.kernels._dispatch import FEW, SMALLEST_LIST
 from gatelet.kernels._pattern import words
 
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+INTERPRETED = not isinstance(kernels.pattern, triton.runtime.JITFunction)
 SPAN, SLOTS = 32, 16
 """Units that a program for few examples looks at, and open ones of them that it takes at a time."""
+WARPS = {"num_warps": 8}
+"""For tiles of products: with four, their accumulators and addresses do not fit into the registers."""
 PROGRAMS = 512
 """About as many programs as keep a large GPU busy (132 multiprocessors, several programs each)."""
 
@@ -151,6 +153,7 @@ def dots(
         *(batch, units, width, gates, group, row_words, words(batch), *strides),
         **_types(x.dtype),
         **{"ACTIVATION": activation, "BM": tile_m, "BN": tile_n, "BK": tile_k},
+        **WARPS,
     )
     return out, x.new_empty(0) if pre is None else pre
 
@@ -195,6 +198,7 @@ def by_example(
             *(coefficient, weight, bias, rows, out, batch, units, width, row_words, *strides),
             **types,
             **{"GIVEN": False, "BM": tile_m, "BD": tile_d},
+            **WARPS,
         )
         return out
     sums = weight.new_zeros((batch, width), dtype=_sums_dtype(weight.dtype))
@@ -208,19 +212,21 @@ def by_example(
         *(listed.group, col_words, each, *strides),
         **types,
         **{"BM": 32, "BD": tile_d, "BK": _power(listed.group, 16, tile_k)},
+        **WARPS,
     )
     return sums.to(weight.dtype)
 
 
-def repair(product: Tensor, coefficient: Tensor, weight: Tensor, rows: Tensor) -> None:
-    """Compute C W (B, D) again, in place, where it is not finite: a closed unit's row may have been."""
+def repair(product: Tensor, coefficient: Tensor, weight: Tensor) -> None:
+    """Compute C W (B, D) again, in place, where it is not finite: the row of a unit with C = 0 may have been."""
     (batch, units), width = coefficient.shape, weight.shape[1]
     tile_m, tile_d, _ = _TILES[weight.element_size()]
     launch(
         *(kernels.by_example, (-(-batch // tile_m), -(-width // tile_d)), weight),
-        *(coefficient, weight, None, rows, product, batch, units, width, words(units), *weight.stride()),
+        *(coefficient.contiguous(), weight, None, None, product, batch, units, width, words(units), *weight.stride()),
         **_types(weight.dtype),
         **{"GIVEN": True, "BM": tile_m, "BD": tile_d},
+        **WARPS,
     )
 
 
@@ -254,6 +260,7 @@ def by_unit(
         *((1, units) if transposed else (width, 1)),
         **_types(x.dtype),
         **{"BN": tile_n, "BD": tile_d},
+        **WARPS,
     )
     return out, sums
 
@@ -275,16 +282,16 @@ def pointwise(
     group = units // max(gates, 1)
     tile_n = 64 if group == 1 else _power(group, 16, 128)
     launch(
-        *(kernels.pointwise, (-(-batch // 32), -(-units // tile_n) if group == 1 else gates), upper),
+        *(kernels.pointwise, (-(-batch // 16), -(-units // tile_n) if group == 1 else gates), upper),
         *(upper, pre, gate, rows, wide_rows, coefficient, slopes, batch, units, gates, group, words(units)),
-        **{"ACTIVATION": activation, "UNIT": group == 1, "BM": 32, "BN": tile_n},
+        **{"ACTIVATION": activation, "UNIT": group == 1, "BM": 16, "BN": tile_n},
         ACC=_types(upper.dtype)["ACC"],
     )
     return coefficient, slopes
 
 
 def sample(
-    logits: Tensor, noise: Tensor | None, seed: Tensor, group: int
+    logits: Tensor, noise: Tensor | None, seed: Tensor | None, group: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return gates (B, G), their pattern by example and by unit, and how many examples have each gate open."""
     batch, gates = logits.shape

@@ -322,7 +322,8 @@ def by_example(  # type: ignore[no-untyped-def]
 ):
     """Write a tile of the sums over open units; words of units that no example of the tile has open are skipped.
 
-    With GIVEN the dense product stands in ``out`` already, and is computed again where it is not finite.
+    With GIVEN the dense product stands in ``out`` already, and is computed again where it is not finite; the pattern is
+    then that of the coefficients.
     """
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     valid = m < batch
@@ -348,17 +349,17 @@ def by_example(  # type: ignore[no-untyped-def]
                     other=0,
                 )
                 acc = tl.dot(c.to(DOT), v.to(DOT), acc, input_precision=PRECISION, out_dtype=ACC)
-    bad = not_finite(acc)
-    if bad > 0:
+    if not_finite(acc) > 0:
         acc = careful_by_example(
-            coefficient, weight, None, rows, b, d, valid, within, 0, units,
+            coefficient, weight, coefficient, rows, b, d, valid, within, 0, units,
             units, units, 1, row_words, unit_stride, width_stride, BM, BD, ACC,
         )  # fmt: skip
-    if bias is not None:
-        acc += tl.load(bias + d, mask=within, other=0).to(ACC)[None, :]
-    if GIVEN:
-        inside = inside & (bad > 0)
-    tl.store(at, acc.to(out.dtype.element_ty), mask=inside)
+        if GIVEN:
+            tl.store(at, acc.to(out.dtype.element_ty), mask=inside)
+    if not GIVEN:
+        if bias is not None:
+            acc += tl.load(bias + d, mask=within, other=0).to(ACC)[None, :]
+        tl.store(at, acc.to(out.dtype.element_ty), mask=inside)
 
 
 @kernel
@@ -674,5 +675,5 @@ def sample(  # type: ignore[no-untyped-def]
     tl.store(cols + n * col_words + e, tl.sum(bits << shift[:, None], 0), mask=n < units)
     # A group's units all find the same; its first one writes. Whole numbers add up to the same in any order.
     leads = (n < units) & (n % group == 0)
-    tl.store(gate + at, found.to(gate.dtype.element_ty), mask=inside & leads[None, :])
+    tl.store(gate + at, tl.where(found, 1.0, 0.0).to(gate.dtype.element_ty), mask=inside & leads[None, :])
     tl.atomic_add(counts + n // group, tl.sum(found.to(tl.int32), 0), mask=leads)
