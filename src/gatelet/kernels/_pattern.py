@@ -64,8 +64,8 @@ def spread(gate: Tensor, units: int) -> Tensor:
 def gathered(coefficient: Tensor, rows: Tensor) -> Tensor:
     """Return coefficient @ rows where a zero coefficient leaves its row out, be it NaN or infinite.
 
-    ``coefficient`` is (R, C), ``rows`` (C, D). One product, and the careful sum only when it went wrong. Off the CPU, where
-    asking would make the host wait, a kernel looks; without one, a sum that a row which is not finite enters is NaN.
+    ``coefficient`` is (R, C), ``rows`` (C, D). One product, and the careful sum only when it went wrong. Off the CPU,
+    where asking would make the host wait, a kernel looks; without one, a sum that a bad row enters is NaN.
     """
     if rows.device.type != "cpu":
         from gatelet.kernels import _dispatch
@@ -77,8 +77,7 @@ def gathered(coefficient: Tensor, rows: Tensor) -> Tensor:
             _triton.repair(result, coefficient, rows)
             return result
         finite = rows.isfinite()
-        bad = (~finite.all(1)).to(rows.dtype)
-        spoilt = (coefficient != 0).to(rows.dtype) @ bad > 0
+        spoilt = (coefficient != 0).to(rows.dtype) @ (~finite.all(1)).to(rows.dtype) > 0
         return (coefficient @ torch.where(finite, rows, 0)).masked_fill(spoilt.unsqueeze(1), torch.nan)
     result = coefficient @ rows
     if result.numel() and not bool(result.sum().isfinite()):

@@ -17,7 +17,7 @@ from gatelet.kernels._pattern import words
 INTERPRETED = not isinstance(kernels.pattern, triton.runtime.JITFunction)
 SPAN, SLOTS = 32, 16
 """Units that a program for few examples looks at, and open ones of them that it takes at a time."""
-WARPS = {"num_warps": 8}
+WARPS = 8
 """For tiles of products: with four, their accumulators and addresses do not fit into the registers."""
 PROGRAMS = 512
 """About as many programs as keep a large GPU busy (132 multiprocessors, several programs each)."""
@@ -38,7 +38,7 @@ class Lists:
 
     Attributes:
         examples: (G, B) int32, each row's first ones are the examples that have the group open, ascending.
-        starts: (G, ⌈B/64⌉ + 1) int32, where in that row the examples of each word of 64 start; last, how many there are.
+        starts: (G, ⌈B/64⌉ + 1) int32, where in that row the examples of each word of 64 start; last, their number.
         group: units per group.
     """
 
@@ -47,8 +47,8 @@ class Lists:
     group: int
 
 
-def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, **meta: Any) -> None:
-    """Run a kernel on the device of ``like``."""
+def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, args: tuple[Any, ...], **meta: Any) -> None:
+    """Run a kernel on the device of ``like``; ``meta`` is what it is compiled for."""
     if 0 in grid:
         return
     # Interpreted, what is NaN or overflows does so silently, as on a GPU.
@@ -82,7 +82,7 @@ def _sums_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _power(count: int, least: int, most: int) -> int:
-    return max(least, min(most, triton.next_power_of_2(max(count, 1))))
+    return max(least, min(most, 1 << (count - 1).bit_length()))
 
 
 def pattern(gate: Tensor, units: int) -> tuple[Tensor, Tensor]:
@@ -91,7 +91,7 @@ def pattern(gate: Tensor, units: int) -> tuple[Tensor, Tensor]:
     rows = gate.new_empty((batch, words(units)), dtype=torch.int64)
     cols = gate.new_empty((units, words(batch)), dtype=torch.int64)
     sizes = (batch, units, gates, units // max(gates, 1), rows.shape[1], cols.shape[1])
-    launch(kernels.pattern, (cols.shape[1], rows.shape[1]), gate, gate, rows, cols, *sizes)
+    launch(kernels.pattern, (cols.shape[1], rows.shape[1]), gate, (gate, rows, cols, *sizes))
     return rows, cols
 
 
@@ -103,8 +103,16 @@ def lists(cols: Tensor, gate: Tensor) -> Lists | None:
         return None
     examples = cols.new_empty((gates, batch), dtype=torch.int32)
     starts = cols.new_empty((gates, col_words + 1), dtype=torch.int32)
-    launch(kernels.lists, (gates,), cols, cols, examples, starts, batch, group, col_words, WORDS=16)
+    launch(kernels.lists, (gates,), cols, (cols, examples, starts, batch, group, col_words), WORDS=16)
     return Lists(examples, starts, group)
+
+
+def _unit_tiles(units: int, most: int, listed: Lists | None) -> tuple[int, int]:
+    """Return how many units a tile has, and how many tiles there are."""
+    if listed is None:
+        return most, -(-units // most)
+    size = _power(listed.group, 16, most)
+    return size, len(listed.examples) * -(-listed.group // size)
 
 
 def dots(
@@ -129,32 +137,38 @@ def dots(
     out = allocate((batch, units))
     pre = allocate((batch, units)) if keep else None
     gates = units if gate is None else gate.shape[1]
-    group = units // max(gates, 1)
-    row_words, strides = words(units), weight.stride()
+    group = units // max(gates, 1) if listed is None else listed.group
     if batch <= FEW:
+        sizes = (batch, units, width, gates, group, words(units))
         launch(
-            *(kernels.few_dots, (-(-units // SPAN),), x),
-            *(x, weight, bias, gate, rows, out, pre, batch, units, width, gates, group, row_words, *strides),
-            **_types(x.dtype),
-            **{"ACTIVATION": activation, "FEW": FEW, "SPAN": SPAN, "SLOTS": SLOTS},
+            kernels.few_dots,
+            (-(-units // SPAN),),
+            x,
+            (x, weight, bias, gate, rows, out, pre, *sizes, *weight.stride()),
+            ACTIVATION=activation,
+            FEW=FEW,
+            SPAN=SPAN,
+            SLOTS=SLOTS,
             BK=_power(width, 16, 512 // x.element_size()),
+            **_types(x.dtype),
         )
-        return out, x.new_empty(0) if pre is None else pre
-    tile_m, tile_n, tile_k = _TILES[x.element_size()]
-    examples = starts = None
-    blocks = -(-units // tile_n)
-    if listed is not None:
-        examples, starts, group = listed.examples, listed.starts, listed.group
-        tile_n = _power(group, 16, tile_n)
-        blocks = len(examples) * -(-group // tile_n)
-    launch(
-        *(kernels.dots, (-(-batch // tile_m), blocks), x),
-        *(x, weight, bias, gate, rows, examples, starts, out, pre),
-        *(batch, units, width, gates, group, row_words, words(batch), *strides),
-        **_types(x.dtype),
-        **{"ACTIVATION": activation, "BM": tile_m, "BN": tile_n, "BK": tile_k},
-        **WARPS,
-    )
+    else:
+        tile_m, tile_n, tile_k = _TILES[x.element_size()]
+        tile_n, blocks = _unit_tiles(units, tile_n, listed)
+        examples, starts = (None, None) if listed is None else (listed.examples, listed.starts)
+        tile_sizes = (batch, units, width, gates, group, words(units), words(batch))
+        launch(
+            kernels.dots,
+            (-(-batch // tile_m), blocks),
+            x,
+            (x, weight, bias, gate, rows, examples, starts, out, pre, *tile_sizes, *weight.stride()),
+            ACTIVATION=activation,
+            BM=tile_m,
+            BN=tile_n,
+            BK=tile_k,
+            num_warps=WARPS,
+            **_types(x.dtype),
+        )
     return out, x.new_empty(0) if pre is None else pre
 
 
@@ -166,67 +180,99 @@ def by_example(
     rows: Tensor | None,
     listed: Lists | None,
 ) -> Tensor:
-    """Return y (B, D) with y[b] = bias + Σ_n C[b, n] W[n] over open n."""
+    """Return y (B, D) with y[b] = bias + Σ_n C[b, n] W[n] over open n; open as for :func:`dots`."""
     batch, (units, width) = coefficient.shape[0], weight.shape
-    types, strides, row_words = _types(weight.dtype), weight.stride(), words(units)
-    tile_m, tile_d, tile_k = _TILES[weight.element_size()]
-    gates = units if gate is None else gate.shape[1]
     if batch <= FEW:
-        columns = -(-width // tile_d)
-        # Enough parts to keep the GPU busy, of some spans each.
-        each = SPAN * max(1, -(-units * columns // (PROGRAMS * SPAN)))
-        count = -(-units // each)
-        parts = weight.new_empty((count, batch, width), dtype=_sums_dtype(weight.dtype))
-        launch(
-            *(kernels.few_by_example, (columns, count), weight),
-            *(coefficient, weight, gate, rows, parts, batch, units, width, gates, units // max(gates, 1)),
-            *(row_words, *strides, each),
-            **types,
-            **{"FEW": FEW, "SPAN": SPAN, "SLOTS": SLOTS, "BD": tile_d},
-        )
-        out = weight.new_empty((batch, width))
-        launch(
-            *(kernels.add_parts, (-(-out.numel() // 1024),), weight),
-            *(parts, bias, out, count, out.numel(), width),
-            **{"ACC": types["ACC"], "BLOCK": 1024},
-        )
-        return out
+        return _few_by_example(coefficient, weight, bias, gate, rows)
+    tile_m, tile_d, tile_k = _TILES[weight.element_size()]
+    columns = -(-width // tile_d)
     if listed is None:
         out = weight.new_empty((batch, width))
+        sizes = (batch, units, width, words(units))
         launch(
-            *(kernels.by_example, (-(-batch // tile_m), -(-width // tile_d)), weight),
-            *(coefficient, weight, bias, rows, out, batch, units, width, row_words, *strides),
-            **types,
-            **{"GIVEN": False, "BM": tile_m, "BD": tile_d},
-            **WARPS,
+            kernels.by_example,
+            (-(-batch // tile_m), columns),
+            weight,
+            (coefficient, weight, bias, rows, out, *sizes, *weight.stride()),
+            GIVEN=False,
+            BM=tile_m,
+            BD=tile_d,
+            num_warps=WARPS,
+            **_types(weight.dtype),
         )
         return out
     sums = weight.new_zeros((batch, width), dtype=_sums_dtype(weight.dtype))
     if bias is not None:
         sums += bias
-    columns, col_words = -(-width // tile_d), words(batch)
+    col_words = words(batch)
     each = max(1, -(-col_words * columns // PROGRAMS))
+    list_sizes = (batch, units, width, len(listed.examples), listed.group, col_words, each)
     launch(
-        *(kernels.group_by_example, (columns, -(-col_words // each)), weight),
-        *(coefficient, weight, listed.examples, listed.starts, sums, batch, units, width, len(listed.examples)),
-        *(listed.group, col_words, each, *strides),
-        **types,
-        **{"BM": 32, "BD": tile_d, "BK": _power(listed.group, 16, tile_k)},
-        **WARPS,
+        kernels.group_by_example,
+        (columns, -(-col_words // each)),
+        weight,
+        (coefficient, weight, listed.examples, listed.starts, sums, *list_sizes, *weight.stride()),
+        BM=32,
+        BD=tile_d,
+        BK=_power(listed.group, 16, tile_k),
+        num_warps=WARPS,
+        **_types(weight.dtype),
     )
     return sums.to(weight.dtype)
+
+
+def _few_by_example(
+    coefficient: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor | None, rows: Tensor | None
+) -> Tensor:
+    batch, (units, width) = coefficient.shape[0], weight.shape
+    types = _types(weight.dtype)
+    tile_d = _TILES[weight.element_size()][1]
+    columns = -(-width // tile_d)
+    # Enough parts to keep the GPU busy, of some spans each.
+    each = SPAN * max(1, -(-units * columns // (PROGRAMS * SPAN)))
+    count = -(-units // each)
+    gates = units if gate is None else gate.shape[1]
+    parts = weight.new_empty((count, batch, width), dtype=_sums_dtype(weight.dtype))
+    sizes = (batch, units, width, gates, units // max(gates, 1), words(units))
+    launch(
+        kernels.few_by_example,
+        (columns, count),
+        weight,
+        (coefficient, weight, gate, rows, parts, *sizes, *weight.stride(), each),
+        FEW=FEW,
+        SPAN=SPAN,
+        SLOTS=SLOTS,
+        BD=tile_d,
+        **types,
+    )
+    out = weight.new_empty((batch, width))
+    size = out.numel()
+    launch(
+        kernels.add_parts,
+        (-(-size // 1024),),
+        weight,
+        (parts, bias, out, count, size, width),
+        BLOCK=1024,
+        ACC=types["ACC"],
+    )
+    return out
 
 
 def repair(product: Tensor, coefficient: Tensor, weight: Tensor) -> None:
     """Compute C W (B, D) again, in place, where it is not finite: the row of a unit with C = 0 may have been."""
     (batch, units), width = coefficient.shape, weight.shape[1]
     tile_m, tile_d, _ = _TILES[weight.element_size()]
+    sizes = (batch, units, width, words(units))
     launch(
-        *(kernels.by_example, (-(-batch // tile_m), -(-width // tile_d)), weight),
-        *(coefficient.contiguous(), weight, None, None, product, batch, units, width, words(units), *weight.stride()),
+        kernels.by_example,
+        (-(-batch // tile_m), -(-width // tile_d)),
+        weight,
+        (coefficient.contiguous(), weight, None, None, product, *sizes, *weight.stride()),
+        GIVEN=True,
+        BM=tile_m,
+        BD=tile_d,
+        num_warps=WARPS,
         **_types(weight.dtype),
-        **{"GIVEN": True, "BM": tile_m, "BD": tile_d},
-        **WARPS,
     )
 
 
@@ -247,20 +293,21 @@ def by_unit(
     out = x.new_empty((width, units) if transposed else (units, width)) if need_rows else None
     sums = x.new_empty(units) if need_sum else None
     tile_n, tile_d, _ = _TILES[x.element_size()]
-    examples = starts = None
-    group, blocks = 1, -(-units // tile_n)
-    if listed is not None:
-        examples, starts, group = listed.examples, listed.starts, listed.group
-        tile_n = _power(group, 16, tile_n)
-        blocks = len(examples) * -(-group // tile_n)
-    columns = max(1, -(-width // tile_d)) if need_rows else 1
+    tile_n, blocks = _unit_tiles(units, tile_n, listed)
+    group = 1 if listed is None else listed.group
+    examples, starts = (None, None) if listed is None else (listed.examples, listed.starts)
     launch(
-        *(kernels.by_unit, (blocks, columns), x),
-        *(coefficient, x, cols, examples, starts, out, sums, batch, units, width, group, words(batch)),
-        *((1, units) if transposed else (width, 1)),
+        kernels.by_unit,
+        (blocks, max(1, -(-width // tile_d)) if need_rows else 1),
+        x,
+        (
+            *(coefficient, x, cols, examples, starts, out, sums, batch, units, width, group, words(batch)),
+            *((1, units) if transposed else (width, 1)),
+        ),
+        BN=tile_n,
+        BD=tile_d,
+        num_warps=WARPS,
         **_types(x.dtype),
-        **{"BN": tile_n, "BD": tile_d},
-        **WARPS,
     )
     return out, sums
 
@@ -281,10 +328,16 @@ def pointwise(
     slopes = torch.empty_like(gate) if need_gate else None
     group = units // max(gates, 1)
     tile_n = 64 if group == 1 else _power(group, 16, 128)
+    sizes = (batch, units, gates, group, words(units))
     launch(
-        *(kernels.pointwise, (-(-batch // 16), -(-units // tile_n) if group == 1 else gates), upper),
-        *(upper, pre, gate, rows, wide_rows, coefficient, slopes, batch, units, gates, group, words(units)),
-        **{"ACTIVATION": activation, "UNIT": group == 1, "BM": 16, "BN": tile_n},
+        kernels.pointwise,
+        (-(-batch // 16), -(-units // tile_n) if group == 1 else gates),
+        upper,
+        (upper, pre, gate, rows, wide_rows, coefficient, slopes, *sizes),
+        ACTIVATION=activation,
+        UNIT=group == 1,
+        BM=16,
+        BN=tile_n,
         ACC=_types(upper.dtype)["ACC"],
     )
     return coefficient, slopes
@@ -300,9 +353,12 @@ def sample(
     rows = logits.new_empty((batch, words(units)), dtype=torch.int64)
     cols = logits.new_empty((units, words(batch)), dtype=torch.int64)
     counts = logits.new_zeros(gates, dtype=torch.int32)
+    sizes = (batch, units, gates, group, rows.shape[1], cols.shape[1])
     launch(
-        *(kernels.sample, (cols.shape[1], rows.shape[1]), logits),
-        *(logits, noise, seed, gate, rows, cols, counts, batch, units, gates, group, rows.shape[1], cols.shape[1]),
+        kernels.sample,
+        (cols.shape[1], rows.shape[1]),
+        logits,
+        (logits, noise, seed, gate, rows, cols, counts, *sizes),
         ACC=_types(logits.dtype)["ACC"],
     )
     return gate, rows, cols, counts

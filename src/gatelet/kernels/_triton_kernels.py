@@ -19,6 +19,8 @@ What is closed does not reach a result, be it NaN: where examples share a tile w
 open, a product that is not finite is computed again, pair by pair (``careful``).
 """
 
+# ruff: noqa: SIM102, SIM108 (Triton drops branches that are decided when it compiles: they stand alone)
+
 import inspect
 from typing import Any
 
@@ -291,8 +293,9 @@ def careful_by_example(  # type: ignore[no-untyped-def]
 ):
     """Return the sum over open units from low to high, one after the other: closed ones are left out, be they NaN."""
     acc = tl.zeros((BM, BD), ACC)
+    zero = tl.zeros((), tl.int64)
     for unit in range(low, high):
-        n = tl.zeros((), tl.int64) + unit
+        n = zero + unit
         found = open_pairs(rows, gate, b, n, valid, gates, group, row_words)
         c = tl.load(coefficient + b * units + n, mask=found, other=0).to(ACC)
         w = tl.load(weight + n * unit_stride + d * width_stride, mask=within, other=0).to(ACC)
@@ -340,7 +343,7 @@ def by_example(  # type: ignore[no-untyped-def]
         for w in range(0, row_words):
             word = tl.load(rows + b * row_words + w, mask=valid, other=0)
             if any_of(word != 0) > 0:
-                n = tl.zeros((), tl.int64) + w * 64 + lane
+                n = w * 64 + lane
                 found = ((word[:, None] >> lane[None, :]) & 1) != 0
                 c = tl.load(coefficient + b[:, None] * units + n[None, :], mask=found, other=0)
                 v = tl.load(
@@ -429,8 +432,9 @@ def add_parts(parts, bias, out, count, size, width, ACC: tl.constexpr, BLOCK: tl
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     acc = tl.zeros((BLOCK,), ACC)
+    zero = tl.zeros((), tl.int64)
     for part in range(0, count):
-        acc += tl.load(parts + (tl.zeros((), tl.int64) + part) * size + at, mask=inside, other=0)
+        acc += tl.load(parts + (zero + part) * size + at, mask=inside, other=0)
     if bias is not None:
         acc += tl.load(bias + at % width, mask=inside, other=0).to(ACC)
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
@@ -469,8 +473,9 @@ def group_by_example(  # type: ignore[no-untyped-def]
     within = d < width
     low = tl.program_id(1) * words_each
     high = tl.minimum(low + words_each, col_words)
+    zero = tl.zeros((), tl.int64)
     for index in range(0, count):
-        g = tl.zeros((), tl.int64) + index
+        g = zero + index
         first = tl.load(starts + g * (col_words + 1) + low)
         last = tl.load(starts + g * (col_words + 1) + high)
         for begin in range(first, last, BM):
@@ -541,7 +546,7 @@ def by_unit(  # type: ignore[no-untyped-def]
         for e in range(0, col_words):
             word = tl.load(cols + n * col_words + e, mask=wanted, other=0)
             if any_of(word != 0) > 0:
-                b = tl.zeros((), tl.int64) + e * 64 + lane
+                b = e * 64 + lane
                 found = ((word[:, None] >> lane[None, :]) & 1) != 0
                 c = tl.load(coefficient + b[None, :] * units + n[:, None], mask=found, other=0)
                 total += tl.sum(c.to(ACC), 1)
@@ -555,9 +560,7 @@ def by_unit(  # type: ignore[no-untyped-def]
             m = begin + lane
             valid = m < count
             b = tl.load(examples + g * batch + m, mask=valid, other=0).to(tl.int64)
-            c = tl.load(
-                coefficient + b[None, :] * units + n[:, None], mask=valid[None, :] & wanted[:, None], other=0
-            )
+            c = tl.load(coefficient + b[None, :] * units + n[:, None], mask=valid[None, :] & wanted[:, None], other=0)
             total += tl.sum(c.to(ACC), 1)
             if out is not None:
                 a = tl.load(x + b[:, None] * width + d[None, :], mask=valid[:, None] & within[None, :], other=0)
@@ -569,8 +572,9 @@ def by_unit(  # type: ignore[no-untyped-def]
         if examples is None:
             if not_finite(acc) > 0:
                 acc = tl.zeros((BN, BD), ACC)
+                zero = tl.zeros((), tl.int64)
                 for example in range(0, batch):
-                    r = tl.zeros((), tl.int64) + example
+                    r = zero + example
                     bits = tl.load(cols + n * col_words + r // 64, mask=wanted, other=0)
                     there = ((bits >> (r % 64)) & 1) != 0
                     factor = tl.load(coefficient + r * units + n, mask=there, other=0).to(ACC)

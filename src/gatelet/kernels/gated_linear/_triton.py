@@ -3,12 +3,13 @@
 from torch import Tensor
 
 from gatelet.kernels import _triton as products
+from gatelet.kernels._dispatch import FEW
 
 
 def infer(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
     """Return the output alone."""
     rows = listed = None
-    if len(x) > products.FEW:  # few examples: one kernel reads the gates itself
+    if len(x) > FEW:  # few examples: one kernel reads the gates itself
         rows, cols = products.pattern(gate, weight.shape[0])
         listed = products.lists(cols, gate)
     return products.dots(x, weight, bias, gate, rows, listed)[0]
@@ -43,9 +44,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, weight, bias and gate; None for what is not needed."""
     need_x, need_weight, need_bias, need_gate = need
-    coefficient, slope = products.pointwise(
-        grad, pre, gate, rows, wide, need_gate, need_x or need_weight or need_bias
-    )
+    coefficient, slope = products.pointwise(grad, pre, gate, rows, wide, need_gate, need_x or need_weight or need_bias)
     from_x = from_weight = from_bias = None
     if coefficient is not None:
         listed = products.lists(cols, gate)
