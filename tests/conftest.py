@@ -1,9 +1,30 @@
-"""What every test runs under: one thread, a fixed seed, and poison in uninitialised memory."""
+"""What every test runs under: one thread, a fixed seed, poison in uninitialised memory; and on which device."""
+
+import functools
+import os
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where tensors are created: cpu, or cuda (docs/gpu.md)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    device = config.getoption("--device")
+    # Triton asks once, when it is imported: its kernels run in its interpreter unless there is a GPU to test on.
+    os.environ["TRITON_INTERPRET"] = "1" if device == "cpu" else "0"
+    if device != "cpu":
+        torch.set_default_device(device)
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> str:
+    """The device that is tested."""
+    return request.config.getoption("--device")
 
 
 def _poisoned(allocate):
@@ -18,7 +39,7 @@ def _poisoned(allocate):
 
 
 @pytest.fixture(autouse=True)
-def _poison_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+def _poison_and_seed(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """Fill what torch.empty returns with NaN, so that a value that was never written is seen; fix the seed."""
     for owner, name in (
         (torch, "empty"),
@@ -26,4 +47,6 @@ def _poison_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.Tensor, "new_empty"),
     ):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+    if device != "cpu":  # torch's default device is for tensors alone
+        monkeypatch.setattr(torch, "Generator", functools.partial(torch.Generator, device=device))
     torch.manual_seed(0)

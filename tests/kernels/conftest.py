@@ -4,4 +4,14 @@ import os
 import tempfile
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"gatelet-numba-{os.getuid()}"))
+
+
+@pytest.fixture(autouse=True)
+def _backend_of_the_device(request: pytest.FixtureRequest, device: str) -> None:
+    """Numba runs on the CPU alone."""
+    call = getattr(request.node, "callspec", None)
+    if call is not None and call.params.get("backend") == "numba" and device != "cpu":
+        pytest.skip("Numba's kernels run on the CPU")

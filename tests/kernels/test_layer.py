@@ -65,7 +65,7 @@ def test_the_layer_skips_where_the_estimator_allows(name, monkeypatch):
     calls = []
     module = gatelet.nn.conditional_linear
     original = module.gated_linear
-    monkeypatch.setattr(module, "gated_linear", lambda *args: calls.append(1) or original(*args))
+    monkeypatch.setattr(module, "gated_linear", lambda *args, **given: calls.append(1) or original(*args, **given))
     layer = gatelet.nn.ConditionalLinear(40, 160, 12, estimator=name)
     layer.unit.threshold.fill_(0.0)
     with gatelet.Tape() as tape:

@@ -65,7 +65,7 @@ def test_gradcheck(backend, group):
     assert torch.autograd.gradcheck(ffn, (x, weight, bias, values, w2, b2))
 
 
-@pytest.mark.parametrize("backend", ["reference", "numba", "auto"])
+@pytest.mark.parametrize("backend", ["reference", "numba", "auto", "triton"])
 def test_opcheck(backend):
     x, weight, bias, gate = tensors()
     w2, b2 = second(70)
@@ -122,15 +122,18 @@ def test_transforms_are_refused():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("group", [1, 10])
-@pytest.mark.parametrize("backend", ["reference", "numba", "auto"])
-def test_closed_units_may_hold_anything(backend, group, value):
-    x, weight, bias, gate = tensors(group=group, rate=0.2)
+@pytest.mark.parametrize(
+    ("backend", "batch", "group"),
+    [(backend, 9, group) for backend in ("reference", "numba", "auto", "triton") for group in (1, 10)]
+    + [("triton", 17, 1), ("triton", 17, 35)],  # few examples, and tiles or lists
+)
+def test_closed_units_may_hold_anything(backend, batch, group, value):
+    x, weight, bias, gate = tensors(batch=batch, group=group, rate=0.2)
     w2, b2 = second(70)
     with torch.no_grad():
         gate[:, 1] = 0  # closed for all
         gate[0, 0], gate[1:, 0] = 0, 1  # closed for one example
-    upper = torch.randn(9, 70, dtype=torch.float64)
+    upper = torch.randn(batch, 70, dtype=torch.float64)
 
     def run(weight, bias, w2, x, upper):
         # The two ops' gradients, the second's with a hidden layer that was filled with the value at closed units.
@@ -292,8 +295,6 @@ def test_errors_name_the_argument():
     # Without the suite's run-time type checks, as users call them.
     gated_linear, linear_gated, gated_ffn = map(inspect.unwrap, OPS)
     x, weight, bias, gate = tensors(grad=False)
-    with pytest.raises(NotImplementedError, match="backend"):
-        gated_linear(x, weight, bias, gate, backend="triton")
     with pytest.raises(ValueError, match="backend"):
         gated_linear(x, weight, bias, gate, backend="nmba")
     with pytest.raises(ValueError, match="x must have 33 features"):

@@ -7,3 +7,5 @@ from gatelet.kernels.gated_ffn import gated_ffn as gated_ffn
 from gatelet.kernels.gated_linear import gated_linear as gated_linear
 from gatelet.kernels.linear_gated import linear_gated as linear_gated
 from gatelet.kernels.open_pattern import open_pattern as open_pattern
+from gatelet.kernels.sample_gates import SampledGates as SampledGates
+from gatelet.kernels.sample_gates import sample_gates as sample_gates

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import os
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -25,9 +26,10 @@ class Choice:
     """What ``backend="auto"`` decided.
 
     Attributes:
-        backend: ``"reference"`` (dense, in PyTorch) or ``"numba"``.
+        backend: ``"reference"`` (dense, in PyTorch), ``"numba"`` or ``"triton"``.
         kernel: ``"reference"``, ``"unit"`` or ``"group"``.
-        active_fraction: the share of open gates it measured, on a sample of examples; None where it did not look.
+        active_fraction: the share of open gates it measured, on a sample of examples, or was told; None where it did
+            not look.
         limit: the active fraction below which the sparse kernel is expected to be faster.
         reason: in words.
     """
@@ -63,6 +65,40 @@ def numba_missing() -> str | None:
 
 
 @functools.cache
+def triton_missing() -> str | None:
+    """Return why the Triton backend cannot run anywhere, None if it can. Nothing is imported to find out."""
+    if not importlib.util.find_spec("triton"):
+        return "triton is not installed (pip install 'gatelet[triton]')"
+    if not torch.cuda.is_available() and not _interpreted():
+        return "there is no CUDA device"
+    return None
+
+
+def _interpreted() -> bool:
+    # Triton's own switch, which must stand in the environment before triton is imported.
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "on", "true")
+
+
+def triton_cannot(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why Triton's kernels cannot run on this device with this dtype, None if they can."""
+    if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
+        return (
+            f"the tensors are on {device}, but the kernels run on CUDA devices (and, for tests, on the CPU with "
+            "TRITON_INTERPRET=1 set before triton is imported)"
+        )
+    return None if dtype in GPU_NATIVE else f"there is no kernel for {dtype}"
+
+
+@functools.cache
+def _announce_missing(missing: str) -> None:
+    warnings.warn(
+        f"gatelet.kernels: on CUDA devices closed units are computed and discarded, because {missing}",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+@functools.cache
 def _announce(dtype: torch.dtype) -> None:
     warnings.warn(
         f"gatelet.kernels: {dtype} runs on the dense reference path; the CPU kernels are for float32 and float64",
@@ -86,8 +122,8 @@ def limit(kernel: Kernel, batch: int, gradients: bool) -> float:
 def check_backend(backend: str) -> str:
     """Return the backend's name if it is known and there."""
     check_choice(backend, BACKENDS, "backend")
-    if backend == "triton":
-        raise NotImplementedError('backend="triton": the GPU kernels are not there yet; use "auto" or "reference"')
+    if backend == "triton" and (missing := triton_missing()):
+        raise RuntimeError(f'backend="triton": {missing}')
     if backend == "numba" and (missing := numba_missing()):
         raise RuntimeError(f'backend="numba": {missing}')
     return backend
@@ -102,13 +138,23 @@ def choose(
     gradients: bool,
     batch: int | None = None,
     announce: bool = True,
+    declared: float | None = None,
 ) -> Choice:
-    """Decide for gates (B, G), or a sample of ``batch``; D = ``width`` and N = ``units``."""
+    """Decide for gates (B, G), or a sample of ``batch``; D = ``width`` and N = ``units``.
+
+    ``declared`` is the active fraction to expect where looking at the gates would make a GPU wait.
+    """
     batch = gate.shape[0] if batch is None else batch
     group = units // max(gate.shape[1], 1)
     kernel: Kernel = "group" if group >= SMALLEST_GROUP else "unit"
     if backend == "reference":
         return Choice("reference", "reference", None, 0.0, "asked for")
+    if backend == "triton":
+        if reason := triton_cannot(gate.device, dtype):
+            raise ValueError(f'backend="triton": {reason}')
+        return Choice("triton", kernel, None, 1.0, "asked for")
+    if gate.device.type == "cuda" and backend == "auto":
+        return choose_on_gpu(kernel, group, batch, width, units, dtype, gradients, announce, declared)
     if dtype not in NATIVE:
         if announce:
             _announce(dtype)
@@ -130,6 +176,62 @@ def choose(
     return Choice(
         "reference", "reference", rate, most, f"{rate:.1%} of the gates are open, over break-even at {most:.0%}"
     )
+
+
+# The rule for CUDA devices. Not measured on a GPU: chosen from counts of bytes and operations (docs/gpu.md) so that the
+# kernels are taken only where they have several times less of both than dense, and dense runs otherwise.
+FEW = 16
+"""At most so many examples: programs read only the rows of open units, and the time is that of reading them."""
+SMALLEST_LIST = 16
+"""Groups of at least so many units are multiplied by lists of their examples; a tile of tensor cores is no smaller."""
+GPU_NATIVE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+GPU_BYTES = 1 << 25
+"""Smaller weights are read by a large GPU in about the time of starting the kernels."""
+GPU_READ = 0.5
+"""The most of the weights that few examples may read: what is open for any of them."""
+GPU_GROUP, GPU_BATCH = 64, 512
+"""The least group, and number of examples, that fill tiles: at 10 % open, 51 examples per group."""
+GPU_RATE = {False: 0.25, True: 0.15}
+"""The largest active fraction at which groups run sparse, without and with a backward pass."""
+
+
+def choose_on_gpu(
+    kernel: Kernel,
+    group: int,
+    batch: int,
+    width: int,
+    units: int,
+    dtype: torch.dtype,
+    gradients: bool,
+    announce: bool,
+    declared: float | None,
+) -> Choice:
+    """Decide on a CUDA device from shapes and the declared active fraction: the gates are not looked at."""
+
+    def dense(reason: str, most: float = 0.0) -> Choice:
+        return Choice("reference", "reference", declared, most, reason)
+
+    if missing := triton_missing():
+        if announce:
+            _announce_missing(missing)
+        return dense(missing)
+    if dtype not in GPU_NATIVE or dtype == torch.float64:
+        return dense(f"dense is faster in {dtype}")
+    if declared is None:
+        return dense("no active_fraction was declared, and looking at the gates would make the GPU wait")
+    if units * width * dtype.itemsize < GPU_BYTES:
+        return dense("so small that starting the kernels costs more than they save")
+    if batch <= FEW and not gradients:
+        most = 1 - (1 - GPU_READ) ** (1 / max(batch, 1))
+        if declared <= most:
+            return Choice("triton", kernel, declared, most, f"{batch} examples read open weights alone")
+        return dense(f"{batch} examples have most units open together", most)
+    if group >= GPU_GROUP and group % SMALLEST_LIST == 0 and batch >= GPU_BATCH:
+        most = GPU_RATE[gradients]
+        if declared <= most:
+            return Choice("triton", kernel, declared, most, "groups whose examples fill tiles")
+        return dense("too many groups are open", most)
+    return dense("single units of many examples, or groups too small to fill tiles")
 
 
 def plain(*tensors: Tensor | None) -> bool:
@@ -183,9 +285,16 @@ def settled(backend: str, x: Tensor) -> str:
     return backend
 
 
+def runs_triton(backend: str, tensor: Tensor) -> bool:
+    """Whether Triton builds the pattern for this backend: on CUDA devices, wherever it is there."""
+    if backend == "auto":
+        return tensor.device.type == "cuda" and triton_missing() is None and tensor.dtype in GPU_NATIVE
+    return backend == "triton"
+
+
 def runs_numba(backend: str, tensor: Tensor) -> bool:
     """Whether Numba builds the pattern for this backend: it costs little, so ``"auto"`` builds it whatever follows."""
-    return backend != "reference" and settled("auto", tensor) == "auto"
+    return backend not in ("reference", "triton") and settled("auto", tensor) == "auto"
 
 
 def choose_by_pattern(backend: str, rows: Tensor, hidden: Tensor, weight: Tensor) -> Choice:
@@ -198,7 +307,15 @@ def choose_by_pattern(backend: str, rows: Tensor, hidden: Tensor, weight: Tensor
     return choose(backend, gate, weight.shape[0], weight.shape[1], hidden.dtype, False, batch=hidden.shape[0])
 
 
-def explain(x: Tensor, weight: Tensor, gate: Tensor, *, backend: str = "auto", gradients: bool | None = None) -> Choice:
+def explain(
+    x: Tensor,
+    weight: Tensor,
+    gate: Tensor,
+    *,
+    backend: str = "auto",
+    gradients: bool | None = None,
+    active_fraction: float | None = None,
+) -> Choice:
     """Return which kernel :func:`gatelet.kernels.gated_linear` runs for these arguments, and why.
 
     Args:
@@ -207,6 +324,7 @@ def explain(x: Tensor, weight: Tensor, gate: Tensor, *, backend: str = "auto", g
         gate: (..., G).
         backend: as given to the op.
         gradients: whether a backward pass follows; by default, whether autograd records these tensors.
+        active_fraction: as given to the op.
 
     >>> x, weight = torch.zeros(64, 512), torch.zeros(1024, 512)
     >>> explain(x, weight, torch.ones(64, 1024)).backend
@@ -215,4 +333,6 @@ def explain(x: Tensor, weight: Tensor, gate: Tensor, *, backend: str = "auto", g
     check_backend(backend)
     if gradients is None:
         gradients = recording(x, weight, gate)
-    return choose(backend, flat(gate.detach()), weight.shape[1], weight.shape[0], x.dtype, gradients, announce=False)
+    found = flat(gate.detach())
+    sizes = (weight.shape[1], weight.shape[0])
+    return choose(backend, found, *sizes, x.dtype, gradients, announce=False, declared=active_fraction)

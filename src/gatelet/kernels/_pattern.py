@@ -64,8 +64,21 @@ def spread(gate: Tensor, units: int) -> Tensor:
 def gathered(coefficient: Tensor, rows: Tensor) -> Tensor:
     """Return coefficient @ rows where a zero coefficient leaves its row out, be it NaN or infinite.
 
-    ``coefficient`` is (R, C), ``rows`` (C, D). One product, and the careful sum only when it went wrong.
+    ``coefficient`` is (R, C), ``rows`` (C, D). One product, and the careful sum only when it went wrong. Off the CPU,
+    where asking would make the host wait, a kernel looks; without one, a sum that a bad row enters is NaN.
     """
+    if rows.device.type != "cpu":
+        from gatelet.kernels import _dispatch
+
+        if rows.device.type == "cuda" and _dispatch.triton_missing() is None:
+            from gatelet.kernels import _triton
+
+            result = coefficient @ rows
+            _triton.repair(result, coefficient, rows)
+            return result
+        finite = rows.isfinite()
+        spoilt = (coefficient != 0).to(rows.dtype) @ (~finite.all(1)).to(rows.dtype) > 0
+        return (coefficient @ torch.where(finite, rows, 0)).masked_fill(spoilt.unsqueeze(1), torch.nan)
     result = coefficient @ rows
     if result.numel() and not bool(result.sum().isfinite()):
         bad = (~rows.isfinite().all(1)).nonzero().flatten().tolist()

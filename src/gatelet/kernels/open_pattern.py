@@ -41,6 +41,10 @@ def _build(gate: Tensor, units: int, backend: str) -> tuple[Tensor, Tensor]:
         from gatelet.kernels import _sparse
 
         return _sparse.pattern(gate.contiguous(), units)
+    if _dispatch.runs_triton(backend, gate):
+        from gatelet.kernels import _triton
+
+        return _triton.pattern(gate.contiguous(), units)
     mask = spread(gate, units) != 0
     return bits_of(mask), bits_of(mask.t())
 

@@ -98,7 +98,7 @@ class ConditionalLinear(Gating):
             if self.group_size > 1:
                 gates = gates.repeat_interleave(self.group_size, dim=-1)
             return cast(Tensor, self.expert(x) * gates)
-        return gated_linear(x, self.expert.weight, self.expert.bias, gates)
+        return gated_linear(x, self.expert.weight, self.expert.bias, gates, active_fraction=self.unit.target_rate)
 
     def extra_repr(self) -> str:
         """Show the sizes."""

@@ -25,13 +25,14 @@ def gated_ffn(
     b2: Float[Tensor, " O"] | None,
     *,
     backend: str = "auto",
+    active_fraction: float | None = None,
 ) -> Float[Tensor, "*lead O"]:
     """(act(x W1ᵀ + b1) ∘ gate) W2ᵀ + b2; closed hidden units are neither computed nor written nor read.
 
     The pattern of open units is built once and serves both layers, forward and backward.
 
     Args:
-        x: (..., D), float32 or float64 (others run on the dense reference path, which is announced once).
+        x: (..., D), float32 or float64 (on a CPU others run on the dense reference path, which is announced once).
         w1: (N, D).
         b1: (N,) or None.
         gate: (..., G), one number per hidden unit (G = N) or per group of N / G consecutive ones.
@@ -39,6 +40,7 @@ def gated_ffn(
         w2: (O, N). Fastest as the transposed view of a contiguous (N, O) matrix; any other is copied so.
         b2: (O,) or None.
         backend: ``"auto"``, ``"reference"``, ``"numba"``, ``"triton"``.
+        active_fraction: the share of open gates to expect; see :func:`gatelet.kernels.gated_linear`.
 
     Returns:
         (..., O).
@@ -64,7 +66,9 @@ def gated_ffn(
     if _dispatch.plain(x, w1, b1, gate, w2, b2):
         keep = _dispatch.recording(x, w1, b1, gate, w2, b2)
         width = w1.shape[1] + w2.shape[0]
-        backend = _dispatch.choose(backend, flat_gate.detach(), width, w1.shape[0], x.dtype, keep).backend
+        backend = _dispatch.choose(
+            backend, flat_gate.detach(), width, w1.shape[0], x.dtype, keep, declared=active_fraction
+        ).backend
     else:
         keep, backend = True, _dispatch.settled(backend, x)
     op = torch.ops.gatelet.gated_ffn if keep else _forward
@@ -84,12 +88,19 @@ def _forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     width = w1.shape[1] + w2.shape[0]
-    if _dispatch.choose(backend, gate.detach(), width, w1.shape[0], x.dtype, keep).backend == "numba":
+    choice = _dispatch.choose(backend, gate.detach(), width, w1.shape[0], x.dtype, keep).backend
+    if choice == "numba":
         from gatelet.kernels.gated_ffn import _numba
 
         x, w1, gate, w2 = (each.detach() for each in (x, w1, gate, w2))
         b1, b2 = (each if each is None else each.detach().contiguous() for each in (b1, b2))
         return _numba.forward(x.contiguous(), w1.contiguous(), b1, gate.contiguous(), activation, w2, b2, keep)
+    if choice == "triton":
+        from gatelet.kernels.gated_ffn import _triton
+
+        x, w1, gate, w2 = (each.detach() for each in (x, w1, gate, w2))
+        b1, b2 = (each if each is None else each.detach().contiguous() for each in (b1, b2))
+        return _triton.forward(x.contiguous(), w1.contiguous(), b1, gate.contiguous(), activation, w2, b2, keep)
     out, pre, hidden = _reference.forward(x, w1, b1, gate, activation, w2, b2, keep)
     # The dense path has no use for a pattern; its shape is promised by the fake.
     rows = x.new_zeros((x.shape[0], words(w1.shape[0])), dtype=torch.int64)
@@ -149,11 +160,17 @@ def _gated_ffn_backward(
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     width = w1.shape[1] + w2.shape[0]
-    if _dispatch.choose(backend, gate, width, w1.shape[0], x.dtype, True).backend == "numba":
+    choice = _dispatch.choose(backend, gate, width, w1.shape[0], x.dtype, True).backend
+    if choice == "numba":
         from gatelet.kernels.gated_ffn import _numba
 
         grad, x, w1, gate = (t.contiguous() for t in (grad, x, w1, gate))
         found = _numba.backward(grad, x, w1, gate, activation, w2, pre, hidden, rows, cols, tuple(need))
+    elif choice == "triton":
+        from gatelet.kernels.gated_ffn import _triton
+
+        grad, x, w1, gate = (t.contiguous() for t in (grad, x, w1, gate))
+        found = _triton.backward(grad, x, w1, gate, activation, w2, pre, hidden, rows, cols, tuple(need))
     else:
         found = _reference.backward(grad, x, w1, gate, activation, w2, pre, hidden, tuple(need))
     a, b, c, d, e, f = (x.new_empty(0) if each is None else each.contiguous() for each in found)

@@ -22,6 +22,7 @@ def gated_linear(
     support: Tensor | None = None,
     pattern: OpenPattern | None = None,
     backend: str = "auto",
+    active_fraction: float | None = None,
 ) -> Float[Tensor, "*lead N"]:
     """(x Wᵀ + b) ∘ gate, computed only where the gate is not zero, forward and backward.
 
@@ -29,13 +30,15 @@ def gated_linear(
     in the dense product; the gradient of the gate is formed on open gates only, or on ``support``.
 
     Args:
-        x: (..., D), float32 or float64 (others run on the dense reference path, which is announced once).
+        x: (..., D), float32 or float64 (on a CPU others run on the dense reference path, which is announced once).
         weight: (N, D).
         bias: (N,) or None.
         gate: (..., G), one number per unit (G = N) or per group of N / G consecutive units.
         support: (..., G), boolean: where the gate's gradient is wanted; must include the open gates.
         pattern: the pattern of ``gate`` if it was built before (:func:`gatelet.kernels.open_pattern`).
         backend: ``"auto"`` (the faster of dense and sparse), ``"reference"`` (dense), ``"numba"``, ``"triton"``.
+        active_fraction: the share of open gates to expect. ``"auto"`` needs it on a GPU, where it does not look at
+            the gates; without it dense runs there. Elsewhere it is not used.
 
     Returns:
         (..., N).
@@ -64,14 +67,19 @@ def gated_linear(
         choice = backend
     else:
         gradients = _dispatch.recording(x, weight, bias, gate)
-        choice = _dispatch.choose(backend, flat_gate.detach(), width, units, x.dtype, gradients).backend
+        choice = _dispatch.choose(
+            backend, flat_gate.detach(), width, units, x.dtype, gradients, declared=active_fraction
+        ).backend
         if not gradients and support is None and pattern is None:
             # Without a gradient the ops' machinery would cost more than a small product.
-            if choice == "numba":
-                from gatelet.kernels.gated_linear import _numba
-
+            if choice in ("numba", "triton"):
+                # No module-level import: each backend is loaded when it first runs.
+                if choice == "numba":
+                    from gatelet.kernels.gated_linear._numba import infer
+                else:
+                    from gatelet.kernels.gated_linear._triton import infer
                 shift = None if bias is None else bias.detach().contiguous()
-                found = _numba.infer(
+                found = infer(
                     flat_x.detach().contiguous(), weight.detach().contiguous(), shift, flat_gate.detach().contiguous()
                 )
                 return found.view(shape)
@@ -117,6 +125,13 @@ def _forward(
 
         x, weight, gate = x.contiguous(), weight.contiguous(), gate.contiguous()
         return _numba.forward(x, weight, bias if bias is None else bias.contiguous(), gate, cols, wide_cols, keep)
+    if choice.backend == "triton" and rows is not None and cols is not None:
+        from gatelet.kernels.gated_linear import _triton
+
+        if wide_rows is not None and wide_cols is not None:
+            rows, cols = wide_rows, wide_cols
+        x, weight, gate = x.contiguous(), weight.contiguous(), gate.contiguous()
+        return _triton.forward(x, weight, bias if bias is None else bias.contiguous(), gate, rows, cols, keep)
     return _reference.forward(x, weight, bias, gate, keep)
 
 
@@ -165,6 +180,11 @@ def _gradients(
 
         grad, x, weight, gate = grad.contiguous(), x.contiguous(), weight.contiguous(), gate.contiguous()
         found = _numba.backward(grad, x, weight, gate, pre, rows, cols, wide_rows, wants)
+    elif choice.backend == "triton" and rows is not None and cols is not None:
+        from gatelet.kernels.gated_linear import _triton
+
+        grad, x, weight, gate = grad.contiguous(), x.contiguous(), weight.contiguous(), gate.contiguous()
+        found = _triton.backward(grad, x, weight, gate, pre, rows, cols, wide_rows, wants)
     else:
         wide = None if wide_rows is None else mask_of(wide_rows, weight.shape[0])
         found = _reference.backward(grad, x, weight, gate, pre, wide, wants)

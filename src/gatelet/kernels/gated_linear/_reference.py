@@ -18,8 +18,11 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, keep: 
 def closed(product: Tensor, gate: Tensor) -> Tensor:
     """Return the product with the gate, where NaN and infinity times a closed gate are zero too.
 
-    One sum tells whether there are any; looking at every number would cost as much as the product.
+    One sum tells whether there are any; looking at every number would cost as much as the product. But waiting for
+    the sum would cost a GPU more than that.
     """
+    if product.device.type != "cpu":
+        return torch.where(gate != 0, product, 0)
     if product.numel() and not bool(product.sum().isfinite()):
         return torch.where(gate != 0, product, 0)
     return product

@@ -25,7 +25,7 @@ def linear_gated(
     Closed units count as zero, whatever ``hidden`` and the weights hold there; they receive no gradient.
 
     Args:
-        hidden: (..., N), float32 or float64 (others run on the dense reference path, which is announced once).
+        hidden: (..., N), float32 or float64 (on a CPU others run on the dense reference path, which is announced once).
         pattern: the open units, from :func:`gatelet.kernels.open_pattern`.
         weight: (O, N). Fastest as the transposed view of a contiguous (N, O) matrix; any other is copied so.
         bias: (O,) or None.
@@ -64,10 +64,15 @@ def linear_gated(
 def _linear_gated(
     hidden: Tensor, rows: Tensor, cols: Tensor, weight: Tensor, bias: Tensor | None, backend: str
 ) -> Tensor:
-    if _dispatch.choose_by_pattern(backend, rows, hidden, weight).backend == "numba":
+    choice = _dispatch.choose_by_pattern(backend, rows, hidden, weight).backend
+    if choice == "numba":
         from gatelet.kernels.linear_gated import _numba
 
         return _numba.forward(hidden.contiguous(), rows, weight, None if bias is None else bias.contiguous())
+    if choice == "triton":
+        from gatelet.kernels.linear_gated import _triton
+
+        return _triton.forward(hidden.contiguous(), rows, weight, None if bias is None else bias.contiguous())
     return _reference.forward(hidden, mask_of(rows, hidden.shape[1]), weight, bias)
 
 
@@ -86,10 +91,15 @@ def _linear_gated_backward(
     grad: Tensor, hidden: Tensor, rows: Tensor, cols: Tensor, weight: Tensor, backend: str, need: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     wants = (need[0], need[1], need[2])
-    if _dispatch.choose_by_pattern(backend, rows, hidden, weight).backend == "numba":
+    choice = _dispatch.choose_by_pattern(backend, rows, hidden, weight).backend
+    if choice == "numba":
         from gatelet.kernels.linear_gated import _numba
 
         found = _numba.backward(grad.contiguous(), hidden.contiguous(), rows, cols, weight, wants)
+    elif choice == "triton":
+        from gatelet.kernels.linear_gated import _triton
+
+        found = _triton.backward(grad.contiguous(), hidden.contiguous(), rows, cols, weight, wants)
     else:
         found = _reference.backward(grad, hidden, mask_of(rows, hidden.shape[1]), weight, wants)
     # One layout whatever the backend: the fake can only promise one.

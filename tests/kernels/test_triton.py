@@ -1,0 +1,313 @@
+"""The Triton kernels: each form in each dtype, what is asked of them where they are not, and that they compile.
+
+On a CPU they run in Triton's interpreter, program by program; with ``--device cuda`` as they are.
+"""
+
+import importlib.util
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from test_parity import compare, gradients, truths
+from torch.nn import functional as F
+
+from gatelet.kernels import _dispatch, explain, gated_ffn, gated_linear, linear_gated, open_pattern
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+# (B, groups, group): few examples; tiles; groups too small for lists; lists of one word and of several; a group that
+# is no tile's size; a group of two tiles.
+FORMS = {
+    "few": (5, 70, 1),
+    "few, groups": (16, 3, 20),
+    "tiles": (70, 130, 1),
+    "tiles, small groups": (17, 20, 3),
+    "lists": (40, 5, 16),
+    "lists of several words": (140, 3, 24),
+    "lists, two tiles": (20, 2, 130),
+}
+
+
+class Problem:
+    def __init__(self, form, dtype, width=65, outputs=33, rate=0.3):
+        batch, groups, self.group = FORMS[form]
+        units = groups * self.group
+
+        def tensor(*shape):
+            return torch.randn(shape, dtype=torch.float64).to(dtype).requires_grad_()
+
+        self.x, self.weight, self.bias = tensor(batch, width), tensor(units, width), tensor(units)
+        self.w2, self.b2, self.hidden = tensor(outputs, units), tensor(outputs), tensor(batch, units)
+        value = torch.randn(batch, groups, dtype=torch.float64)
+        self.gate = (value * (torch.rand(batch, groups) < rate)).to(dtype).requires_grad_()
+        self.support = (self.gate.detach() != 0) | (torch.rand(batch, groups) < 0.2)
+        self.upper = torch.randn(batch, units, dtype=torch.float64).to(dtype)
+        self.upper2 = torch.randn(batch, outputs, dtype=torch.float64).to(dtype)
+        self.mask = self.gate.detach().repeat_interleave(self.group, 1) != 0
+
+    def each(self, gate):
+        return gate.repeat_interleave(self.group, 1)
+
+
+# float32 rounds sums of a hundred products; half precision rounds twice: the coefficient, and the sum.
+ROUNDINGS = {torch.float32: 30, torch.float64: 30, torch.bfloat16: 3, torch.float16: 3}
+
+
+@pytest.mark.parametrize("dtype", ROUNDINGS, ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_gated_linear(form, dtype):
+    p = Problem(form, dtype)
+    inputs = (p.x, p.weight, p.bias, p.gate)
+    truth, size = truths(lambda x, w, b, gate: F.linear(x, w, b) * p.each(gate) * p.mask, inputs, p.upper)
+    is_open = p.gate.detach() != 0
+    truth[-1], size[-1] = truth[-1] * is_open, size[-1] * is_open
+    found = gradients(gated_linear(*inputs, backend="triton"), inputs, p.upper)
+    compare(found, truth, size, dtype, ROUNDINGS[dtype])
+    with torch.no_grad():
+        compare([gated_linear(*inputs, backend="triton")], truth[:1], size[:1], dtype, ROUNDINGS[dtype])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_wider_support(form):
+    p = Problem(form, torch.float64)
+
+    def dense(x, weight, bias, gate):
+        pre = F.linear(x, weight, bias)
+        path = pre.detach() * p.each(gate)
+        return pre * p.each(gate.detach()) * p.mask + path - path.detach()
+
+    inputs = (p.x, p.weight, p.bias, p.gate)
+    truth, size = truths(dense, inputs, p.upper)
+    truth[-1], size[-1] = truth[-1] * p.support, size[-1] * p.support
+    found = gradients(gated_linear(*inputs, support=p.support, backend="triton"), inputs, p.upper)
+    compare(found, truth, size, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_linear_gated(form, dtype):
+    p = Problem(form, dtype)
+    inputs = (p.hidden, p.w2, p.b2)
+    truth, size = truths(lambda hidden, w2, b2: F.linear(hidden * p.mask, w2, b2), inputs, p.upper2)
+    found = linear_gated(p.hidden, open_pattern(p.gate, p.group), p.w2, p.b2, backend="triton")
+    compare(gradients(found, inputs, p.upper2), truth, size, dtype, ROUNDINGS[dtype])
+
+
+@pytest.mark.parametrize(("form", "activation"), list(zip(FORMS, ["gelu", "silu", "relu"] * 3, strict=False)))
+def test_gated_ffn(form, activation):
+    p = Problem(form, torch.float64)
+    act = getattr(F, activation)
+
+    def dense(x, w1, b1, gate, w2, b2):
+        return F.linear(act(F.linear(x, w1, b1)) * p.each(gate) * p.mask, w2, b2)
+
+    inputs = (p.x, p.weight, p.bias, p.gate, p.w2, p.b2)
+    truth, _ = truths(dense, inputs, p.upper2)
+    truth[4] = truth[4] * (p.gate.detach() != 0)
+    arguments = (p.x, p.weight, p.bias, p.gate, activation, p.w2, p.b2)
+    found = gradients(gated_ffn(*arguments, backend="triton"), inputs, p.upper2)
+    for have, want in zip(found, truth, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-10, atol=1e-11)
+    with torch.no_grad():
+        torch.testing.assert_close(gated_ffn(*arguments, backend="triton"), found[0])
+
+
+@pytest.mark.parametrize("form", ["few", "tiles", "lists of several words"])
+def test_the_same_bits_again(form):
+    """No sum depends on who comes first."""
+    p = Problem(form, torch.float32)
+    inputs = (p.x, p.weight, p.bias, p.gate)
+    first, second = (gradients(gated_linear(*inputs, backend="triton"), inputs, p.upper) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_where_a_dense_product_is_not_finite_it_is_formed_again():
+    from gatelet.kernels import _pattern, _triton
+
+    coefficient = torch.randn(20, 70) * (torch.rand(20, 70) < 0.1)
+    rows = torch.randn(70, 65)
+    rows[3, 5], rows[7, 9] = torch.nan, torch.inf
+    coefficient[:, [3, 7]] = 0
+    coefficient[1, 3], coefficient[2, 7] = 1, -1
+    want = coefficient.double() @ rows.nan_to_num(0, 0, 0).double()
+    want[1, 5], want[2, 9] = torch.nan, -torch.inf
+    found = coefficient @ rows
+    _triton.repair(found, coefficient, rows)
+    torch.testing.assert_close(found, want.float(), equal_nan=True)
+    torch.testing.assert_close(_pattern.gathered(coefficient, rows), want.float(), equal_nan=True)
+
+
+def test_the_setting_for_float32_products_is_torchs():
+    from gatelet.kernels import _triton
+
+    assert _triton._types(torch.float32)["PRECISION"] == "ieee"
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        assert _triton._types(torch.float32)["PRECISION"] == "tf32"
+        assert _triton._types(torch.float64)["PRECISION"] == "ieee"
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
+# -------------------------------------------------------------------- where they are not
+
+
+def test_without_triton_the_backend_says_so(monkeypatch):
+    _dispatch.triton_missing.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    x, gate = torch.ones(2, 3), torch.ones(2, 4)
+    try:
+        with pytest.raises(RuntimeError, match=r"triton is not installed \(pip install 'gatelet\[triton\]'\)"):
+            gated_linear(x, torch.ones(4, 3), None, gate, backend="triton")
+    finally:
+        _dispatch.triton_missing.cache_clear()
+
+
+ALONE = """
+import sys, warnings
+sys.modules["triton"] = None  # as if it were not installed
+import importlib.util, torch
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
+import gatelet
+x, weight, gate = torch.ones(2, 3), torch.ones(4, 3), torch.ones(2, 4)
+gatelet.kernels.gated_linear(x, weight, None, gate)
+try:
+    gatelet.kernels.gated_ffn(x, weight, None, gate, "relu", weight.t(), None, backend="triton")
+except RuntimeError as error:
+    sys.exit(0 if "triton is not installed" in str(error) else 1)
+sys.exit(1)
+"""
+
+
+def test_the_library_works_without_triton():
+    assert subprocess.run([sys.executable, "-c", ALONE], timeout=60).returncode == 0
+
+
+def test_cpu_tensors_need_the_interpreter(monkeypatch, device):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    _dispatch.triton_missing.cache_clear()
+    x, gate = torch.ones(2, 3, device="cpu"), torch.ones(2, 4, device="cpu")
+    here = torch.cuda.is_available()
+    try:
+        with pytest.raises(ValueError if here else RuntimeError, match="on cpu" if here else "no CUDA device"):
+            gated_linear(x, torch.ones(4, 3, device="cpu"), None, gate, backend="triton")
+    finally:
+        _dispatch.triton_missing.cache_clear()
+
+
+def test_a_device_without_kernels_is_named():
+    x, gate = torch.ones(2, 3, device="meta"), torch.ones(2, 4, device="meta")
+    with pytest.raises(ValueError, match="tensors are on meta"):
+        gated_linear(x, torch.ones(4, 3, device="meta"), None, gate, backend="triton")
+
+
+# -------------------------------------------------------------------- what auto does on a CUDA device
+
+
+def rule(**given):
+    arguments = {
+        "kernel": "unit",
+        "group": 1,
+        "batch": 1,
+        "width": 4096,
+        "units": 14336,
+        "dtype": torch.bfloat16,
+        "gradients": False,
+        "announce": True,
+        "declared": 0.1,
+    }
+    return _dispatch.choose_on_gpu(**{**arguments, **given}).backend
+
+
+def test_auto_takes_the_kernels_where_they_read_or_multiply_much_less(monkeypatch):
+    monkeypatch.setattr(_dispatch, "triton_missing", lambda: None)
+    groups = {"kernel": "group", "group": 128, "batch": 4096}
+    assert rule() == "triton"
+    assert rule(**groups) == "triton"
+    assert rule(**groups, gradients=True) == "triton"
+    for case in (
+        {"declared": None},
+        {"declared": 0.9},
+        {"batch": 16},  # at 10 % open, 81 % are open for some example of 16
+        {"batch": 4096},
+        {"gradients": True},
+        {"width": 64},
+        {"dtype": torch.float64},
+        {**groups, "declared": 0.5},
+        {**groups, "declared": 0.2, "gradients": True},
+        {**groups, "batch": 64},
+        {**groups, "group": 8},
+    ):
+        assert rule(**case) == "reference", case
+
+
+def test_on_cuda_without_triton_the_reference_runs_and_says_so_once(monkeypatch):
+    monkeypatch.setattr(_dispatch, "triton_missing", lambda: "triton is not installed")
+    _dispatch._announce_missing.cache_clear()
+    with pytest.warns(UserWarning, match="computed and discarded, because triton is not installed"):
+        assert rule() == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rule() == "reference"
+
+
+def test_explain_names_triton():
+    x, weight, gate = torch.zeros(64, 512), torch.zeros(1024, 512), torch.zeros(64, 1024)
+    assert explain(x, weight, gate, backend="triton").backend == "triton"
+
+
+# -------------------------------------------------------------------- the interpreter does not check everything
+
+# Triton's compiler needs no GPU to compile for one. In a process of its own, where kernels are not interpreted.
+COMPILE = """
+import inspect
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from gatelet.kernels import _triton_kernels as kernels
+
+ACC, DOT = tl.float32, tl.bfloat16
+SIZES = dict(BM=64, BN=128, BK=64, BD=128, FEW=16, SPAN=32, SLOTS=16, WORDS=16, BLOCK=1024, ACC=ACC, DOT=DOT)
+FLAGS = dict(PRECISION="ieee", ACTIVATION="gelu", GIVEN=False, UNIT=False)
+INTEGERS = {"rows": "*i64", "cols": "*i64", "wide_rows": "*i64", "seed": "*i64", "examples": "*i32", "starts": "*i32"}
+POINTERS = {"x", "weight", "bias", "gate", "out", "pre", "coefficient", "sums", "upper", "slopes", "logits", "noise"}
+TYPES = {**INTEGERS, **dict.fromkeys(POINTERS, "*bf16"), "counts": "*i32", "parts": "*fp32"}
+CASES = [
+    (kernels.pattern, (), {}), (kernels.lists, (), {}), (kernels.add_parts, (), {}),
+    (kernels.dots, ("examples", "starts"), {}), (kernels.dots, ("rows",), {}),
+    (kernels.few_dots, ("rows", "pre"), {"BK": 256}), (kernels.few_dots, ("gate", "bias"), {"BK": 256}),
+    (kernels.by_example, (), {}), (kernels.by_example, ("bias", "rows"), {"GIVEN": True}),
+    (kernels.few_by_example, ("rows",), {}), (kernels.group_by_example, (), {"BM": 32}),
+    (kernels.by_unit, ("examples", "starts"), {}), (kernels.by_unit, ("cols", "sums"), {}),
+    (kernels.pointwise, (), {"BM": 16}), (kernels.sample, ("noise",), {}),
+]
+for kernel, absent, sizes in CASES:
+    names = list(inspect.signature(kernel.fn).parameters)
+    constants = {**SIZES, **FLAGS, **sizes, **dict.fromkeys(absent)}
+    types = {**TYPES, "out": "*fp32"} if kernel is kernels.group_by_example else TYPES
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    values = {(index,): constants[name] for index, name in enumerate(names) if name in constants}
+    source = ASTSource(kernel, signature, values)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    product = any(word in made.asm["ptx"] for word in ("wgmma", "mma.sync"))
+    print(kernel.fn.__name__, made.metadata.shared, "tensor cores" if product else "")
+"""
+
+
+def test_every_kernel_compiles_for_a_gpu(tmp_path):
+    pytest.importorskip("triton.backends.nvidia")
+    import os
+
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    found = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    lines = [line.split(maxsplit=2) for line in found.stdout.splitlines()]
+    assert len(lines) == 15
+    assert all(int(shared) <= 99 * 1024 for _, shared, *_ in lines)  # what the smallest GPU with bfloat16 has
+    assert sum(len(line) == 3 for line in lines) == 9  # the products
