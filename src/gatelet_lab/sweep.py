@@ -18,8 +18,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from gatelet._checks import check_choice, check_count
 from gatelet_lab import data, table
+from gatelet_lab.jobs import check_device
 from gatelet_lab.recipes import Preset, Recipe, recipe, rows
-from gatelet_lab.reproduce import check_device
 from gatelet_lab.settings import number, override, value
 from gatelet_lab.train import Epoch, Trainer
 

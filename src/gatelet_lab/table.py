@@ -102,22 +102,18 @@ def cells(results: Sequence[Result], columns: Sequence[Column] = _COLUMNS) -> tu
     for name in dict.fromkeys(row["row"] for row in results):
         runs = [row for row in results if row["row"] == name]
         runs = [row | {"seeds": len(runs)} for row in runs]
-        ours = [_spread(runs, value, form) for _, value, form in columns]
+        ours = [over_seeds(runs, value, form) for _, value, form in columns]
         paper = [_format(form, runs[0]["paper"][key]) if runs[0]["paper"] else "–" for key, form in _PAPER]
         lines.append([runs[0]["config"]["title"], *ours, *paper])
     return header, lines
 
 
-def _spread(runs: Sequence[Result], value: Callable[[Result], float], form: str) -> str:
+def over_seeds(runs: Sequence[Result], value: Callable[[Result], float], form: str) -> str:
+    """Return mean ± standard deviation of a figure over runs, – where it was not measured."""
     try:
         values = [value(row) for row in runs]
-    except KeyError:  # a row of an earlier version, which did not measure this
+    except KeyError:
         return "–"
-    return spread(values, form)
-
-
-def spread(values: Sequence[float], form: str) -> str:
-    """Return mean ± standard deviation, or only the mean where all values agree."""
     mean = _format(form, statistics.fmean(values))
     return mean if len(set(values)) == 1 else f"{mean} ± {_format(form, statistics.stdev(values))}"
 

@@ -163,7 +163,7 @@ def bad_calls(out, tmp_path):
         "no such device": (("--device", "abacus", "--out", tmp_path / "a"), "abacus"),
         "output is a file": (("--out", file, "--dataset", "digits"), "not a directory"),
         "output is under a file": (("--out", file / "x", "--dataset", "digits"), "--out"),
-        "output is somebody's": (("--out", alien, "--dataset", "digits", "--resume"), "not the output of"),
+        "output is somebody's": (("--out", alien, "--dataset", "digits", "--resume"), "not the output of this"),
         "another preset": (("--out", out, "--dataset", "digits", "--preset", "paper", "--resume"), "preset"),
         "no such key": (("--set", "gater_rat=0", "--out", tmp_path / "a"), "'gater_rate'"),
         "a setting without a value": (("--set", "gater_rate", "--out", tmp_path / "a"), "key=value"),
