@@ -17,7 +17,7 @@ def main() -> None:
         from rich.console import Console
     except ImportError as error:
         sys.exit(f"gatelet: the command line needs the extra packages of gatelet[lab] ({error})")
-    from gatelet_lab import bench_estimators, bench_kernels, claims, diagnose, reproduce, sweep, vae
+    from gatelet_lab import bench_estimators, bench_kernels, claims, diagnose, frontier, reproduce, sweep, vae
     from gatelet_lab.data import DataError
     from gatelet_lab.train import CheckpointError
 
@@ -45,6 +45,7 @@ def main() -> None:
         reproduce.Reproduce: reproduce.run,
         sweep.Sweep: sweep.run,
         claims.Claims: claims.run,
+        frontier.Frontier: frontier.run,
         diagnose.Diagnose: diagnose.run,
         Train: vae.run,
         bench_estimators.BenchEstimators: bench_estimators.run,
@@ -54,6 +55,7 @@ def main() -> None:
         Annotated[reproduce.Reproduce, named("reproduce")]
         | Annotated[sweep.Sweep, named("sweep")]
         | Annotated[claims.Claims, named("claims")]
+        | Annotated[frontier.Frontier, named("frontier")]
         | Annotated[diagnose.Diagnose, named("diagnose")]
         | Annotated[Train, named("train")]
         | Annotated[Bench, named("bench")]

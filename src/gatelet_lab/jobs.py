@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from queue import Empty
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from gatelet._checks import check_count
 from gatelet_lab import data, plots
 from gatelet_lab.recipes import Recipe
-from gatelet_lab.train import CheckpointError, Epoch, Trainer, write_json
+from gatelet_lab.train import CheckpointError, Epoch, Trainer, write_atomically, write_json
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class Run:
     """Continue what is in the output directory; finished runs are kept."""
     jobs: int | None = None
     """Runs trained side by side; by default one per core, or one on an accelerator."""
+
+    keeps_weights: ClassVar[bool] = False
 
     def identity(self) -> dict[str, str]:
         """Return what an output directory must agree with to be continued."""
@@ -211,10 +213,17 @@ def _work(job: Job, options: Run) -> dict[str, Any]:
     if job.recipe.target_rate is not None and not job.recipe.mixture:
         by_class, result["probabilities"] = trainer.gates()
         plots.save_gates(by_class, options.out / "rows" / f"{job.name}.gates.npy")
+    if options.keeps_weights:
+        write_atomically(weights_file(options.out, job), lambda file: torch.save(trainer.best, file))
     result["history"] = [asdict(row) for row in trainer.history]
     write_json(options.out / "rows" / f"{job.name}.json", result)
     checkpoint.unlink(missing_ok=True)  # 30 MB that nothing needs any more
     return result
+
+
+def weights_file(out: Path, job: Job) -> Path:
+    """Return where a job's best weights are kept, by a command that needs them again."""
+    return out / "rows" / f"{job.name}.weights.pt"
 
 
 def train_all(options: Run, jobs: list[Job], console: Console, finish: Callable[[Job, dict[str, Any]], None]) -> None:
