@@ -1,5 +1,6 @@
 """The command line, on data that need no download: its output, its errors, and that nothing is lost."""
 
+import io
 import json
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from gatelet_lab import data, reproduce, settings, table
 from gatelet_lab.recipes import ROWS, recipe
@@ -104,6 +106,16 @@ def test_a_setting_overrides_the_recipe_and_is_told(tmp_path):
     assert row["config"]["experts"] == 100
     assert json.loads((out / "table.json").read_text())["set"] == list(frozen[1::2])
     assert "--set options.std=0.5" in (out / "table.md").read_text()
+
+
+def test_the_preset_best_tells_its_cost_and_has_no_paper_beside_it(tmp_path):
+    small = reproduce.Reproduce(preset="best", dataset="digits", epochs=1, settings=("experts=50",), out=tmp_path / "o")
+    told = io.StringIO()
+    reproduce.run(small, Console(width=120, file=told))
+    assert "Thousand multiply-adds per image: gater" in told.getvalue()
+    (row,) = rows(tmp_path / "o")
+    assert row["paper"] is None
+    assert row["config"]["optimizer"] == "adamw"
 
 
 def test_a_frozen_gater_stays_as_it_was(digits):
