@@ -108,7 +108,7 @@ CLAIMS: Sequence[Claim] = (
 
 @dataclass(frozen=True)
 class Claims(jobs.Run):
-    """Test the paper's claims by short runs of equal length; forty minutes on one core."""
+    """Test the paper's claims by short runs of equal length of a narrower network; ten minutes on one core."""
 
     seeds: int = 2
     """How many runs of each variant, with seeds 0, 1, ..."""
@@ -116,6 +116,8 @@ class Claims(jobs.Run):
     """Of every run; the learning rates fall as in the table's recipes."""
     train_images: int = 20_000
     """How many of the training images are used, so that the whole stays short."""
+    width: float = 0.25
+    """Width of the networks, gaters included, as a fraction of the table's; 1: as in the table."""
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE"), tyro.conf.UseAppendAction] = ()
     """Override a field of the recipe of every variant, as experts=100; may be repeated."""
     out: Path = Path("runs/claims")
@@ -128,6 +130,7 @@ class Claims(jobs.Run):
             "dataset": self.dataset,
             "epochs": str(self.epochs),
             "train_images": str(self.train_images),
+            "width": f"{self.width:g}",
             "version": version("gatelet"),
             "set": " ".join(self.settings),
         }
@@ -143,6 +146,8 @@ def run(options: Claims, console: Console) -> None:
     """Train the variants, measure the baselines' variance, and write what it says about the claims."""
     for name in ("seeds", "epochs", "train_images"):
         check_count(getattr(options, name), f"--{name.replace('_', '-')}")
+    if not 0 < options.width <= 1:
+        raise ValueError(f"--width: must lie in (0, 1], not {options.width:g}")
     planned = [Job(variant(options, name), seed) for name in VARIANTS for seed in range(options.seeds)]
     results = jobs.train(options, planned, console)
     for result in results:
@@ -176,7 +181,14 @@ def run(options: Claims, console: Console) -> None:
 def variant(options: Claims, name: str) -> Recipe:
     """Return a variant's recipe, without early stopping."""
     row, settings = VARIANTS[name]
-    short = replace(recipe(row, "paper"), epochs=options.epochs, patience=options.epochs)
+    full = recipe(row, "paper")
+    short = replace(
+        full,
+        epochs=options.epochs,
+        patience=options.epochs,
+        experts=max(1, round(options.width * full.experts)),
+        bottleneck=max(1, round(options.width * full.bottleneck)),
+    )
     return replace(override(short, (*settings, *options.settings)), row=name, title=name)
 
 
@@ -316,7 +328,7 @@ def markdown(
     ]
     parts = [
         f"{options.seeds} seeds, {options.epochs} epochs, the first {options.train_images} training images of "
-        f"{options.dataset}, the table's recipes otherwise. Undecided: gates that fire with a probability in "
+        f"{options.dataset}, {options.width:g} times the table's width, its recipes otherwise. Undecided: gates that fire with a probability in "
         "(0.05, 0.2), on the validation images.",
         table.markdown(["claim", "by", "mean gain", "pairs of runs in which it holds"], claims),
         table.markdown(["variant", *(name for name, _, _ in _COLUMNS), "recipe"], runs),

@@ -45,6 +45,8 @@ def test_every_claim_names_variants_and_every_variant_has_a_recipe():
     assert recipes["sbn_frozen_gater"].gater_rate == 0
     assert recipes["straight_through_slope"].options == {"slope": "sigmoid"}
     assert {each.epochs for each in recipes.values()} == {1}
+    assert (recipes["sbn"].experts, recipes["sbn"].bottleneck) == (500, 100)
+    assert (recipes["sigmoid"].experts, recipes["sigmoid"].bottleneck) == (50, 10)  # still a tenth of the sparse ones
 
 
 def test_undecided_is_the_share_between_a_twentieth_and_a_fifth():
@@ -100,6 +102,11 @@ def test_the_command_writes_everything_and_resumes(tmp_path, monkeypatch):
 def test_no_count_of_zero(name, tmp_path):
     with pytest.raises(ValueError, match=name.replace("_", "-")):
         claims.run(claims.Claims(**SMALL | {name: 0}, out=tmp_path / "out"), Console())
+
+
+def test_no_width_of_zero(tmp_path):
+    with pytest.raises(ValueError, match="--width"):
+        claims.run(claims.Claims(**SMALL, width=0.0, out=tmp_path / "out"), Console())
 
 
 def test_fewer_images_are_the_first_ones():
