@@ -17,8 +17,9 @@ def main() -> None:
         from rich.console import Console
     except ImportError as error:
         sys.exit(f"gatelet: the command line needs the extra packages of gatelet[lab] ({error})")
-    from gatelet_lab import bench_estimators, bench_kernels, diagnose, reproduce, sweep, vae
+    from gatelet_lab import bench_estimators, bench_kernels, claims, diagnose, frontier, reproduce, sweep, vae
     from gatelet_lab.data import DataError
+    from gatelet_lab.train import CheckpointError
 
     if sys.argv[1:] == ["--version"]:
         print(version("gatelet"))
@@ -43,6 +44,8 @@ def main() -> None:
     run: dict[type, Callable[[Any, Console], None]] = {
         reproduce.Reproduce: reproduce.run,
         sweep.Sweep: sweep.run,
+        claims.Claims: claims.run,
+        frontier.Frontier: frontier.run,
         diagnose.Diagnose: diagnose.run,
         Train: vae.run,
         bench_estimators.BenchEstimators: bench_estimators.run,
@@ -51,6 +54,8 @@ def main() -> None:
     command = (
         Annotated[reproduce.Reproduce, named("reproduce")]
         | Annotated[sweep.Sweep, named("sweep")]
+        | Annotated[claims.Claims, named("claims")]
+        | Annotated[frontier.Frontier, named("frontier")]
         | Annotated[diagnose.Diagnose, named("diagnose")]
         | Annotated[Train, named("train")]
         | Annotated[Bench, named("bench")]
@@ -67,7 +72,7 @@ def main() -> None:
         )
         options = options.subject if isinstance(options, Bench) else options
         run[type(options)](options, console)
-    except (ValueError, OSError, RuntimeError, DataError, reproduce.CheckpointError) as error:
+    except (ValueError, OSError, RuntimeError, DataError, CheckpointError) as error:
         Console(stderr=True).print(f"gatelet: {error}", style="bold red", highlight=False, markup=False)
         sys.exit(2)
     except KeyboardInterrupt:

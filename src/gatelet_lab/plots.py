@@ -1,6 +1,6 @@
 """The pictures of `gatelet reproduce`: learning curves (Figure 2, left) and which gates open for which class."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,3 +81,53 @@ def _matplotlib() -> tuple[Any, Any]:
 def _save(figure: Any, path: Path) -> None:
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=130))
     _matplotlib()[0].close(figure)
+
+
+def probabilities(histograms: Mapping[str, Sequence[float]], path: Path) -> None:
+    """Plot histograms of the gates' firing probabilities, on a logarithmic axis of shares."""
+    plt, _ = _matplotlib()
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, shares in histograms.items():
+        axes.stairs(shares, np.linspace(0, 1, len(shares) + 1), label=name)
+    axes.axvline(0.1, color="grey", linewidth=0.8, linestyle=":")
+    axes.set(xlabel="probability that a gate fires (validation images)", ylabel="share of gates", yscale="log")
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def variance(points: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Plot the variance of a gradient against the epoch, a line per baseline."""
+    plt, _ = _matplotlib()
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name in points[0]:
+        if name != "epoch":
+            axes.plot(
+                [each["epoch"] for each in points],
+                [each[name] for each in points],
+                marker="o",
+                label=f"baseline: {name}",
+            )
+    axes.set(xlabel="epoch", ylabel="variance of the logits' gradient", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def frontier(points: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Plot test error against the share of open units, and against the multiply-adds; a line per method."""
+    plt, mpl = _matplotlib()
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
+    methods = dict.fromkeys(each["method"] for each in points)
+    for axes, key, scale in ((panels[0], "open_test", 100), (panels[1], "multiply_adds", 1e-3)):
+        for method in methods:
+            line = sorted((each[key] * scale, each["test_error"]) for each in points if each["method"] == method)
+            axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=method)
+        axes.set(xscale="log", yscale="log")
+        axes.xaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+        axes.grid(alpha=0.3, which="both")
+    panels[0].set(xlabel="units computed (%)", ylabel="test error (%)")
+    panels[1].set(xlabel="thousand multiply-adds per image, gater included")
+    for which in (panels[0].yaxis.set_major_formatter, panels[0].yaxis.set_minor_formatter):
+        which(mpl.ticker.FormatStrFormatter("%g"))
+    panels[0].legend(fontsize=8)
+    _save(figure, path)

@@ -18,8 +18,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from gatelet._checks import check_choice, check_count
 from gatelet_lab import data, table
+from gatelet_lab.jobs import check_device
 from gatelet_lab.recipes import Preset, Recipe, recipe, rows
-from gatelet_lab.reproduce import check_device
 from gatelet_lab.settings import number, override, value
 from gatelet_lab.train import Epoch, Trainer
 
@@ -119,16 +119,20 @@ def plan(options: Sweep) -> tuple[Recipe, Space]:
 
 def default_space(base: Recipe) -> list[str]:
     """Return what decides a row most (and the paper leaves open), as ``--space`` takes it."""
-    space = ["rate=0.02:1:log", "momentum=0:0.9"]
-    space += ["rate_decay=0.95:1" if base.rate_decay > 0.95 else "rate_decay=0.6:0.99"]
+    if base.optimizer == "adamw":
+        space = ["rate=0.0003:0.01:log", "weight_decay=0:0.1", "input_noise=0:0.5", "hidden_dropout=0:0.5"]
+    else:
+        space = ["rate=0.02:1:log", "momentum=0:0.9"]
+        space += ["rate_decay=0.95:1" if base.rate_decay > 0.95 else "rate_decay=0.6:0.99"]
     if base.gater_rate != 1:
         space += ["gater_rate=0.001:1:log"]
     if base.target_rate is not None:
-        space += ["gater_max_norm=1:10:log"]
+        if base.gater_max_norm is not None:
+            space += ["gater_max_norm=1:10:log"]
         if base.kl_weight is not None:
             space += [f"kl_weight={base.kl_weight / 10:g}:{base.kl_weight * 10:g}:log"]
         if base.sparse_gates is None:
-            space += ["gate_scale=1:30:log", "gate_bias=-6:0"]
+            space += ["gate_scale=1:30:log"] + (["gate_bias=-6:0"] if base.gate_bias is not None else [])
     return space
 
 

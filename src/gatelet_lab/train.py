@@ -138,7 +138,7 @@ class Trainer:
         """Take the weights (and running statistics) after this step into their moving average."""
         keep = min(self.recipe.average, step / (step + 10))
         for average, now in zip(self.averaged.state_dict().values(), self.model.state_dict().values(), strict=True):
-            if average.is_floating_point():
+            if average.is_floating_point() and average.dim() > 0:  # a threshold may be infinite, and means nothing here
                 average.lerp_(now, 1 - keep)
             else:
                 average.copy_(now)

@@ -1,5 +1,6 @@
 """The command line, on data that need no download: its output, its errors, and that nothing is lost."""
 
+import io
 import json
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from gatelet_lab import data, reproduce, settings, table
 from gatelet_lab.recipes import ROWS, recipe
@@ -106,6 +108,16 @@ def test_a_setting_overrides_the_recipe_and_is_told(tmp_path):
     assert "--set options.std=0.5" in (out / "table.md").read_text()
 
 
+def test_the_preset_best_tells_its_cost_and_has_no_paper_beside_it(tmp_path):
+    small = reproduce.Reproduce(preset="best", dataset="digits", epochs=1, settings=("experts=50",), out=tmp_path / "o")
+    told = io.StringIO()
+    reproduce.run(small, Console(width=120, file=told))
+    assert "Thousand multiply-adds per image: gater" in told.getvalue()
+    (row,) = rows(tmp_path / "o")
+    assert row["paper"] is None
+    assert row["config"]["optimizer"] == "adamw"
+
+
 def test_a_frozen_gater_stays_as_it_was(digits):
     frozen = settings.override(recipe("straight_through", "quick"), ["gater_rate=0", "experts=50", "bottleneck=10"])
     trainer = Trainer(frozen, 0, digits)
@@ -163,7 +175,7 @@ def bad_calls(out, tmp_path):
         "no such device": (("--device", "abacus", "--out", tmp_path / "a"), "abacus"),
         "output is a file": (("--out", file, "--dataset", "digits"), "not a directory"),
         "output is under a file": (("--out", file / "x", "--dataset", "digits"), "--out"),
-        "output is somebody's": (("--out", alien, "--dataset", "digits", "--resume"), "not the output of"),
+        "output is somebody's": (("--out", alien, "--dataset", "digits", "--resume"), "not the output of this"),
         "another preset": (("--out", out, "--dataset", "digits", "--preset", "paper", "--resume"), "preset"),
         "no such key": (("--set", "gater_rat=0", "--out", tmp_path / "a"), "'gater_rate'"),
         "a setting without a value": (("--set", "gater_rate", "--out", tmp_path / "a"), "key=value"),

@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 from rich.console import Console
 
 from gatelet_lab import cli, data, sweep
+from gatelet_lab.recipes import rows
 from gatelet_lab.train import Trainer
 
 SMALL = {
@@ -135,6 +136,15 @@ def test_a_trial_worse_than_the_others_is_stopped_early(small):
     with pytest.raises(optuna.TrialPruned):
         sweep.train(trial, Trainer(base, 0, data.load().without_test()), lambda _: None)
     assert trial.steps == 1
+
+
+@pytest.mark.parametrize("preset", ["quick", "paper", "best"])
+def test_every_row_has_a_space_of_its_own_that_holds_its_recipe(preset):
+    for row in rows(preset):
+        base, space = sweep.plan(sweep.Sweep(row=row, preset=preset))
+        own = {key: sweep._own(base, key, each) for key, each in space.items()}
+        assert len(space) >= 3
+        assert [key for key, value in own.items() if value is None] == [], row
 
 
 def test_two_processes_share_a_study(tmp_path):

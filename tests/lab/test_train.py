@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gatelet_lab import data, train
+from gatelet_lab.model import multiply_adds
 from gatelet_lab.recipes import ROWS, recipe
 from gatelet_lab.train import CheckpointError, Trainer
 
@@ -45,6 +46,90 @@ def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(row, digits, tm
     first, second = whole.result(), resumed.result()
     times = ("seconds_per_epoch", "seconds")
     assert {k: v for k, v in first.items() if k not in times} == {k: v for k, v in second.items() if k not in times}
+
+
+MODERN = {
+    "layers": 2,
+    "optimizer": "adamw",
+    "schedule": "cosine",
+    "average": 0.9,
+    "gater_norm": True,
+    "input_noise": 0.3,
+    "input_dropout": 0.1,
+    "hidden_dropout": 0.1,
+    "label_smoothing": 0.1,
+    "weight_decay": 0.01,
+    "max_norm": None,
+    "gate_bias": None,
+    "rate": 0.003,
+}
+
+
+@pytest.mark.parametrize("changes", [MODERN, MODERN | {"mixture": True, "group_size": 10, "gater_norm": False}])
+def test_what_the_paper_has_not_is_resumed_too(changes, digits, tmp_path):
+    recipe = small("straight_through", **changes)
+    whole = run(Trainer(recipe, 3, digits), 3)
+    run(Trainer(recipe, 3, digits), 1).save(tmp_path / "part.pt")
+    resumed = Trainer(recipe, 3, digits)
+    resumed.load(tmp_path / "part.pt")
+    run(resumed, 2)
+    assert history(resumed) == history(whole)
+    for name, value in whole.averaged.state_dict().items():
+        torch.testing.assert_close(resumed.averaged.state_dict()[name], value, rtol=0, atol=0, equal_nan=True)
+    first, second = whole.result(), resumed.result()
+    assert first["test_error"] == second["test_error"]
+    assert 0.05 < first["open_test"] < 0.2
+    assert first["valid_error"] < 85  # 90 is chance
+
+
+def test_the_cosine_rises_over_an_epoch_and_ends_at_zero(digits):
+    trainer = Trainer(small("sigmoid", schedule="cosine", rate=1.0), 0, digits)
+    rates = [trainer.rate(epoch) for epoch in (0.0, 0.5, 1.0, 2.5, 4.0)]
+    assert rates == pytest.approx([0.01, 0.51, 1.0, 0.5, 0.0])
+
+
+def test_the_average_follows_the_weights_with_its_decay(digits):
+    trainer = Trainer(small("sigmoid", average=0.75), 0, digits)
+    start = trainer.averaged.output.weight.clone()
+    with torch.no_grad():
+        trainer.model.output.weight.add_(1.0)
+    trainer._average(1000)
+    torch.testing.assert_close(trainer.averaged.output.weight, start + 0.25)
+
+
+def test_a_mixture_computes_the_share_and_balances_its_load(digits):
+    recipe = small("straight_through", mixture=True, group_size=6, target_rate=0.2, gate_bias=None)
+    trainer = run(Trainer(recipe, 0, digits), 1)
+    layer = trainer.model.layer.eval()
+    with torch.no_grad():
+        units = layer(digits.valid_images[:50])
+    groups = units.unflatten(1, (10, 6)).ne(0).any(-1)
+    assert groups.sum(1).max() == 2  # of ten groups
+    dense = torch.nn.functional.relu(layer.expert(digits.valid_images[:50]))
+    assert (units.ne(0) <= dense.ne(0)).all()
+    layer.train()(digits.valid_images[:50])
+    assert layer.balance >= layer.BALANCE * (1 - 1e-5)  # its minimum, at an even load
+
+
+def test_multiply_adds_are_counted_by_hand():
+    recipe = small("straight_through", layers=2)  # 60 experts, 20 gater units
+    count = multiply_adds(recipe, 64, 10, 0.1)
+    assert count["gater"] == 64 * 20 + 20 * 60 + 6 * 20 + 20 * 60
+    assert count["experts"] == 64 * 6 + 6 * 6
+    assert count["output"] == 6 * 10
+    assert count["dense"] == 64 * 60 + 60 * 60 + 60 * 10
+    mixed = multiply_adds(replace(recipe, layers=1, mixture=True, group_size=6), 64, 10, 0.1)
+    assert mixed["gater"] == 64 * 10
+
+
+def test_gates_and_their_probabilities_are_those_of_the_calibrated_model(digits):
+    trainer = run(Trainer(small("smooth_times_stochastic"), 0, digits), 2)
+    trainer.result()
+    by_class, histogram = trainer.gates()
+    _, _, share = trainer.evaluate(digits.valid_images, digits.valid_labels)
+    weights = torch.bincount(digits.valid_labels) / len(digits.valid_labels)
+    assert (by_class.mean(1) * weights).sum() == pytest.approx(share, rel=1e-4)
+    assert sum(histogram) == pytest.approx(1)
 
 
 def test_seeds_differ_and_repeat(digits):

@@ -1,0 +1,238 @@
+"""`gatelet frontier`: test error against the share of units computed, for gates and for a mixture of experts."""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.console import Console
+from torch import Tensor, nn
+
+from gatelet._checks import check_choice, check_count
+from gatelet.estimators import ALL
+from gatelet_lab import jobs, plots, table
+from gatelet_lab.jobs import Job
+from gatelet_lab.model import PaperNet
+from gatelet_lab.recipes import Recipe
+from gatelet_lab.settings import override
+from gatelet_lab.train import write_atomically, write_json
+
+Result = dict[str, Any]
+MIXTURE = "mixture"
+DENSE = "dense"
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+METHODS = ("straight_through", "gapped_straight_through", "noisy_rectifier", "smooth_times_stochastic", MIXTURE)
+_GROUPS = 100  # experts of a mixture; a hundredth of the units is the least share
+
+
+@dataclass(frozen=True)
+class Frontier(jobs.Run):
+    """Train one network at several shares of open units, by several methods: test error against cost."""
+
+    methods: tuple[str, ...] = METHODS
+    """Estimators of the gates, and mixture: a top-k mixture of 100 experts with as many units computed."""
+    shares: tuple[float, ...] = SHARES
+    """Shares of open units; 1 is the network without a constraint."""
+    seeds: int = 1
+    """How many runs of each point, with seeds 0, 1, ..."""
+    epochs: int = 8
+    """Of every run; the learning rate falls to zero over them."""
+    time: bool = False
+    """Measure the inference time of the finished points, and train nothing; wants a quiet machine."""
+    settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE"), tyro.conf.UseAppendAction] = ()
+    """Override a field of the recipe of every point, as experts=2000; may be repeated."""
+    out: Path = Path("runs/frontier")
+    """Directory for frontier.json, frontier.md, the plot and the runs."""
+
+    keeps_weights = True
+
+    def identity(self) -> dict[str, str]:
+        """Return data set, epochs, version and settings."""
+        return {
+            "command": "frontier",
+            "dataset": self.dataset,
+            "epochs": str(self.epochs),
+            "version": version("gatelet"),
+            "set": " ".join(self.settings),
+        }
+
+
+def run(options: Frontier, console: Console) -> None:
+    """Train what is missing, or time what is there; then write and show the table."""
+    planned = plan(options)
+    path = options.out / "frontier.json"
+    if options.time:
+        found = {job.name: jobs.read_result(options.out, job) for job in planned}
+        if missing := [name for name, result in found.items() if result is None]:
+            raise ValueError(f"--time: these points are not trained yet: {', '.join(missing)}")
+        results = [result for result in found.values() if result is not None]
+        times = measure(options, planned, console)
+    else:
+        results = jobs.train(options, planned, console)
+        times = jobs.read_json(path)["inference"] if path.is_file() else {}
+    points = summary(results)
+    write_json(path, {**options.identity(), "points": points, "inference": times})
+    text = markdown(options, points, times)
+    write_atomically(options.out / "frontier.md", lambda file: file.write(text.encode()))
+    plots.frontier(points, options.out / "frontier.png")
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(f"frontier.json, frontier.md and frontier.png are in {options.out}")
+
+
+def plan(options: Frontier) -> list[Job]:
+    """Check the options and return the jobs: the dense network, then every method at every share."""
+    for name in ("seeds", "epochs"):
+        check_count(getattr(options, name), f"--{name}")
+    if not options.methods or not options.shares:
+        raise ValueError("--methods and --shares: name at least one each")
+    for method in options.methods:
+        check_choice(method, [*(name for name in ALL if ALL[name].needs != "objective"), MIXTURE], "method")
+    for share in options.shares:
+        if not 0 < share <= 1:
+            raise ValueError(f"--shares: must lie in (0, 1], not {share:g}")
+    recipes = {}
+    for share in options.shares:
+        for method in options.methods:
+            each = override(point(method, share, options.epochs), options.settings)
+            recipes[each.row] = each
+    return [Job(each, seed) for each in recipes.values() for seed in range(options.seeds)]
+
+
+def point(method: str, share: float, epochs: int) -> Recipe:
+    """Return the recipe of a method at a share. Without a constraint all gates are sigmoids: the same network."""
+    mixture, dense = method == MIXTURE, share == 1
+    name = DENSE if dense and not mixture else method
+    rectifier = "rectifier" in method
+    return Recipe(
+        row=f"{name}-{share:g}",
+        title=name,
+        paper=None,
+        estimator="sigmoid" if dense or mixture else method,
+        mixture=mixture,
+        experts=1000,
+        bottleneck=100,
+        group_size=1000 // _GROUPS if mixture else 1,
+        target_rate=None if dense else share,
+        kl_weight=None if rectifier else 0.1,
+        l1_weight=1e-5 if rectifier else None,
+        gate_bias=None,
+        input_dropout=0.2,
+        average=0.998,
+        optimizer="adamw",
+        schedule="cosine",
+        batch=128,
+        rate=0.002,
+        max_norm=None,
+        gater_max_norm=None,
+        epochs=epochs,
+        patience=epochs,
+    )
+
+
+def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Return a point per recipe, with its figures' means (and the test error's deviation) over the seeds."""
+    points = []
+    for row in dict.fromkeys(result["row"] for result in results):
+        runs = [result for result in results if result["row"] == row]
+        errors = [each["test_error"] for each in runs]
+        cost = runs[0]["multiply_adds"]
+        points.append(
+            {
+                "point": row,
+                "method": runs[0]["config"]["title"],
+                "share": runs[0]["config"]["target_rate"] or 1.0,
+                "open_test": statistics.fmean(each["open_test"] for each in runs),
+                "valid_error": statistics.fmean(each["valid_error"] for each in runs),
+                "test_error": statistics.fmean(errors),
+                "test_error_sd": statistics.stdev(errors) if len(errors) > 1 else None,
+                "seeds": len(runs),
+                "seconds_per_epoch": statistics.median(each["seconds_per_epoch"] for each in runs),
+                "multiply_adds": cost["gater"] + cost["experts"] + cost["output"],
+                "multiply_adds_dense": cost["dense"],
+            }
+        )
+    return points
+
+
+# ------------------------------------------------------------------ inference times
+
+_IMAGES, _ROUNDS = 256, 41
+
+
+def measure(options: Frontier, planned: Sequence[Job], console: Console) -> dict[str, Any]:
+    """Return the median milliseconds of a forward pass per point, beside a dense ReLU network of the same width.
+
+    All take turns in a shuffled order, so that a machine that slows down slows all of them.
+    """
+    split = options.load()
+    x = split.test_images[:_IMAGES].to(options.device)
+    calls: dict[str, Callable[[Tensor], Tensor]] = {}
+    for job in planned:
+        if job.seed == 0:
+            model = PaperNet(job.recipe, x.shape[1], split.classes).to(options.device)
+            weights = torch.load(jobs.weights_file(options.out, job), map_location=options.device, weights_only=True)
+            model.load_state_dict(weights)
+            calls[job.recipe.row] = model.eval()
+    width = planned[0].recipe.experts
+    reference = nn.Sequential(nn.Linear(x.shape[1], width), nn.ReLU(), nn.Linear(width, split.classes))
+    calls["reference"] = reference.to(options.device).eval()
+    console.print(f"timing {len(calls)} networks on {len(x)} images, {torch.get_num_threads()} threads")
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(0)
+    with torch.inference_mode():
+        for turn in range(_ROUNDS + 3):  # the first compile and warm up
+            for name in order.sample(sorted(calls), len(calls)):
+                began = time.perf_counter()
+                calls[name](x)
+                if options.device != "cpu":
+                    torch.cuda.synchronize()
+                if turn >= 3:
+                    times[name].append(1e3 * (time.perf_counter() - began))
+    return {
+        "milliseconds": {name: statistics.median(each) for name, each in times.items()},
+        "images": len(x),
+        "threads": torch.get_num_threads(),
+    }
+
+
+# ------------------------------------------------------------------ what is written
+
+
+def markdown(options: Frontier, points: Sequence[Mapping[str, Any]], times: Mapping[str, Any]) -> str:
+    """Return the frontier as a Markdown table."""
+    milliseconds = times.get("milliseconds", {})
+    lines = []
+    for each in points:
+        deviation = each["test_error_sd"]
+        error = f"{each['test_error']:.2f}" + ("" if deviation is None else f" ± {deviation:.2f}")
+        taken = milliseconds.get(each["point"])
+        lines.append(
+            [
+                each["method"],
+                f"{100 * each['share']:g}",
+                f"{100 * each['open_test']:.1f}",
+                f"{each['valid_error']:.2f}",
+                error,
+                f"{each['seconds_per_epoch']:.1f}",
+                f"{each['multiply_adds'] / 1e3:.0f}",
+                "–" if taken is None else f"{taken:.2f}",
+                "–" if taken is None else f"{taken / milliseconds['reference']:.2f}",
+            ]
+        )
+    header = ["method", "share %", "open %", "valid %", "test %", "s/epoch", "kMAC", "ms", "/ dense"]
+    threads = f", {times['images']} images, {times['threads']} threads" if times else ""
+    seeds = f"{max(each['seeds'] for each in points)} seed(s)"
+    settings = "".join(f" --set {setting}" for setting in options.settings)
+    return (
+        f"gatelet frontier --dataset {options.dataset} --epochs {options.epochs}{settings}: {seeds}.\n\n"
+        f"{table.markdown(header, lines)}\n\n"
+        f"share: asked for; open: on the test set. s/epoch: training, the median. kMAC: thousand multiply-adds per "
+        f"image, gater or router included (dense: {points[0]['multiply_adds_dense'] / 1e3:.0f}). "
+        f"ms: a forward pass{threads}; / dense: of a ReLU network of the same width without gates.\n"
+    )

@@ -1,0 +1,306 @@
+"""Training several recipes with several seeds side by side in worker processes, resumable, with a display."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from queue import Empty
+from typing import Any, ClassVar
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from gatelet._checks import check_count
+from gatelet_lab import data, plots
+from gatelet_lab.recipes import Recipe
+from gatelet_lab.train import CheckpointError, Epoch, Trainer, write_atomically, write_json
+
+
+@dataclass(frozen=True)
+class Run:
+    """What every command that trains jobs is told."""
+
+    dataset: str = "mnist"
+    """mnist, fashion-mnist, digits (needs no download), or a directory of IDX files."""
+    data_dir: Path | None = None
+    """Where to look for the data set's files first (or the environment variable GATELET_DATA)."""
+    device: str = "cpu"
+    """Torch device to train on."""
+    out: Path = Path("runs/reproduce")
+    """Directory for the table, the plots, the logs and the checkpoints."""
+    resume: bool = False
+    """Continue what is in the output directory; finished runs are kept."""
+    jobs: int | None = None
+    """Runs trained side by side; by default one per core, or one on an accelerator."""
+
+    keeps_weights: ClassVar[bool] = False
+
+    def identity(self) -> dict[str, str]:
+        """Return what an output directory must agree with to be continued."""
+        raise NotImplementedError
+
+    def load(self) -> data.Split:
+        """Return the data."""
+        return data.load(self.dataset, self.data_dir)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One recipe with one seed."""
+
+    recipe: Recipe
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """The stem of the job's files."""
+        return f"{self.recipe.row}-seed{self.seed}"
+
+    @property
+    def cost(self) -> int:
+        """Multiply-adds, up to a constant; the longest jobs start first."""
+        return self.recipe.epochs * self.recipe.experts
+
+
+def train(
+    options: Run,
+    jobs: Sequence[Job],
+    console: Console,
+    finish: Callable[[list[dict[str, Any]]], None] = lambda results: None,
+) -> list[dict[str, Any]]:
+    """Train what is missing and return all results, in the jobs' order; call ``finish`` with those there are so far."""
+    if options.jobs is not None:
+        check_count(options.jobs, "--jobs")
+    check_device(options.device)
+    check_output(options)
+    split = options.load()  # fetched once, before the workers want it
+    make_output(options)
+    console.print(
+        f"{split.name}: {len(split.train_labels)} / {len(split.valid_labels)} / {len(split.test_labels)} examples, "
+        f"{len(jobs)} runs, output in {options.out}"
+    )
+    finished = {job.name: result for job in jobs if (result := read_result(options.out, job)) is not None}
+    open_jobs = sorted((job for job in jobs if job.name not in finished), key=lambda job: -job.cost)
+    if finished:
+        console.print(f"{len(finished)} of them were finished before")
+
+    def take(job: Job, result: dict[str, Any]) -> None:
+        finished[job.name] = result
+        finish([finished[each.name] for each in jobs if each.name in finished])
+
+    if open_jobs:
+        train_all(options, open_jobs, console, take)
+    return [finished[job.name] for job in jobs]
+
+
+def check_device(device: str) -> None:
+    """Raise unless torch has this device."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
+
+
+def check_output(options: Run) -> None:
+    """See that the output directory is free, or with --resume that it holds this run."""
+    out = options.out
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: exists and is not a directory")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not options.resume:
+        raise ValueError(f"--out {out}: is not empty; continue it with --resume, or name another directory")
+    if not (out / "run.json").is_file():
+        raise ValueError(f"--out {out}: is not the output of this command; name another directory")
+    found = read_json(out / "run.json")
+    for key, value in options.identity().items():
+        before = found.get(key, "")
+        if before != value:
+            raise ValueError(
+                f"--out {out}: holds a run of {key} {before or 'nothing'}, not {value or 'nothing'}; "
+                "name another directory"
+            )
+
+
+def make_output(options: Run) -> None:
+    """Make the output directory and note in it which run it holds."""
+    try:
+        (options.out / "rows").mkdir(parents=True, exist_ok=True)
+        (options.out / "checkpoints").mkdir(exist_ok=True)
+        write_json(options.out / "run.json", options.identity())
+    except OSError as error:
+        raise ValueError(f"--out {options.out}: cannot be written ({error.strerror})") from error
+
+
+def read_result(out: Path, job: Job) -> dict[str, Any] | None:
+    """Return the finished result of a job, None if there is none."""
+    path = out / "rows" / f"{job.name}.json"
+    if not path.is_file():
+        return None
+    result = read_json(path)
+    wanted = json.loads(json.dumps(asdict(job.recipe)))
+    differing = [key for key, value in result["config"].items() if wanted.get(key, value) != value]
+    if differing:
+        raise CheckpointError(
+            f"{path}: was trained with another "
+            + ", ".join(f"{key} ({result['config'][key]}, not {wanted[key]})" for key in differing)
+            + "; name another --out, or remove the file"
+        )
+    return result
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON file's object."""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    return found
+
+
+# -------------------------------------------------------------------- the workers
+
+_events: Any = None
+_halt: Any = None
+
+
+def _begin_worker(events: Any, halt: Any, threads: int) -> None:
+    """Set up a worker process: it listens to the parent's wish to stop, and stops when the parent is gone."""
+    import signal
+
+    global _events, _halt
+    _events, _halt = events, halt
+    parent = os.getppid()
+
+    def watch() -> None:  # a parent that was killed cannot say so; no state is lost, checkpoints are whole
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    torch.set_num_threads(threads)
+
+
+def _work(job: Job, options: Run) -> dict[str, Any]:
+    """Train one job to its end in a worker process, with a checkpoint after every epoch."""
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    split = options.load()
+    trainer = Trainer(job.recipe, job.seed, split, options.device)
+    checkpoint = options.out / "checkpoints" / f"{job.name}.pt"
+    if checkpoint.is_file():
+        trainer.load(checkpoint)
+        for row in trainer.history:
+            _events.put((job.name, row))
+    with SummaryWriter(options.out / "tensorboard" / job.name, purge_step=len(trainer.history)) as log:
+        while not trainer.finished:
+            row = trainer.step_epoch(_halt.is_set)
+            trainer.save(checkpoint)
+            for key, value in asdict(row).items():
+                log.add_scalar(key, value, row.epoch)
+            _events.put((job.name, row))
+    _events.put((job.name, None))
+    result = trainer.result()
+    if job.recipe.target_rate is not None and not job.recipe.mixture:
+        by_class, result["probabilities"] = trainer.gates()
+        plots.save_gates(by_class, options.out / "rows" / f"{job.name}.gates.npy")
+    if options.keeps_weights:
+        write_atomically(weights_file(options.out, job), lambda file: torch.save(trainer.best, file))
+    result["history"] = [asdict(row) for row in trainer.history]
+    write_json(options.out / "rows" / f"{job.name}.json", result)
+    checkpoint.unlink(missing_ok=True)  # 30 MB that nothing needs any more
+    return result
+
+
+def weights_file(out: Path, job: Job) -> Path:
+    """Return where a job's best weights are kept, by a command that needs them again."""
+    return out / "rows" / f"{job.name}.weights.pt"
+
+
+def train_all(options: Run, jobs: list[Job], console: Console, finish: Callable[[Job, dict[str, Any]], None]) -> None:
+    """Train the jobs in worker processes, and call ``finish`` with each one's result."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(options.jobs or (cores if options.device == "cpu" else 1), len(jobs))
+    context = get_context("spawn")
+    events, halt = context.Queue(), context.Event()
+    pool = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_begin_worker, initargs=(events, halt, max(1, cores // workers))
+    )
+    failures: list[str] = []
+    with _display(jobs, events, console):
+        futures: dict[Future[dict[str, Any]], Job] = {pool.submit(_work, job, options): job for job in jobs}
+        try:
+            pending = set(futures)
+            while pending:
+                # A time limit, so that Ctrl-C is noticed on every platform.
+                done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in done:
+                    if (error := future.exception()) is None:
+                        finish(futures[future], future.result())
+                    elif isinstance(error, BrokenProcessPool):
+                        raise RuntimeError("a worker process was killed (out of memory?); --resume continues")
+                    else:  # the other rows go on
+                        failures.append(f"{futures[future].name}: {error}")
+        finally:
+            halt.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+    if failures:
+        raise RuntimeError("runs that failed, all others are finished: " + "; ".join(failures))
+
+
+@contextmanager
+def _display(jobs: list[Job], events: Any, console: Console) -> Iterator[None]:
+    """Show every job's progress: bars in a terminal, a line per epoch elsewhere."""
+    progress = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeRemainingColumn(compact=True),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    tasks: dict[str, TaskID] = {
+        job.name: progress.add_task(job.name, total=job.recipe.epochs, state="waits", start=False) for job in jobs
+    }
+    over = threading.Event()
+
+    def follow() -> None:
+        while True:
+            try:
+                name, row = events.get(timeout=0.2)
+            except Empty:
+                if over.is_set():
+                    return
+                continue
+            if row is not None:
+                show(name, row)
+            elif console.is_terminal:  # stopped early: the bar ends where the run did
+                progress.update(tasks[name], total=progress.tasks[tasks[name]].completed)
+
+    def show(name: str, row: Epoch) -> None:
+        state = f"valid {row.valid_error:5.2f} %  open {100 * row.open_valid:5.1f} %  {row.seconds:4.1f} s/epoch"
+        if not console.is_terminal:
+            console.print(f"{name}: epoch {row.epoch + 1}: {state}", highlight=False, soft_wrap=True)
+            return
+        if row.epoch == 0:
+            progress.start_task(tasks[name])
+        progress.update(tasks[name], completed=row.epoch + 1, state=state)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        with progress:
+            yield
+    finally:
+        over.set()
+        thread.join()
