@@ -406,44 +406,52 @@ def _kernels(one: Any) -> dict[str, Any]:
                             if line == piece:
                                 row, line = row + 1, 0
                         bits = read_word(rows + (b * words + word) * 8)
-                        if bits != 0:
-                            target = out + (b * D + d) * size
-                            c = C + (b * N + 64 * word) * size
-                            if s < whole:
-                                axpy(target, 0, block, stride, c, bits, one)
-                            else:
-                                axpy_rest(target, count, block, stride, c, bits, one)
+                        if bits == 0:
+                            continue
+                        target = out + (b * D + d) * size
+                        c = C + (b * N + 64 * word) * size
+                        if s < whole:
+                            axpy(target, 0, block, stride, c, bits, one)
+                        else:
+                            axpy_rest(target, count, block, stride, c, bits, one)
 
     def by_unit(p: Any) -> None:
-        """A task is 64 units; their rows of V stay near while the packed examples pass."""
+        """A task is some units; their rows of V stay near while the packed examples pass."""
         A = carray(p, (32,), types.int64)
         listed = A[10] + take(A.ctypes.data + 8) * A[11]
         C, packed, cols, V, total = A[2], A[3], A[4], A[5], A[6]
-        B, N, D = A[7], A[8], A[9]
+        B, N, D, span_n = A[7], A[8], A[9], A[12]
         chunks, whole = (B + 63) // 64, D // span
         rest = (D - whole * span + lanes - 1) // lanes
         tail = packed + whole * B * SLICE
-        coefficients = listed + (64 * chunks + 1) * 24
+        near = listed + (span_n * chunks + 1) * 24
+        coefficients = near + 64 * span_n * size
         while True:
-            n0 = take(A.ctypes.data) * 64
+            n0 = take(A.ctypes.data) * span_n
             if n0 >= N:
                 break
-            n1 = min(n0 + 64, N)
+            n1 = min(n0 + span_n, N)
+            wide = (n1 - n0) * size
             count = visits(listed, cols, 0, chunks, n0, n1, chunks)
             if total != 0:
-                clear(total + n0 * size, (n1 - n0) * size)
+                clear(total + n0 * size, wide)
             at = coefficients  # collected once: C's columns lie far apart
-            for i in range(count):
-                n, c, word = read_word(listed + 24 * i), read_word(listed + 24 * i + 8), read_word(listed + 24 * i + 16)
-                value = zero
-                while word != 0:
-                    scale = read(C + ((64 * c + lowest(word)) * N + n) * size, one)
-                    write(at, scale)
-                    at += size
-                    value += scale
-                    word &= word - 1
-                if total != 0:
-                    write(total + n * size, read(total + n * size, one) + value)
+            i = 0
+            for c in range(chunks):
+                for b in range(64 * c, min(64 * c + 64, B)):
+                    copy(near + (b - 64 * c) * wide, C + (b * N + n0) * size, wide)
+                while i < count and read_word(listed + 24 * i + 8) == c:
+                    n, word = read_word(listed + 24 * i), read_word(listed + 24 * i + 16)
+                    i += 1
+                    value = zero
+                    while word != 0:
+                        scale = read(near + lowest(word) * wide + (n - n0) * size, one)
+                        write(at, scale)
+                        at += size
+                        value += scale
+                        word &= word - 1
+                    if total != 0:
+                        write(total + n * size, read(total + n * size, one) + value)
             if V == 0:
                 continue
             clear(V + n0 * D * size, (n1 - n0) * D * size)

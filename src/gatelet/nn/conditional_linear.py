@@ -24,7 +24,7 @@ class ConditionalLinear(Penalised):
     the rectifier, which is the case h = 1[W x + b > 0].
 
     Closed units are not computed (:func:`gatelet.kernels.gated_linear`): in ``eval()``, and in training with every
-    estimator that asks nothing of closed units (its ``support`` is not ``"all"``).
+    estimator whose ``support`` is not ``"all"``; where it is ``"sampled"``, the closed units that it asks for are.
 
     In training the gates follow the estimator and ``sparsity.penalty(model)`` holds their rate; in ``eval()`` they
     are deterministic, with the threshold that ``sparsity.calibrate_thresholds(model, loader)`` sets.
@@ -118,24 +118,30 @@ class ConditionalLinear(Penalised):
         controllers = cast(list[Controller], list(self.sparsity))
         for controller in controllers:
             logits = controller.shift(logits, generator=generator)
+        method, wanted = self.unit.estimator, None
+        if method.support == "sampled" and (self.training or self.unit.sample_in_eval):
+            # Drawn here, for which closed units are computed is in the noise.
+            noise = method.draw_noise(logits.unsqueeze(0), generator).squeeze(0) if noise is None else noise
+            wanted = method.computed(noise)
         gates = self.unit(logits, noise=noise, generator=generator)
         self.active_fraction = (gates.detach() != 0).float().mean()
         if self.training:
             terms = [control.penalty(self.unit.estimator, logits, gates) for control in controllers]
             self._penalty = sum((term for term in terms if term is not None), start=logits.new_zeros(()))
-        return self._experts(x, gates)
+        return self._experts(x, gates, wanted)
 
-    def _experts(self, x: Tensor, gates: Tensor) -> Tensor:
-        """Return (W x + b) ∘ h, computed where the gates are open, if that is all the estimator asks for."""
+    def _experts(self, x: Tensor, gates: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """Return (W x + b) ∘ h, computed where the gates are open or ``wanted``, if that is all the estimator asks for."""
         # support "open" or "none": a closed gate sends no gradient, so its unit need not be known. Straight-through
-        # wants ∂L/∂h of closed gates too ("all", or "sampled" ones): dense, as long as there is a gradient to send.
-        closed_too = self.unit.estimator.support in ("all", "sampled")
-        wants_closed = closed_too and gates.requires_grad and torch.is_grad_enabled()
-        if wants_closed or torch.is_autocast_enabled(x.device.type) or is_transformed(x):
+        # wants ∂L/∂h of all closed gates: dense, as long as there is a gradient to send.
+        learns = gates.requires_grad and torch.is_grad_enabled()
+        wants_all = self.unit.estimator.support == "all" and learns
+        if wants_all or torch.is_autocast_enabled(x.device.type) or is_transformed(x):
             if self.group_size > 1:
                 gates = gates.repeat_interleave(self.group_size, dim=-1)
             return cast(Tensor, self.expert(x) * gates)
-        return gated_linear(x, self.expert.weight, self.expert.bias, gates)
+        support = (gates != 0) | wanted if learns and wanted is not None else None
+        return gated_linear(x, self.expert.weight, self.expert.bias, gates, support=support)
 
     def extra_repr(self) -> str:
         """Show the sizes."""
