@@ -38,8 +38,8 @@ class Estimator(nn.Module):
 
     Class attributes: ``unbiased`` (the expected gradient is the gradient of the expected loss), ``needs``
     (``"path"``, ``"loss"`` or ``"objective"``, see the module), ``support`` (which gates ask for ∂L/∂h:
-    ``"none"``, the ``"open"`` ones, ``"sampled"`` ones too, which :meth:`computed` names, ``"all"``; a closed unit outside
-    of it may be skipped in training),
+    ``"none"``, the ``"open"`` ones, ``"sampled"`` ones too, which :meth:`computed` names, ``"all"``; a closed unit
+    outside of it may be skipped in training),
     ``law`` (the distribution of the noise), ``reference`` (the source), ``variants`` (option sets that are
     certified beside the defaults).
     """

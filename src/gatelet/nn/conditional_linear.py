@@ -131,7 +131,7 @@ class ConditionalLinear(Penalised):
         return self._experts(x, gates, wanted)
 
     def _experts(self, x: Tensor, gates: Tensor, wanted: Tensor | None = None) -> Tensor:
-        """Return (W x + b) ∘ h, computed where the gates are open or ``wanted``, if that is all the estimator asks for."""
+        """Return (W x + b) ∘ h, computed only where gates are open or ``wanted``, if the estimator asks for no more."""
         # support "open" or "none": a closed gate sends no gradient, so its unit need not be known. Straight-through
         # wants ∂L/∂h of all closed gates: dense, as long as there is a gradient to send.
         learns = gates.requires_grad and torch.is_grad_enabled()
