@@ -37,6 +37,8 @@ read, write, read_word, write_word = v.read, v.write, v.read_word, v.write_word
 read_index, write_index = v.read_index, v.write_index
 clear, copy, ones = v.clear, v.copy, v.ones
 
+P = (1.1283791461557542, 0.19040666570794865, 0.05274875562965499, 0.00376562702935509, 2.8488321429e-4, 2.05008926302e-6)
+Q = (1.0, 0.5020762548661959, 0.11410919950549765, 0.014969236765898286, 0.001162538430056847, 3.8091760959976094e-5)
 ACTIVATIONS = ("identity", "relu", "gelu", "silu")
 
 
@@ -46,12 +48,31 @@ def compiled(function: Any) -> Any:
 
 
 @compiled
+def normal(z: Any, one: Any) -> Any:  # pragma: no cover (compiled)
+    """Return Φ(z) = ½ (1 + erf(z/√2)), in float64; as exact as ``one``'s type needs."""
+    x = z * 0.7071067811865476
+    if type_as(1 + 1e-12, one) != 1:  # float64
+        return 0.5 * (1 + math.erf(x))
+    if x < -3.92:
+        return 0.0
+    if x > 3.92:
+        return 1.0
+    # erf(x)/x as a ratio of polynomials in x², fitted to a relative error of 2e-8 up to |x| = 3.92, where float32 no
+    # longer tells it from 1: a third of the library's time, which would be a seventh of a layer's.
+    u = x * x
+    upper, lower = P[5], Q[5]
+    for k in range(4, -1, -1):
+        upper, lower = upper * u + P[k], lower * u + Q[k]
+    return 0.5 + 0.5 * x * upper / lower
+
+
+@compiled
 def activate(z: Any, code: Any, one: Any) -> Any:  # pragma: no cover (compiled)
     """Return the activation of z."""
     if code == 1:
         return z if z > 0 or z != z else one - one
     if code == 2:
-        return type_as(0.5 * z * (1 + math.erf(z * 0.7071067811865476)), one)
+        return type_as(z * normal(z, one), one)
     if code == 3:
         return type_as(z / (1 + math.exp(-z)), one)
     return z
@@ -63,8 +84,7 @@ def slope(z: Any, code: Any, one: Any) -> Any:  # pragma: no cover (compiled)
     if code == 1:
         return one if z > 0 else one - one
     if code == 2:
-        normal = 0.5 * (1 + math.erf(z * 0.7071067811865476))
-        return type_as(normal + z * 0.3989422804014327 * math.exp(-0.5 * z * z), one)
+        return type_as(normal(z, one) + z * 0.3989422804014327 * math.exp(-0.5 * z * z), one)
     if code == 3:
         s = 1 / (1 + math.exp(-z))
         return type_as(s * (1 + z * (1 - s)), one)
