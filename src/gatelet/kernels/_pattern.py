@@ -67,7 +67,8 @@ def gathered(coefficient: Tensor, rows: Tensor) -> Tensor:
     ``coefficient`` is (R, C), ``rows`` (C, D). One product, and the careful sum only when it went wrong.
     """
     result = coefficient @ rows
-    if result.numel() and not bool(result.sum().isfinite()):
+    probe = min(rows, result, key=Tensor.numel)  # a NaN in a row left out shows in both
+    if probe.numel() and not bool(probe.sum().isfinite()):
         bad = (~rows.isfinite().all(1)).nonzero().flatten().tolist()
         finite = rows.clone()
         finite[bad] = 0
