@@ -1,25 +1,29 @@
 """`gatelet bench kernels`: how much time closed units save, beside dense products and other sparse ways."""
 
+import functools
+import itertools
 import os
 import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from gatelet.kernels import gated_ffn, gated_linear
-from gatelet_lab.train import write_atomically, write_json
+from gatelet.kernels import explain, gated_ffn, gated_linear
+from gatelet_lab import data
+from gatelet_lab.recipes import recipe
+from gatelet_lab.train import Trainer, write_atomically, write_json
 
 RATE = 0.1
 BATCHES = (1, 32, 256, 1024)
@@ -35,6 +39,10 @@ class BenchKernels:
     """Fewer and shorter measurements: half a minute, not five."""
     shape: tuple[int, int] | None = None
     """Time this shape, D and N, instead of the table's."""
+    auto: bool = False
+    """Instead of the table: how far backend="auto" is from the faster of its choices, over a grid of layers."""
+    step: bool = False
+    """Instead of the table: where the time of a training step of the paper's network goes."""
     plot: Path | None = None
     """Directory for the sweeps' plot and the numbers as JSON."""
     patience: float = 10.0
@@ -55,13 +63,23 @@ class Row:
 
 
 ROWS = (
-    Row("1024 → 4096, units, forward", 1024, 4096),
-    Row("784 → 2000, units, forward", 784, 2000),
-    Row("4096 → 11008, units, forward", 4096, 11008, batches=(1, 32, 256)),
-    Row("1024 → 4096, units, forward + backward", 1024, 4096, backward=True),
-    Row("1024 → 4096, groups of 64, forward", 1024, 4096, group=64),
-    Row("FFN 1024 → 4096 → 1024, units, forward", 1024, 4096, op="ffn"),
+    Row("1024→4096 units", 1024, 4096),
+    Row("784→2000 units", 784, 2000),
+    Row("4096→11008 units", 4096, 11008, batches=(1, 32, 256)),
+    Row("1024→4096 units f+b", 1024, 4096, backward=True),
+    Row("1024→4096 groups of 64", 1024, 4096, group=64),
+    Row("FFN 1024→4096→1024", 1024, 4096, op="ffn"),
+    Row("FFN 1024→4096→1024 f+b", 1024, 4096, op="ffn", backward=True),
 )
+COLUMNS = {
+    "numba": "ours",
+    "auto": "auto",
+    "dense × mask": "mask",
+    "sampled_addmm": "addmm",
+    "grouped_mm": "grouped",
+    "loop over groups": "loop",
+}
+"""Head of the column of each way."""
 Ways = Mapping[str, Callable[[], Any]]
 
 
@@ -69,33 +87,41 @@ def run(options: BenchKernels, console: Console) -> None:
     """Check, time, show; sweeps only when they are to be plotted."""
     if options.plot is not None and options.plot.exists() and not options.plot.is_dir():
         raise ValueError(f"--plot {options.plot}: exists and is not a directory")
+    about = machine()
+    console.print(", ".join(f"{key} {value}" for key, value in about.items()), highlight=False)
+    budget = 0.2 if options.quick else 1.0
+    if options.step:
+        show_steps(budget, options.patience, console)
+        return
     rows: tuple[Row, ...] = ROWS
+    shapes = AUTO_SHAPES
     if options.shape is not None:
         width, units = options.shape
         if width < 1 or units < 1:
             raise ValueError(f"--shape: D and N must be at least 1, not {width} {units}")
+        shapes = (options.shape,)
         rows = (
-            Row(f"{width} → {units}, units, forward", width, units),
-            Row(f"{width} → {units}, units, forward + backward", width, units, backward=True),
+            Row(f"{width}→{units} units", width, units),
+            Row(f"{width}→{units} units f+b", width, units, backward=True),
         )
-    batches = (1, 32, 256) if options.quick else BATCHES
-    budget = 0.2 if options.quick else 1.0
-    about = machine()
-    console.print(", ".join(f"{key} {value}" for key, value in about.items()), highlight=False)
+    if options.auto:
+        check_auto(shapes, options.quick, console)
+        return
     results = []
+    console.print(head(), highlight=False)
     for row in rows:
-        for batch in (each for each in row.batches if each in batches):
-            found = measure(row, batch, RATE, budget, options.patience)
-            results.append(found)
-            times = "  ".join(f"{name} {value:.3f}" for name, value in found["ms"].items())
-            console.print(f"{row.title}, B = {batch}: ms {times}", highlight=False)
-    show(rows, results, console)
+        for batch in (each for each in row.batches if each in ((1, 32, 256) if options.quick else BATCHES)):
+            results.append(measure(row, batch, RATE, budget, options.patience))
+            console.print(line(results[-1]), highlight=False)
+    console.print(
+        f"time / dense at {RATE:.0%} open, f+b: forward and backward; speed-up of the {1 / RATE:.0f}× possible; others: "
+        "CPU of other processes",
+        highlight=False,
+    )
     report: dict[str, Any] = {"machine": about, "results": results}
     if options.plot is not None:
-        report["rates"], report["units"] = (
-            sweep_rate(budget / 2, options.patience),
-            sweep_units(budget / 2, options.patience),
-        )
+        report["rates"] = sweep_rate(budget / 2, options.patience)
+        report["units"] = sweep_units(budget / 2, options.patience)
         options.plot.mkdir(parents=True, exist_ok=True)
         plot(report, options.plot / "kernels.png")
         write_json(options.plot / "kernels.json", report)
@@ -155,14 +181,25 @@ def prepare(row: Row, batch: int, rate: float, peers: bool) -> dict[str, Callabl
     gate = (torch.rand(batch, row.units // row.group, generator=draw) < rate).float().requires_grad_(grad)
     each = gate.detach().repeat_interleave(row.group, 1).requires_grad_(grad) if row.group > 1 else gate
     if row.op == "ffn":
-        by_unit = torch.randn(row.units, row.width, generator=draw) / row.units**0.5
-        after, shift = by_unit.t(), torch.randn(row.width, generator=draw)
-        plain = after.contiguous()  # dense gets the layout it likes, the kernel the one that it likes
-        return {
-            "dense": lambda: F.linear(F.gelu(F.linear(x, weight, bias)) * gate, plain, shift),
-            "numba": lambda: gated_ffn(x, weight, bias, gate, "gelu", after, shift, backend="numba"),
-            "auto": lambda: gated_ffn(x, weight, bias, gate, "gelu", after, shift),
+        by_unit = (torch.randn(row.units, row.width, generator=draw) / row.units**0.5).requires_grad_(grad)
+        shift = torch.randn(row.width, generator=draw).requires_grad_(grad)
+        # Each side gets the layout that it likes.
+        plain = by_unit.detach().t().contiguous().requires_grad_(grad)
+        pair: dict[str, tuple[Callable[[], Tensor], Sequence[Tensor]]] = {
+            "dense": (
+                lambda: F.linear(F.gelu(F.linear(x, weight, bias)) * gate, plain, shift),
+                (x, weight, bias, gate, shift, plain),
+            ),
+            "numba": (
+                lambda: gated_ffn(x, weight, bias, gate, "gelu", by_unit.t(), shift, backend="numba"),
+                (x, weight, bias, gate, shift, by_unit),
+            ),
+            "auto": (
+                lambda: gated_ffn(x, weight, bias, gate, "gelu", by_unit.t(), shift),
+                (x, weight, bias, gate, shift, by_unit),
+            ),
         }
+        return with_gradients(pair, torch.randn(batch, row.width, generator=draw)) if grad else forward_only(pair)
 
     ways: dict[str, Callable[[], Tensor]] = {
         "dense": lambda: F.linear(x, weight, bias) * each,
@@ -182,18 +219,26 @@ def prepare(row: Row, batch: int, rate: float, peers: bool) -> dict[str, Callabl
             with suppress(RuntimeError, NotImplementedError, AttributeError):
                 grouped_mm(x[:1], weight, bias, gate[:1])
                 ways["grouped_mm"] = lambda: grouped_mm(x, weight, bias, gate)
-    if not grad:
-        return dict(ways)
-    upper = torch.randn(batch, row.units, generator=draw)
-    plain_inputs, inputs = (x, weight, bias, each), (x, weight, bias, gate)
+    # The mask has no gradient of its own: its rows pass the gate by.
+    inputs = {"dense": (x, weight, bias, each), "dense × mask": (x, weight, bias)}
+    pairs = {name: (way, inputs.get(name, (x, weight, bias, gate))) for name, way in ways.items()}
+    return with_gradients(pairs, torch.randn(batch, row.units, generator=draw)) if grad else forward_only(pairs)
 
-    def both(name: str) -> Callable[[], Any]:
-        # The mask has no gradient of its own: its rows pass the gate by.
-        if name == "dense × mask":
-            return lambda: torch.autograd.grad(ways[name](), plain_inputs[:3], upper)
-        return lambda: torch.autograd.grad(ways[name](), plain_inputs if name == "dense" else inputs, upper)
 
-    return {name: both(name) for name in ways}
+def forward_only(pairs: Mapping[str, tuple[Callable[[], Tensor], Sequence[Tensor]]]) -> dict[str, Callable[[], Any]]:
+    """Return the ways alone."""
+    return {name: way for name, (way, _) in pairs.items()}
+
+
+def with_gradients(
+    pairs: Mapping[str, tuple[Callable[[], Tensor], Sequence[Tensor]]], upper: Tensor
+) -> dict[str, Callable[[], Any]]:
+    """Return each way followed by its backward pass to all of its inputs."""
+
+    def both(way: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Callable[[], Any]:
+        return lambda: torch.autograd.grad(way(), inputs, upper)
+
+    return {name: both(way, inputs) for name, (way, inputs) in pairs.items()}
 
 
 def loop_over_groups(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
@@ -259,7 +304,7 @@ def _once(ways: Ways, budget: float) -> tuple[dict[str, float], float]:
     times: dict[str, list[float]] = {name: [] for name in ways}
     begin, busy, own = time.perf_counter(), _busy(), time.process_time()
     order = list(ways)
-    while time.perf_counter() - begin < budget or len(times["dense"]) < 5:
+    while time.perf_counter() - begin < budget or len(times[next(iter(times))]) < 5:
         for name in order:
             start = time.perf_counter()
             ways[name]()
@@ -279,27 +324,139 @@ def _busy() -> float:
     return 0.0
 
 
+# -------------------------------------------------------------------- whether auto chooses well
+
+AUTO_SHAPES = ((256, 512), (784, 2000), (1024, 4096), (2048, 2048))
+AUTO_BATCHES = (1, 8, 32, 256, 1024)
+AUTO_RATES = (0.02, 0.1, 0.3, 0.6, 0.9)
+
+
+def check_auto(shapes: Sequence[tuple[int, int]], quick: bool, console: Console) -> None:
+    """Print how much slower than the faster backend auto's choice is, where it is most, and what choosing costs."""
+    losses = []
+    deciding = 0.0
+    for dtype in (torch.float32,) if quick else (torch.float32, torch.float64):
+        for (width, units), batch, group, backward in itertools.product(shapes, AUTO_BATCHES, (1, 16), (False, True)):
+            if units % group or batch * width * units > AUTO_MOST:
+                continue
+            found = time_choices(width, units, batch, group, backward, dtype)
+            deciding = max(deciding, found.pop("deciding"))
+            losses += [(loss, dtype, width, units, batch, group, backward, rate) for rate, loss in found.items()]
+    losses.sort(key=lambda each: -each[0])
+    within = sum(loss <= AUTO_LOSS for loss, *_ in losses)
+    console.print(
+        f"auto is within {AUTO_LOSS:.0%} of the faster backend in {within} of {len(losses)} layers; deciding takes at "
+        f"most {deciding:.1%} of a call",
+        highlight=False,
+    )
+    for loss, dtype, width, units, batch, group, backward, rate in losses[:8]:
+        direction = "forward + backward" if backward else "forward"
+        console.print(
+            f"{loss:6.1%} over: {width}→{units}, B = {batch}, groups of {group}, {rate:.0%} open, {direction}, {dtype}",
+            highlight=False,
+        )
+
+
+AUTO_LOSS = 0.05
+AUTO_MOST = 1 << 30
+"""Multiply-adds of the largest layer on the grid."""
+
+
+def time_choices(
+    width: int, units: int, batch: int, group: int, backward: bool, dtype: torch.dtype
+) -> dict[Any, float]:
+    """Return, by active fraction, the time of auto's choice over the faster backend's − 1; and what choosing takes."""
+    draw = torch.Generator().manual_seed(0)
+    kind: Any = {"generator": draw, "dtype": dtype}
+    x, weight = torch.randn(batch, width, **kind), torch.randn(units, width, **kind) / width**0.5
+    bias, upper = torch.randn(units, **kind), torch.randn(batch, units, **kind)
+    gates = {rate: (torch.rand(batch, units // group, **kind) < rate).to(dtype) for rate in AUTO_RATES}
+    leaves = [each.requires_grad_(backward) for each in (x, weight, bias, *gates.values())]
+    pairs: dict[str, Any] = {}
+    for rate, gate in gates.items():
+        for backend in ("reference", "numba"):
+            way = functools.partial(gated_linear, x, weight, bias, gate, backend=backend)
+            pairs[f"{backend} {rate}"] = (way, (*leaves[:3], gate))
+    ways = with_gradients(pairs, upper) if backward else forward_only(pairs)
+    with torch.set_grad_enabled(backward):
+        medians, _ = interleaved(ways, 0.1)
+        chosen = {rate: explain(x, weight, gate).backend for rate, gate in gates.items()}
+        start = time.perf_counter()
+        for _ in range(100):
+            explain(x, weight, gates[0.1])
+        took = (time.perf_counter() - start) / 100
+    found: dict[Any, float] = {"deciding": took / min(medians.values())}
+    for rate, backend in chosen.items():
+        best = min(medians[f"reference {rate}"], medians[f"numba {rate}"])
+        found[rate] = medians[f"{backend} {rate}"] / best - 1
+    return found
+
+
+# -------------------------------------------------------------------- a training step of the paper's network
+
+
+def show_steps(budget: float, patience: float, console: Console) -> None:
+    """Print a training step's time, dense and by auto, and the parts of the latter: gater, experts, optimiser."""
+    split = data.load("mnist")
+    names = ("dense", "auto", "gater", "experts", "dense experts", "optimiser")
+    console.print(f"{'ms per step':24}{'open':>6}" + "".join(f"{name:>15}" for name in names))
+    for row in ("noisy_rectifier", "smooth_times_stochastic", "score_function"):
+        trainer = Trainer(recipe(row, "paper"), 0, split)
+        layer = trainer.model.layer
+        rate = trainer.recipe.target_rate or RATE
+        torch.nn.init.constant_(layer.gater.gates.bias, layer.unit.estimator.logit_at(rate))
+        ways = steps(trainer)
+        medians, _ = interleaved(ways, budget, patience)
+        times = "".join(f"{1e3 * medians[name]:15.3f}" for name in names)
+        console.print(f"{row:24}{layer.active_fraction.item():6.1%}{times}", highlight=False)
+
+
+def steps(trainer: Trainer) -> dict[str, Callable[[], Any]]:
+    """Return a training step with dense experts and with auto's, and what it is made of, forward and backward."""
+    layer = trainer.model.layer
+    x, y = trainer.train_images[: trainer.recipe.batch], trainer.train_labels[: trainer.recipe.batch]
+    trainer.model.train()
+    with torch.no_grad():
+        gates = layer.unit.estimator.sample(layer.gater(x), torch.rand(len(x), layer.expert.out_features))
+    gates.requires_grad_()
+    upper = torch.ones_like(gates)
+    expert, gater = list(layer.expert.parameters()), list(layer.gater.parameters())
+
+    def dense(x: Tensor, gates: Tensor, wanted: Tensor | None = None) -> Tensor:
+        return layer.expert(x) * gates
+
+    def step(experts: Callable[..., Tensor]) -> float:
+        with mock.patch.object(layer, "_experts", experts):
+            return trainer._step(x, y)
+
+    auto = layer._experts
+    return {
+        "dense": lambda: step(dense),
+        "auto": lambda: step(auto),
+        "gater": lambda: torch.autograd.grad(layer.gater(x), gater, upper),
+        "experts": lambda: torch.autograd.grad(auto(x, gates), [*expert, gates], upper),
+        "dense experts": lambda: torch.autograd.grad(dense(x, gates), [*expert, gates], upper),
+        "optimiser": trainer.optimizer.step,
+    }
+
+
 # -------------------------------------------------------------------- what is shown
 
 
-def show(rows: tuple[Row, ...], results: list[dict[str, Any]], console: Console) -> None:
-    """Print the table: our time over dense, the ideal speed-up, the one reached, the share of the ideal."""
-    table = Table(title=f"time / dense at {RATE:.0%} open (speed-up reached of ideal {1 / RATE:.0f}×)")
-    names = list(dict.fromkeys(name for each in results for name in each["ms"] if name != "dense"))
-    for head in ("", "B", "dense ms", *names, "reached", "share of ideal", "others' CPU"):
-        table.add_column(head, justify="left" if not head else "right")
-    for found in results:
-        ratio = found["ratio"]
-        table.add_row(
-            found["title"],
-            str(found["batch"]),
-            f"{found['ms']['dense']:.3f}",
-            *(f"{ratio[name]:.3f}" if name in ratio else "" for name in names),
-            f"{1 / ratio['numba']:.1f}×",
-            f"{RATE / ratio['numba']:.0%}",
-            f"{found['others']:.0%}",
-        )
-    console.print(table)
+def head() -> str:
+    """Return the head of the table's columns."""
+    names = "".join(f"{name:>8}" for name in COLUMNS.values())
+    return f"{'':23}{'B':>5}{'dense ms':>10}{names}{'speed-up':>10}{'others':>8}"
+
+
+def line(found: dict[str, Any]) -> str:
+    """Return a line of the table: times over dense, the speed-up, and how much other processes disturbed."""
+    ratio = found["ratio"]
+    ratios = "".join(f"{ratio[name]:8.3f}" if name in ratio else f"{'':8}" for name in COLUMNS)
+    speed = f"{1 / ratio['numba']:.1f}×"
+    return (
+        f"{found['title']:23}{found['batch']:>5}{found['ms']['dense']:10.3f}{ratios}{speed:>10}{found['others']:>8.0%}"
+    )
 
 
 def sweep_rate(budget: float, patience: float) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from unittest import mock
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ import gatelet
 from gatelet.estimators import ALL
 
 CERTAIN = [name for name, method in ALL.items() if method.needs != "objective"]
-SKIPPING = [name for name in CERTAIN if ALL[name].support in ("open", "none")]
+SKIPPING = [name for name in CERTAIN if ALL[name].support != "all"]
 
 
-def dense(layer, x, gates):
+def dense(layer, x, gates, wanted=None):
     return F.linear(x, layer.expert.weight, layer.expert.bias) * gates.repeat_interleave(layer.group_size, -1)
 
 
@@ -45,9 +46,11 @@ def test_sparse_training_has_the_dense_gradients(name, group):
     seen = []
 
     def sparse(layer):
-        def experts(x, gates):
+        def experts(x, gates, wanted):
             seen.append(gates)
-            return gatelet.kernels.gated_linear(x, layer.expert.weight, layer.expert.bias, gates, backend="numba")
+            kernel = functools.partial(gatelet.kernels.gated_linear, backend="numba")
+            with mock.patch.object(gatelet.nn.conditional_linear, "gated_linear", kernel):
+                return type(layer)._experts(layer, x, gates, wanted)
 
         return experts
 
@@ -65,18 +68,33 @@ def test_the_layer_skips_where_the_estimator_allows(name, monkeypatch):
     calls = []
     module = gatelet.nn.conditional_linear
     original = module.gated_linear
-    monkeypatch.setattr(module, "gated_linear", lambda *args, **given: calls.append(1) or original(*args, **given))
+    monkeypatch.setattr(module, "gated_linear", lambda *args, **how: calls.append(how) or original(*args, **how))
     layer = gatelet.nn.ConditionalLinear(40, 160, 12, estimator=name)
     layer.unit.threshold.fill_(0.0)
     with gatelet.Tape() as tape:
         layer(tape.replicate(torch.rand(3, 40), ALL[name].replicas))
     assert bool(calls) == (name in SKIPPING)
+    assert not calls or (calls[0]["support"] is not None) == (ALL[name].support == "sampled")
     calls.clear()
     layer.eval()
     with torch.no_grad():
         out = layer(torch.rand(3, 40))
     assert calls
     assert out.isfinite().all()
+
+
+def test_a_sampled_support_computes_a_share_of_the_closed_units():
+    """The cost of training is α + q: so much is in the support, and no more."""
+    layer = gatelet.nn.ConditionalLinear(40, 1600, 12, estimator=gatelet.estimators.StraightThroughSampled(share=0.2))
+    with mock.patch.object(gatelet.nn.conditional_linear, "gated_linear", wraps=gatelet.kernels.gated_linear) as op:
+        layer(torch.rand(100, 40))
+        support = op.call_args.kwargs["support"]
+        share = support[op.call_args.args[3] == 0].float().mean()
+        assert 0.18 < share < 0.22
+        assert support[op.call_args.args[3] != 0].all()
+        with torch.no_grad():  # no gradient, no need of closed units
+            layer(torch.rand(100, 40))
+        assert op.call_args.kwargs["support"] is None
 
 
 def test_eval_equals_dense():

@@ -38,8 +38,8 @@ class Estimator(nn.Module):
 
     Class attributes: ``unbiased`` (the expected gradient is the gradient of the expected loss), ``needs``
     (``"path"``, ``"loss"`` or ``"objective"``, see the module), ``support`` (which gates ask for ∂L/∂h:
-    ``"none"``, the ``"open"`` ones, ``"sampled"`` ones too, ``"all"``; a closed unit outside of it may be skipped in
-    training),
+    ``"none"``, the ``"open"`` ones, ``"sampled"`` ones too, which :meth:`computed` names, ``"all"``; a closed unit
+    outside of it may be skipped in training),
     ``law`` (the distribution of the noise), ``reference`` (the source), ``variants`` (option sets that are
     certified beside the defaults).
     """
@@ -94,6 +94,10 @@ class Estimator(nn.Module):
     ) -> Float[Tensor, "K *lead N"]:
         """Return each replica's estimate of ∂E[L]/∂logits from the losses (estimators that need the loss)."""
         raise NotImplementedError(f"{type(self).__name__} has no coefficients: it needs the {self.needs}")
+
+    def computed(self, noise: Float[Tensor, "..."]) -> Tensor:
+        """Return which gates ask for ∂L/∂h though closed (estimators whose support is ``"sampled"``)."""
+        raise NotImplementedError(f"{type(self).__name__} samples no closed units: its support is {self.support!r}")
 
     def fire_probability(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
         """Return P(h ≠ 0), differentiable in the logits."""

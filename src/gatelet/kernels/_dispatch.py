@@ -2,7 +2,9 @@
 
 import functools
 import importlib.util
+import math
 import os
+import time
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -41,19 +43,13 @@ class Choice:
     reason: str
 
 
-# Measured break-even: the active fraction at which the sparse kernel takes as long as dense (docs/kernels.md, "Auto").
-# By kernel and whether gradients follow: (largest B, limit). A sparse call costs nearly a + b·α: one number says it.
-LIMITS: dict[tuple[str, bool], tuple[tuple[int, float], ...]] = {
-    ("unit", False): ((4, 0.6), (16, 0.85), (64, 0.55), (512, 0.45), (1 << 62, 0.3)),
-    ("unit", True): ((4, 0.2), (512, 0.4), (1 << 62, 0.33)),
-    ("group", False): ((4, 0.75), (64, 1.0), (512, 0.75), (1 << 62, 0.6)),
-    # measured at 256 examples only; elsewhere what holds for units, which share these products
-    ("group", True): ((4, 0.2), (64, 0.4), (512, 0.5), (1 << 62, 0.33)),
-}
-SMALL = 100e-6
-"""Dense products of fewer seconds than this run dense: calling a kernel costs about as much."""
-FLOPS, BANDWIDTH = 3e11, 5e10
-"""What dense reached in that measurement, per second: operations, and bytes of weights where there are few examples."""
+SMALL = 1 << 20
+"""Layers of fewer multiply-adds than this run dense: they are over before it matters, and nothing needs compiling."""
+PAIR, PLACE = 75, 40
+"""What an open pair costs beside its D multiply-adds, and what any pair costs, in dense multiply-adds: for the first
+its sum, bias and gate, for the second its bit in the pattern and the zero in its place."""
+FEW = 8
+"""For so few examples the kernels win at any active fraction: dense products are then bound by reading weights too."""
 SAMPLE = 1 << 14
 """Gates that are looked at to measure the active fraction."""
 
@@ -114,9 +110,56 @@ def active_fraction(gate: Tensor) -> float:
     return float(sample.count_nonzero()) / max(sample.numel(), 1)
 
 
-def limit(kernel: Kernel, batch: int, gradients: bool) -> float:
+@dataclass(frozen=True)
+class Costs:
+    """What a kernel takes on this machine, as a multiple of the dense product: ``fixed`` + ``slope`` · active fraction.
+
+    For many features; for D of them every pair costs :data:`PLACE` and every open one :data:`PAIR` multiply-adds more.
+    """
+
+    fixed: float
+    slope: float
+
+
+@functools.cache
+def costs(kernel: Kernel, dtype: torch.dtype) -> Costs:
+    """Measure what the kernel costs on this machine, once per process (some 20 ms): the ratio is the machine's.
+
+    One core of a desktop does two multiply-adds per load, another one: dense products run at twice the speed on the
+    first, sparse ones, bound by loads, do not.
+    """
+    from gatelet.kernels.gated_linear import _numba, _reference
+
+    batch, width, units = 128, 512, 512
+    with torch.inference_mode():
+        x = torch.ones(batch, width, dtype=dtype, device="cpu")
+        weight = torch.ones(units, width, dtype=dtype, device="cpu")
+        # Every k-th gate, shifted from row to row: as irregular for the kernels as random ones, without a generator.
+        places = torch.arange(batch * units // (1 if kernel == "unit" else 64), device="cpu")
+        ways = [lambda: _reference.forward(x, weight, None, torch.ones_like(x), False)[0]]
+        rates = (0.125, 0.75)
+        for rate in rates:
+            gate = ((places * 0.6180339887498949) % 1 < rate).to(dtype).view(batch, -1)
+            ways.append(lambda gate=gate: _numba.infer(x, weight, None, gate))
+        best = [math.inf] * len(ways)
+        for _ in range(7):
+            for index, way in enumerate(ways):
+                start = time.perf_counter()
+                way()
+                best[index] = min(best[index], time.perf_counter() - start)
+    dense, low, high = best
+    slope = (high - low) / (rates[1] - rates[0]) / dense
+    fixed = low / dense - slope * rates[0]
+    return Costs(max(fixed - PLACE / width, 0.0), slope / (1 + PAIR / width))
+
+
+def limit(kernel: Kernel, batch: int, width: int, dtype: torch.dtype) -> float:
     """Return the active fraction below which this kernel is expected to beat dense."""
-    return next(at for most, at in LIMITS[kernel, gradients] if batch <= most)
+    if batch <= FEW:
+        return 1.0
+    cost = costs(kernel, dtype)
+    left = max(1 - cost.fixed - PLACE / width, 0.0)
+    return min(1.0, left / (cost.slope * (1 + PAIR / width)) + FEW / batch)
 
 
 def check_backend(backend: str) -> str:
@@ -167,9 +210,11 @@ def choose(
         return Choice("reference", "reference", None, 0.0, f"no kernel for the device {gate.device}")
     if missing := numba_missing():
         return Choice("reference", "reference", None, 0.0, missing)
-    if max(2 * batch * units * width / FLOPS, 4 * units * width / BANDWIDTH) < SMALL:
+    if batch * units * width < SMALL:
         return Choice("reference", "reference", None, 0.0, "so small that starting a kernel costs more than it saves")
-    most = limit(kernel, batch, gradients)
+    most = limit(kernel, batch, width, dtype)
+    if most == 1.0:
+        return Choice("numba", kernel, None, most, "the kernel is faster at any active fraction")
     rate = active_fraction(gate)
     if rate <= most:
         return Choice("numba", kernel, rate, most, f"{rate:.1%} of the gates are open, break-even is at {most:.0%}")

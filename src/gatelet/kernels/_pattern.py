@@ -80,7 +80,8 @@ def gathered(coefficient: Tensor, rows: Tensor) -> Tensor:
         spoilt = (coefficient != 0).to(rows.dtype) @ (~finite.all(1)).to(rows.dtype) > 0
         return (coefficient @ torch.where(finite, rows, 0)).masked_fill(spoilt.unsqueeze(1), torch.nan)
     result = coefficient @ rows
-    if result.numel() and not bool(result.sum().isfinite()):
+    probe = min(rows, result, key=Tensor.numel)  # a NaN in a row left out shows in both
+    if probe.numel() and not bool(probe.sum().isfinite()):
         bad = (~rows.isfinite().all(1)).nonzero().flatten().tolist()
         finite = rows.clone()
         finite[bad] = 0

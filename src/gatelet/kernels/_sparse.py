@@ -8,7 +8,7 @@ from gatelet.kernels._pattern import words
 from gatelet.kernels._products import ACTIVATIONS, PART, SLICE, VECTOR, kernel
 
 NEAR = 1 << 20
-"""Bytes of examples that are to stay in the second-level cache (2 MB and more on today's servers)."""
+"""Bytes of examples that are to stay in the second-level cache (1 MB and more on today's servers)."""
 
 
 def _bits(tensor: Tensor) -> int:
@@ -26,7 +26,7 @@ def pattern(gate: Tensor, units: int) -> tuple[Tensor, Tensor]:
     cols = gate.new_empty((units, words(batch)), dtype=torch.int64)
     if gate.numel():
         args = (gate.data_ptr(), rows.data_ptr(), cols.data_ptr(), batch, units, group)
-        _team.run(kernel("pattern", _bits(gate)), args, _team.threads())
+        _team.run(kernel("pattern", _bits(gate)), args, _team.threads(batch * units))
     return rows, cols
 
 
@@ -37,8 +37,7 @@ def pack(x: Tensor) -> Tensor:
     if batch == 1 and width % lanes == 0:
         return x
     packed = x.new_empty(batch * -(-width // lanes) * lanes)
-    team = 1 if x.numel() < 1 << 15 else _team.threads()
-    _team.run(kernel("pack", _bits(x)), (x.data_ptr(), packed.data_ptr(), batch, width), team)
+    _team.run(kernel("pack", _bits(x)), (x.data_ptr(), packed.data_ptr(), batch, width), _team.threads(x.numel()))
     return packed
 
 
@@ -74,7 +73,7 @@ def dots(
     if mask is not None and (grouped > 1 or batch > 64):
         # Along the examples' rows in a pass of its own; a few examples are looked at on the way.
         build = (mask.data_ptr(), _address(rows), cols.data_ptr(), batch, units, group)
-        _team.run(kernel("pattern", _bits(x)), build, team)
+        _team.run(kernel("pattern", _bits(x)), build, _team.threads(batch * units))
         mask = None
     if grouped > 1:
         stride = 4 * batch + 512
@@ -126,11 +125,12 @@ def by_unit(
     sums = x.new_empty(units) if need_sum else None
     source = (pack(x) if packed is None else packed) if need_rows else x
     team = _team.threads()
-    stride = (64 * words(batch) + 1) * 24 + 64 * batch * x.element_size()
+    span = 128 if units >= 256 * team else 64
+    stride = (span * words(batch) + 1) * 24 + span * (64 + batch) * x.element_size()
     scratch = x.new_empty(team * stride, dtype=torch.uint8)
     args = (
         *(coefficient.data_ptr(), source.data_ptr(), cols.data_ptr(), _address(result), _address(sums)),
-        *(batch, units, width, scratch.data_ptr(), stride),
+        *(batch, units, width, scratch.data_ptr(), stride, span),
     )
     _team.run(kernel("by_unit", _bits(x)), args, team)
     return result, sums
@@ -157,5 +157,5 @@ def pointwise(
         *(upper.data_ptr(), _address(pre), gate.data_ptr(), rows.data_ptr(), _address(coefficient), _address(slopes)),
         *(batch, units, units // max(gate.shape[1], 1), ACTIVATIONS.index(activation)),
     )
-    _team.run(kernel("pointwise", _bits(upper)), args, _team.threads())
+    _team.run(kernel("pointwise", _bits(upper)), args, _team.threads(upper.numel()))
     return coefficient, slopes

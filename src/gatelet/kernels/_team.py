@@ -16,6 +16,9 @@ import torch
 RESERVED = 2
 """Leading arguments of every kernel: the counter of tasks and the counter of threads."""
 
+FEW = 1 << 15
+"""Passing over fewer numbers than this takes less time than waking a thread."""
+
 _Kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _forked = False
 
@@ -45,9 +48,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def threads() -> int:
-    """Return how many threads a kernel may use now."""
-    return 1 if _forked or _parallel is None else torch.get_num_threads()
+def threads(numbers: int | None = None) -> int:
+    """Return how many threads a kernel may use now; one where it only passes over a few ``numbers``."""
+    few = numbers is not None and numbers < FEW
+    return 1 if few or _forked or _parallel is None else torch.get_num_threads()
 
 
 def run(kernel: int, args: Sequence[int], team: int) -> None:

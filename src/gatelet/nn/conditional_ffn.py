@@ -62,14 +62,15 @@ def feed_forward(
     if gating.fully_open:
         gating.gates(x)
         return F.linear(F.dropout(hidden_layer(x, activation, up, glu), dropout, dropout > 0), *down)
-    gates = gating.gates(x, mask, noise, generator)
+    gates, support = gating.gates(x, mask, noise, generator)
     if gating.needs_dense(x, gates):
         each = gates.repeat_interleave(gating.group_size, dim=-1) if gating.group_size > 1 else gates
         return F.linear(F.dropout(hidden_layer(x, activation, up, glu) * each, dropout, dropout > 0), *down)
-    if glu is None and activation in FUSED and not dropout:
+    if glu is None and activation in FUSED and not dropout and support is None:
         return gated_ffn(x, *up, gates, activation, *down)
-    # Units are computed where gates are open, multiplied by them after the activation.
-    pattern, is_open = open_pattern(gates, gating.group_size), (gates.detach() != 0).to(x.dtype)
+    # Units are computed where gates are open (or ∂L/∂h is wanted), multiplied by them after the activation.
+    is_open = (gates.detach() != 0 if support is None else support).to(x.dtype)
+    pattern = open_pattern(is_open, gating.group_size)
     linear = partial(gated_linear, pattern=pattern)
     if glu is None:
         hidden = ACTIVATIONS[activation](linear(x, *up, is_open))

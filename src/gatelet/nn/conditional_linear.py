@@ -22,7 +22,7 @@ class ConditionalLinear(Gating):
     the rectifier, which is the case h = 1[W x + b > 0].
 
     Closed units are not computed (:func:`gatelet.kernels.gated_linear`): in ``eval()``, and in training with every
-    estimator that asks nothing of closed units (its ``support`` is not ``"all"``).
+    estimator whose ``support`` is not ``"all"``; where it is ``"sampled"``, the closed units that it asks for are.
 
     In training the gates follow the estimator and ``sparsity.penalty(model)`` holds their rate; in ``eval()`` they
     are deterministic, with the threshold that ``sparsity.calibrate_thresholds(model, loader)`` sets.
@@ -93,12 +93,13 @@ class ConditionalLinear(Gating):
             ValueError: for an input of another width or not finite, or noise or a mask of another shape.
             TypeError: for an input that is not floating, or not of the weights' dtype (outside of autocast).
         """
-        gates = self.gates(x, mask, noise, generator)
+        gates, support = self.gates(x, mask, noise, generator)
         if self.needs_dense(x, gates):
             if self.group_size > 1:
                 gates = gates.repeat_interleave(self.group_size, dim=-1)
             return cast(Tensor, self.expert(x) * gates)
-        return gated_linear(x, self.expert.weight, self.expert.bias, gates, active_fraction=self.unit.target_rate)
+        rate = self.unit.target_rate
+        return gated_linear(x, self.expert.weight, self.expert.bias, gates, support=support, active_fraction=rate)
 
     def extra_repr(self) -> str:
         """Show the sizes."""

@@ -105,7 +105,7 @@ class Gating(Penalised):
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "*lead G"]:
         """Return the gates, one per group of units."""
-        return self.gates(x, mask, noise, generator)
+        return self.gates(x, mask, noise, generator)[0]
 
     def gates(
         self,
@@ -113,8 +113,11 @@ class Gating(Penalised):
         mask: Tensor | None = None,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         """Return the gates (..., N / group_size), count them, and in training keep the penalty of their rate.
+
+        With them comes where the estimator wants ∂L/∂h, if that is at a random share of the closed gates too;
+        otherwise None.
 
         Tokens where ``mask`` is false (padding) have all gates closed and count nowhere: not in the statistics, not
         in the penalty, and their logits receive no gradient.
@@ -122,7 +125,7 @@ class Gating(Penalised):
         mask = self.mask if mask is None else mask
         if self.fully_open:
             self._penalty = x.new_zeros(())
-            return x.new_ones((*x.shape[:-1], self.gater.gates.out_features))
+            return x.new_ones((*x.shape[:-1], self.gater.gates.out_features)), None
         logits = self.gater(x)
         controllers = cast(list[Controller], list(self.sparsity))
         for controller in controllers:
@@ -132,15 +135,22 @@ class Gating(Penalised):
             logits = torch.where(mask.unsqueeze(-1), logits, logits.detach())
         if not torch.compiler.is_compiling():
             self.unit.mask = mask
+        method, support = self.unit.estimator, None
+        sampled = method.support == "sampled" and (self.training or self.unit.sample_in_eval)
+        if sampled and noise is None:  # drawn here, for which closed gates are wanted is in the noise
+            noise = method.draw_noise(logits.unsqueeze(0), generator).squeeze(0)
         gates: Tensor = self.unit(logits, noise=noise, generator=generator)
+        if sampled and noise is not None and gates.requires_grad:
+            support = (gates.detach() != 0) | method.computed(noise)
         if mask is not None:
             gates = gates * mask.unsqueeze(-1)
+            support = None if support is None else support & mask.unsqueeze(-1)
         self._count(gates.detach(), mask)
         if self.training:
             seen = (logits, gates) if mask is None else (logits[mask], gates[mask])
             terms = [control.penalty(self.unit.estimator, *seen) for control in controllers]
             self._penalty = sum((term for term in terms if term is not None), start=logits.new_zeros(()))
-        return gates
+        return gates, support
 
     def _count(self, gates: Tensor, mask: Tensor | None) -> None:
         if torch.compiler.is_exporting():
@@ -168,10 +178,9 @@ class Gating(Penalised):
     def needs_dense(self, x: Tensor, gates: Tensor) -> bool:
         """Whether closed units must be computed as well, or no kernel could run."""
         # support "open" or "none": a closed gate sends no gradient, so its unit need not be known. Straight-through
-        # wants ∂L/∂h of closed gates too ("all", or "sampled" ones): dense, as long as there is a gradient to send.
-        closed_too = self.unit.estimator.support in ("all", "sampled")
-        wants_closed = closed_too and gates.requires_grad and torch.is_grad_enabled()
-        return wants_closed or self.fully_open or torch.is_autocast_enabled(x.device.type) or is_transformed(x)
+        # wants ∂L/∂h of all closed gates: dense, as long as there is a gradient to send.
+        wants_all = self.unit.estimator.support == "all" and gates.requires_grad
+        return wants_all or self.fully_open or torch.is_autocast_enabled(x.device.type) or is_transformed(x)
 
     def extra_repr(self) -> str:
         """Show the sizes."""

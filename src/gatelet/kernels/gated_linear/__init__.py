@@ -61,14 +61,17 @@ def gated_linear(
     if flat_gate.dtype != x.dtype:
         flat_gate = flat_gate.to(x.dtype)
     shape = (*x.shape[:-1], units)
+    if support is not None and support.shape != gate.shape:
+        raise ValueError(f"support must have gate's shape {tuple(gate.shape)}, not {tuple(support.shape)}")
     plain = _dispatch.plain(x, weight, bias, gate)
     if not plain:
         backend = _dispatch.settled(backend, x)
         choice = backend
     else:
         gradients = _dispatch.recording(x, weight, bias, gate)
+        computed = flat_gate.detach() if support is None else flat(support)
         choice = _dispatch.choose(
-            backend, flat_gate.detach(), width, units, x.dtype, gradients, declared=active_fraction
+            backend, computed, width, units, x.dtype, gradients, declared=active_fraction
         ).backend
         if not gradients and support is None and pattern is None:
             # Without a gradient the ops' machinery would cost more than a small product.
@@ -86,10 +89,7 @@ def gated_linear(
             return _reference.forward(flat_x, weight, bias, flat_gate, False)[0].view(shape)
     rows = cols = wide_rows = wide_cols = None
     if support is not None:
-        if support.shape != gate.shape:
-            raise ValueError(f"support must have gate's shape {tuple(gate.shape)}, not {tuple(support.shape)}")
-        flat_support = flat(support).to(x.dtype)
-        wide_rows, wide_cols = pattern_of(flat_support, units, choice)
+        wide_rows, wide_cols = pattern_of(flat(support).to(x.dtype), units, choice)
     if pattern is not None:
         if pattern.lead != gate.shape[:-1] or pattern.units != units:
             raise ValueError(

@@ -35,10 +35,8 @@ def forward(
     units = weight.shape[0]
     out = x.new_empty((x.shape[0], units))
     pre = x.new_empty((x.shape[0], units) if keep else 0)
-    # A support given by the caller need not keep groups together.
-    grouped = _grouped(gate, units) if wide is None else 1
     pattern = cols if wide is None else wide
-    _sparse.dots(x, weight, bias, gate, pattern, out, pre if keep else None, grouped=grouped)
+    _sparse.dots(x, weight, bias, gate, pattern, out, pre if keep else None, grouped=_grouped(gate, units))
     return out, pre
 
 
