@@ -66,18 +66,71 @@ def feed_forward(
     if gating.needs_dense(x, gates):
         each = gates.repeat_interleave(gating.group_size, dim=-1) if gating.group_size > 1 else gates
         return F.linear(F.dropout(hidden_layer(x, activation, up, glu) * each, dropout, dropout > 0), *down)
-    if glu is None and activation in FUSED and not dropout and support is None:
-        return gated_ffn(x, *up, gates, activation, *down)
-    # Units are computed where gates are open (or ∂L/∂h is wanted), multiplied by them after the activation.
-    is_open = (gates.detach() != 0 if support is None else support).to(x.dtype)
-    pattern = open_pattern(is_open, gating.group_size)
-    linear = partial(gated_linear, pattern=pattern)
-    if glu is None:
-        hidden = ACTIVATIONS[activation](linear(x, *up, is_open))
-        hidden = hidden * (gates.repeat_interleave(gating.group_size, dim=-1) if gating.group_size > 1 else gates)
+    w_gate, b_gate = (None, None) if glu is None else glu
+    args = (gates, activation, *up, w_gate, b_gate, *down, gating.group_size)
+    if not dropout and torch.compiler.is_compiling() and (torch.compiler.is_exporting() or not _recording(x, *args)):
+        # One opaque op: the kernels' own ops keep what a backward pass needs, patterns among it, whose size ⌈B/64⌉
+        # would tie a traced graph to batches of at most 64, or of more.
+        found: Tensor = torch.ops.gatelet.conditional_ffn(x, *args)
+        return found
+    return _sparse(x, *args, dropout=dropout, support=support)
+
+
+def _recording(*values: object) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values)
+
+
+def _sparse(
+    x: Tensor,
+    gates: Tensor,
+    activation: str,
+    w_up: Tensor,
+    b_up: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    w_down: Tensor,
+    b_down: Tensor | None,
+    group_size: int,
+    dropout: float = 0.0,
+    support: Tensor | None = None,
+) -> Tensor:
+    """Return the output, computed at open units only, and at those whose gate wants a gradient (``support``)."""
+    if w_gate is None and activation in FUSED and not dropout and support is None:
+        return gated_ffn(x, w_up, b_up, gates, activation, w_down, b_down)
+    computed = (gates.detach() != 0 if support is None else support).to(x.dtype)
+    pattern = open_pattern(computed, group_size)
+    linear, act = partial(gated_linear, pattern=pattern), ACTIVATIONS[activation]
+    if w_gate is None:
+        hidden = act(linear(x, w_up, b_up, computed))
     else:
-        hidden = ACTIVATIONS[activation](linear(x, *glu, is_open)) * linear(x, *up, gates)
-    return linear_gated(F.dropout(hidden, dropout, dropout > 0), pattern, *down)
+        hidden = act(linear(x, w_gate, b_gate, computed)) * linear(x, w_up, b_up, computed)
+    hidden = hidden * (gates.repeat_interleave(group_size, dim=-1) if group_size > 1 else gates)
+    return linear_gated(F.dropout(hidden, dropout, dropout > 0), pattern, w_down, b_down)
+
+
+_op = torch.library.custom_op(
+    "gatelet::conditional_ffn",
+    _sparse,
+    mutates_args=(),
+    schema="(Tensor x, Tensor gates, str activation, Tensor w_up, Tensor? b_up, Tensor? w_gate, Tensor? b_gate, "
+    "Tensor w_down, Tensor? b_down, int group_size) -> Tensor",
+)
+
+
+@_op.register_fake
+def _(
+    x: Tensor,
+    gates: Tensor,
+    activation: str,
+    w_up: Tensor,
+    b_up: Tensor | None,
+    w_gate: Tensor | None,
+    b_gate: Tensor | None,
+    w_down: Tensor,
+    b_down: Tensor | None,
+    group_size: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], w_down.shape[0]))
 
 
 def hidden_layer(x: Tensor, activation: str, up: Affine, glu: Affine | None) -> Tensor:

@@ -416,9 +416,11 @@ def convert(
     owners: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    gating_parts = {id(part) for each in model.modules() if isinstance(each, Gating) for part in each.modules()}
     candidates = [
         (label, module, holder, block)
         for name, module in model.named_modules()
+        if id(module) not in gating_parts  # a gater looks like a block, too
         for label, holder, block in _find(name, module)
     ]
     seen = 0

@@ -72,10 +72,12 @@ def distil(
     of unit n, closing it costs about c_n = (hidden_n · ‖W2 column n‖)² of the output; open should be the units of
     highest cost, as many as the target rate says over the batch's tokens. With t the cost at that limit, the loss is
 
-        mean |c_n − t| · softplus(∓ logit_n) / mean c,
+        mean √|c_n − t| · softplus(∓ logit_n) / mean √|c − t|,
 
-    a logistic regression in which every mistake weighs what it costs. With ``weights`` the block's W1, W2 (and W_g)
-    and biases learn besides to give the teacher's output through the gates that are open now, by
+    a logistic regression in which mistakes weigh by what they cost (a middle layer of MiniLM, half open, a gater of 64:
+    held-out error 0.029; 0.034 with |c_n − t| itself, 0.044 without weights, 0.012 if the gater knew). With
+    ``weights`` the block's W1, W2 (and W_g) and biases learn besides to give the teacher's output through the gates
+    that are open now, by
     ‖FFN(x) − FFN_teacher(x)‖² / variance.
 
     The first ``held_out`` batches are kept for the held-out error, which decides about early stopping and about which
@@ -173,6 +175,8 @@ class _Student:
             self.last = twin.get_submodule(self.block.down)
         except AttributeError as error:
             raise ValueError(f"teacher: has no block {path or '(the model)'!r} as the model has ({error})") from error
+        if blocks(twin):
+            raise ValueError(f"teacher: its block {path or '(the model)'!r} is converted too; give the dense model")
         self.x: Tensor | None = None
         self.y: Tensor | None = None
 
@@ -189,38 +193,43 @@ class _Student:
     def examples(self, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the recorded inputs (T, D) and outputs (T, O) of tokens that are not padding, and forget them."""
         if self.x is None or self.y is None:
-            raise ValueError(f"teacher: does not run the block {self.name!r} (was it converted too?)")
+            raise ValueError(f"teacher: did not run the block {self.name!r} when it is run on a batch")
         x, y, self.x, self.y = self.x, self.y, None, None
         if mask is not None and mask.shape == x.shape[:-1]:
             keep = mask.bool()
             return x[keep], y[keep]
         return x.flatten(0, -2) if x.dim() > 1 else x[None], y.flatten(0, -2) if y.dim() > 1 else y[None]
 
-    def losses(self, x: Tensor, y: Tensor, weights: bool) -> tuple[Tensor, Tensor]:
-        """Return the gater's loss and the block's normalised error with the gates that it opens now."""
-        gating = self.gating
+    def losses(self, x: Tensor, y: Tensor, *, gater: bool, error: bool, weights: bool) -> dict[str, Tensor]:
+        """Return the gater's loss and the block's normalised error with the gates that it opens now, as asked for."""
+        gating, found = self.gating, {}
         up, down = affine_at(self.owner, self.block.up), affine_at(self.owner, self.block.down)
         glu = None if self.block.glu is None else affine_at(self.owner, self.block.glu)
-        logits = gating.gater(x)
-        for controller in gating.sparsity:
-            logits = controller.shift(logits)  # type: ignore[operator]
-        with contextlib.nullcontext() if weights else torch.no_grad():
+        target = gating.unit.target_rate
+        with torch.set_grad_enabled(gater and torch.is_grad_enabled()):
+            logits = gating.gater(x)
+            for controller in gating.sparsity:
+                logits = controller.shift(logits)  # type: ignore[operator]
+        with torch.set_grad_enabled(weights and torch.is_grad_enabled()):
             hidden = hidden_layer(x, self.block.activation, up, glu)
-        with torch.no_grad():
-            cost = (hidden * down.weight.norm(dim=0)).square()
-            if gating.group_size > 1:
-                cost = cost.unflatten(-1, (-1, gating.group_size)).sum(-1)
-            target = gating.unit.target_rate
-            rate = 0.5 if target is None else target
-            margin = cost - _top(cost, rate)
-            gates = (logits > (0.0 if target is None else _top(logits, rate))).to(x.dtype)
+        if gater:
+            with torch.no_grad():
+                cost = (hidden * down.weight.norm(dim=0)).square()
+                if gating.group_size > 1:
+                    cost = cost.unflatten(-1, (-1, gating.group_size)).sum(-1)
+                margin = cost - _top(cost, 0.5 if target is None else target)
+            stake = margin.abs().sqrt()
+            loss = (stake * F.softplus(-logits * margin.sign())).mean()
+            found["gater"] = loss / stake.mean().clamp_min(torch.finfo(x.dtype).tiny)
+        if error:
+            gates = (logits > (0.0 if target is None else _top(logits, target))).to(x.dtype)
             if gating.group_size > 1:
                 gates = gates.repeat_interleave(gating.group_size, dim=-1)
-        gater = (margin.abs() * F.softplus(-logits * margin.sign())).mean() / cost.mean().clamp_min(1e-30)
-        with contextlib.nullcontext() if weights else torch.no_grad():
-            have = F.linear(hidden * gates, down.weight, down.bias)
-            error = (have - y).square().mean() / y.var(0, correction=0).mean().clamp_min(1e-30)
-        return gater, error
+            with torch.set_grad_enabled(weights and torch.is_grad_enabled()):
+                have = F.linear(hidden * gates, down.weight, down.bias)
+                variance = y.var(0, correction=0).mean().clamp_min(torch.finfo(x.dtype).tiny)
+                found["error"] = (have - y).square().mean() / variance
+        return found
 
 
 def _top(values: Tensor, share: float) -> Tensor:
@@ -275,7 +284,8 @@ def _fit(
             recorded(batch)
             for student in students:
                 with torch.no_grad():
-                    sums[student.name] += student.losses(*student.examples(mask(batch)), False)[1].item()
+                    found = student.losses(*student.examples(mask(batch)), gater=False, error=True, weights=False)
+                sums[student.name] += found["error"].item()
         if not count:
             raise ValueError("loader: yielded no batch")
         return {name: value / count for name, value in sums.items()}
@@ -309,10 +319,10 @@ def _fit(
         while step < steps and looks < patience:
             batch = next(batches)
             recorded(batch)
-            total = torch.zeros(())
+            total = 0.0
             for student in students:
-                gater, error = student.losses(*student.examples(mask(batch)), weights)
-                loss = gater + error if weights else gater
+                terms = student.losses(*student.examples(mask(batch)), gater=True, error=weights, weights=weights)
+                loss = torch.stack(list(terms.values())).sum()
                 if not bool(loss.isfinite()):
                     load(best[1])
                     raise FloatingPointError(
@@ -320,12 +330,12 @@ def _fit(
                         f"its best state" + (f", which {checkpoint} holds" if checkpoint is not None else "")
                     )
                 loss.backward()
-                total += error.detach().cpu()
+                total += loss.item() / len(students)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
             step += 1
-            shown(step, f"error {total.item() / len(students):.4f}")
+            shown(step, f"loss {total:.4f}")
             if step % every == 0 or step == steps:
                 errors = held_out_errors()
                 looks += 1

@@ -231,7 +231,7 @@ def fully_open(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def masking(model: nn.Module, mask: Bool[Tensor, "*lead"] | None) -> Iterator[None]:
+def masking(model: nn.Module, mask: Tensor | None) -> Iterator[None]:
     """Give all conditional layers of the model this padding mask inside the block, where no argument reaches them.
 
     Args:

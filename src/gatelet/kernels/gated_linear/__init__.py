@@ -70,9 +70,7 @@ def gated_linear(
     else:
         gradients = _dispatch.recording(x, weight, bias, gate)
         computed = flat_gate.detach() if support is None else flat(support)
-        choice = _dispatch.choose(
-            backend, computed, width, units, x.dtype, gradients, declared=active_fraction
-        ).backend
+        choice = _dispatch.choose(backend, computed, width, units, x.dtype, gradients, declared=active_fraction).backend
         if not gradients and support is None and pattern is None:
             # Without a gradient the ops' machinery would cost more than a small product.
             if choice in ("numba", "triton"):
