@@ -279,10 +279,10 @@ TYPES = {**INTEGERS, **dict.fromkeys(POINTERS, "*bf16"), "counts": "*i32", "part
 CASES = [
     (kernels.pattern, (), {}), (kernels.lists, (), {}), (kernels.add_parts, (), {}),
     (kernels.dots, ("examples", "starts"), {}), (kernels.dots, ("rows",), {}),
-    (kernels.few_dots, ("rows", "pre"), {"BK": 256}), (kernels.few_dots, ("gate", "bias"), {"BK": 256}),
+    (kernels.few_dots, ("rows", "pre"), {"BK": 256}),
     (kernels.by_example, (), {}), (kernels.by_example, ("bias", "rows"), {"GIVEN": True}),
     (kernels.few_by_example, ("rows",), {}), (kernels.group_by_example, (), {"BM": 32}),
-    (kernels.by_unit, ("examples", "starts"), {}), (kernels.by_unit, ("cols", "sums"), {}),
+    (kernels.by_unit, ("examples", "starts"), {}), (kernels.by_unit, ("cols",), {}),
     (kernels.pointwise, (), {"BM": 16}), (kernels.sample, ("noise",), {}),
 ]
 for kernel, absent, sizes in CASES:
@@ -308,6 +308,6 @@ def test_every_kernel_compiles_for_a_gpu(tmp_path):
     )
     assert found.returncode == 0, found.stderr[-3000:]
     lines = [line.split(maxsplit=2) for line in found.stdout.splitlines()]
-    assert len(lines) == 15
+    assert len(lines) == 14
     assert all(int(shared) <= 99 * 1024 for _, shared, *_ in lines)  # what the smallest GPU with bfloat16 has
-    assert sum(len(line) == 3 for line in lines) == 9  # the products
+    assert sum(len(line) == 3 for line in lines) == 8  # the products
