@@ -15,12 +15,17 @@ from gatelet.kernels._dispatch import FEW, SMALLEST_LIST
 from gatelet.kernels._pattern import words
 
 INTERPRETED = not isinstance(kernels.pattern, triton.runtime.JITFunction)
-SPAN, SLOTS = 32, 16
-"""Units that a program for few examples looks at, and open ones of them that it takes at a time."""
+SPAN, WIDE_SPAN, SLOTS = 32, 128, 16
+"""Units that a program for few examples looks at at a time, in ``dots`` (which reads whole rows of weights) and in
+``by_example`` (which reads parts of them); and open ones of these that it takes at a time."""
 WARPS = 8
 """For tiles of products: with four, their accumulators and addresses do not fit into the registers."""
-PROGRAMS = 512
-"""About as many programs as keep a large GPU busy (132 multiprocessors, several programs each)."""
+PROGRAMS, FEW_PROGRAMS = 256, 2048
+"""About as many programs as keep a large GPU (132 multiprocessors) busy with tiles, and with reading a few rows each."""
+LIST_WORDS = 16
+"""Words of examples that are made into a list at a time."""
+LARGE_BATCH = 1024
+"""From so many examples on a tile has twice as many: a group's weights are read less often then."""
 
 _TYPES = {
     torch.float32: tl.float32,
@@ -29,7 +34,7 @@ _TYPES = {
     torch.bfloat16: tl.bfloat16,
 }
 # Tiles that fit into the shared memory of any GPU with bfloat16: (examples or units, the other side, depth).
-_TILES = {2: (64, 128, 64), 4: (64, 64, 32), 8: (32, 32, 32)}
+_TILES = {2: (128, 128, 64), 4: (64, 64, 32), 8: (32, 32, 32)}
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ def lists(cols: Tensor, gate: Tensor) -> Lists | None:
         return None
     examples = cols.new_empty((gates, batch), dtype=torch.int32)
     starts = cols.new_empty((gates, col_words + 1), dtype=torch.int32)
-    launch(kernels.lists, (gates,), cols, (cols, examples, starts, batch, group, col_words), WORDS=16)
+    launch(kernels.lists, (gates,), cols, (cols, examples, starts, batch, group, col_words), WORDS=LIST_WORDS)
     return Lists(examples, starts, group)
 
 
@@ -154,6 +159,7 @@ def dots(
         )
     else:
         tile_m, tile_n, tile_k = _TILES[x.element_size()]
+        tile_m = tile_m if batch >= LARGE_BATCH else min(tile_m, 64)
         tile_n, blocks = _unit_tiles(units, tile_n, listed)
         examples, starts = (None, None) if listed is None else (listed.examples, listed.starts)
         tile_sizes = (batch, units, width, gates, group, words(units), words(batch))
@@ -185,6 +191,7 @@ def by_example(
     if batch <= FEW:
         return _few_by_example(coefficient, weight, bias, gate, rows)
     tile_m, tile_d, tile_k = _TILES[weight.element_size()]
+    tile_m = tile_m if batch >= LARGE_BATCH else min(tile_m, 64)
     columns = -(-width // tile_d)
     if listed is None:
         out = weight.new_empty((batch, width))
@@ -212,7 +219,8 @@ def by_example(
         (columns, -(-col_words // each)),
         weight,
         (coefficient, weight, listed.examples, listed.starts, sums, *list_sizes, *weight.stride()),
-        BM=32,
+        # A share of the examples has about a tenth of them open.
+        BM=_power(8 * each, 16, 64),
         BD=tile_d,
         BK=_power(listed.group, 16, tile_k),
         num_warps=WARPS,
@@ -229,7 +237,7 @@ def _few_by_example(
     tile_d = _TILES[weight.element_size()][1]
     columns = -(-width // tile_d)
     # Enough parts to keep the GPU busy, of some spans each.
-    each = SPAN * max(1, -(-units * columns // (PROGRAMS * SPAN)))
+    each = WIDE_SPAN * max(1, -(-units * columns // (FEW_PROGRAMS * WIDE_SPAN)))
     count = -(-units // each)
     gates = units if gate is None else gate.shape[1]
     parts = weight.new_empty((count, batch, width), dtype=_sums_dtype(weight.dtype))
@@ -240,7 +248,7 @@ def _few_by_example(
         weight,
         (coefficient, weight, gate, rows, parts, *sizes, *weight.stride(), each),
         FEW=FEW,
-        SPAN=SPAN,
+        SPAN=WIDE_SPAN,
         SLOTS=SLOTS,
         BD=tile_d,
         **types,

@@ -171,23 +171,29 @@ def dots(  # type: ignore[no-untyped-def]
         last = (g + 1) * group
         valid = m < tl.load(starts + g.to(tl.int64) * (col_words + 1) + col_words)
         b = tl.load(examples + g.to(tl.int64) * batch + m, mask=valid, other=0).to(tl.int64)
-    n = (first + tl.arange(0, BN)).to(tl.int64)
-    inside = valid[:, None] & (n < last)[None, :]
-    found = inside
+    n = first + tl.arange(0, BN)
+    # Which pairs are open is found out twice: once kept, it would take the registers that the product needs.
     if examples is None:
-        found = open_pairs(rows, gate, b[:, None], n[None, :], inside, gates, group, row_words)
+        inside = valid[:, None] & (n < last)[None, :]
+        wanted = any_of(open_pairs(rows, gate, b[:, None], n[None, :], inside, gates, group, row_words))
+    else:
+        wanted = any_of(valid)
     acc = tl.zeros((BM, BN), ACC)
-    for start in range(0, tl.where(any_of(found) > 0, width, 0), BK):
+    for start in range(0, tl.where(wanted > 0, width, 0), BK):
         k = start + tl.arange(0, BK)
         a = tl.load(x + b[:, None] * width + k[None, :], mask=valid[:, None] & (k < width)[None, :], other=0)
         w = tl.load(
-            weight + n[None, :] * unit_stride + k[:, None].to(tl.int64) * width_stride,
+            weight + n[None, :].to(tl.int64) * unit_stride + k[:, None].to(tl.int64) * width_stride,
             mask=(n < last)[None, :] & (k < width)[:, None],
             other=0,
         )
         acc = tl.dot(a.to(DOT), w.to(DOT), acc, input_precision=PRECISION, out_dtype=ACC)
     if bias is not None:
         acc += tl.load(bias + n, mask=n < last, other=0).to(ACC)[None, :]
+    inside = valid[:, None] & (n < last)[None, :]
+    found = inside
+    if examples is None:
+        found = open_pairs(rows, gate, b[:, None], n[None, :], inside, gates, group, row_words)
     at = b[:, None] * units + n[None, :]
     if pre is not None:
         tl.store(pre + at, tl.where(found, acc, 0).to(pre.dtype.element_ty), mask=inside)
