@@ -185,7 +185,7 @@ def test_gates_do_what_they_say():
         have = owner(model.embeddings(IDS))
         hook.remove()
         (x,) = seen
-        gates = gating.gates(x).repeat_interleave(2, -1)
+        gates = gating(x).repeat_interleave(2, -1)
         assert 0.1 < gates.mean() < 0.4
         hidden = owner.intermediate(x) * gates
         want = owner.output.LayerNorm(owner.output.dense(hidden) + x)
