@@ -59,6 +59,8 @@ class Recipe:
     # What the paper has not, and others use.
     input_noise: float = 0.0
     """Standard deviation of Gaussian noise on the pixels, in training."""
+    adversarial: float = 0.0
+    """Length of a step that moves every training image towards a higher loss, before it is trained on."""
     input_dropout: float = 0.0
     hidden_dropout: float = 0.0
     label_smoothing: float = 0.0
@@ -103,7 +105,7 @@ class Recipe:
             check_rate(self.target_rate)
         if self.beta_noise is not None and not 1 < self.beta_noise < math.inf:
             raise ValueError(f"beta_noise must be a finite number above 1, not {self.beta_noise!r}")
-        for name in ("rate", "gater_rate", "weight_decay", "input_noise"):
+        for name in ("rate", "gater_rate", "weight_decay", "input_noise", "adversarial"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number of at least 0, not {getattr(self, name)!r}")
         for name in ("momentum", "input_dropout", "hidden_dropout", "label_smoothing", "average"):
