@@ -328,8 +328,8 @@ def markdown(
     ]
     parts = [
         f"{options.seeds} seeds, {options.epochs} epochs, the first {options.train_images} training images of "
-        f"{options.dataset}, {options.width:g} times the table's width, its recipes otherwise. Undecided: gates that fire with a probability in "
-        "(0.05, 0.2), on the validation images.",
+        f"{options.dataset}, {options.width:g} times the table's width, its recipes otherwise. "
+        "Undecided: gates that fire with a probability in (0.05, 0.2), on the validation images.",
         table.markdown(["claim", "by", "mean gain", "pairs of runs in which it holds"], claims),
         table.markdown(["variant", *(name for name, _, _ in _COLUMNS), "recipe"], runs),
         "Variance of the stochastic binary neuron's gradient for the logits, summed over the gates:",

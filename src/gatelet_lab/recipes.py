@@ -59,6 +59,8 @@ class Recipe:
     # What the paper has not, and others use.
     input_noise: float = 0.0
     """Standard deviation of Gaussian noise on the pixels, in training."""
+    adversarial: float = 0.0
+    """Length of a step that moves every training image towards a higher loss, before it is trained on."""
     input_dropout: float = 0.0
     hidden_dropout: float = 0.0
     label_smoothing: float = 0.0
@@ -103,7 +105,7 @@ class Recipe:
             check_rate(self.target_rate)
         if self.beta_noise is not None and not 1 < self.beta_noise < math.inf:
             raise ValueError(f"beta_noise must be a finite number above 1, not {self.beta_noise!r}")
-        for name in ("rate", "gater_rate", "weight_decay", "input_noise"):
+        for name in ("rate", "gater_rate", "weight_decay", "input_noise", "adversarial"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number of at least 0, not {getattr(self, name)!r}")
         for name in ("momentum", "input_dropout", "hidden_dropout", "label_smoothing", "average"):
@@ -214,7 +216,12 @@ def sigmoid() -> Recipe:
 
 
 def best() -> Recipe:
-    """Ours, with the paper's share of open units: a gapped straight-through gate, and what one adds today."""
+    """Ours, with the paper's share of open units: a gapped straight-through gate, and what one adds today.
+
+    Chosen by validation error after 8 epochs: straight-through 1.91 %, the gapped kind 1.67 %; a weaker penalty
+    (0.01) with adversarial steps of length 1 and batches of 256 1.33 %. Twice the units were no better at that length,
+    and a second conditional layer learned more slowly.
+    """
     return Recipe(
         row="best",
         title="Ours",
@@ -222,20 +229,19 @@ def best() -> Recipe:
         estimator="gapped_straight_through",
         experts=1000,
         bottleneck=200,
-        kl_weight=0.1,
+        kl_weight=0.01,
         gate_bias=None,
         gater_norm=True,
-        input_noise=0.3,
+        adversarial=1.0,
         average=0.998,
         optimizer="adamw",
-        weight_decay=0.0,
         schedule="cosine",
-        batch=128,
-        rate=0.002,
+        batch=256,
+        rate=0.004,
         max_norm=None,
         gater_max_norm=None,
-        epochs=60,
-        patience=60,
+        epochs=40,
+        patience=40,
     )
 
 

@@ -120,7 +120,7 @@ def plan(options: Sweep) -> tuple[Recipe, Space]:
 def default_space(base: Recipe) -> list[str]:
     """Return what decides a row most (and the paper leaves open), as ``--space`` takes it."""
     if base.optimizer == "adamw":
-        space = ["rate=0.0003:0.01:log", "weight_decay=0:0.1", "input_noise=0:0.5", "hidden_dropout=0:0.5"]
+        space = ["rate=0.0003:0.01:log", "weight_decay=0:0.1", "adversarial=0:2", "hidden_dropout=0:0.5"]
     else:
         space = ["rate=0.02:1:log", "momentum=0:0.9"]
         space += ["rate_decay=0.95:1" if base.rate_decay > 0.95 else "rate_decay=0.6:0.99"]
