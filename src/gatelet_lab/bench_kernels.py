@@ -94,7 +94,7 @@ def run(options: BenchKernels, console: Console) -> None:
         show_steps(budget, options.patience, console)
         return
     rows: tuple[Row, ...] = ROWS
-    shapes = AUTO_SHAPES
+    shapes: Sequence[tuple[int, int]] = AUTO_SHAPES
     if options.shape is not None:
         width, units = options.shape
         if width < 1 or units < 1:
@@ -114,8 +114,8 @@ def run(options: BenchKernels, console: Console) -> None:
             results.append(measure(row, batch, RATE, budget, options.patience))
             console.print(line(results[-1]), highlight=False)
     console.print(
-        f"time / dense at {RATE:.0%} open, f+b: forward and backward; speed-up of the {1 / RATE:.0f}× possible; others: "
-        "CPU of other processes",
+        f"time / dense at {RATE:.0%} open; f+b: forward and backward; speed-up of at most {1 / RATE:.0f}×; others: CPU "
+        "of other processes",
         highlight=False,
     )
     report: dict[str, Any] = {"machine": about, "results": results}
@@ -423,7 +423,8 @@ def steps(trainer: Trainer) -> dict[str, Callable[[], Any]]:
     expert, gater = list(layer.expert.parameters()), list(layer.gater.parameters())
 
     def dense(x: Tensor, gates: Tensor, wanted: Tensor | None = None) -> Tensor:
-        return layer.expert(x) * gates
+        product: Tensor = layer.expert(x)
+        return product * gates
 
     def step(experts: Callable[..., Tensor]) -> float:
         with mock.patch.object(layer, "_experts", experts):

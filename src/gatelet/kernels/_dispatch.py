@@ -5,6 +5,7 @@ import importlib.util
 import math
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -100,11 +101,11 @@ def costs(kernel: Kernel, dtype: torch.dtype) -> Costs:
         weight = torch.ones(units, width, dtype=dtype, device="cpu")
         # Every k-th gate, shifted from row to row: as irregular for the kernels as random ones, without a generator.
         places = torch.arange(batch * units // (1 if kernel == "unit" else 64), device="cpu")
-        ways = [lambda: _reference.forward(x, weight, None, torch.ones_like(x), False)[0]]
+        ways: list[Callable[[], Tensor]] = [lambda: _reference.forward(x, weight, None, torch.ones_like(x), False)[0]]
         rates = (0.125, 0.75)
         for rate in rates:
             gate = ((places * 0.6180339887498949) % 1 < rate).to(dtype).view(batch, -1)
-            ways.append(lambda gate=gate: _numba.infer(x, weight, None, gate))
+            ways.append(functools.partial(_numba.infer, x, weight, None, gate))
         best = [math.inf] * len(ways)
         for _ in range(7):
             for index, way in enumerate(ways):
@@ -208,6 +209,16 @@ def recorded(forward: Any, save: Any, backward: Any) -> Any:
             return backward(ctx, *grads)
 
     return Recorded.apply
+
+
+def one_layout(gradients: Any) -> Any:
+    """Return the function with contiguous results, whatever the backend: a fake can only promise one layout."""
+
+    @functools.wraps(gradients)
+    def contiguous(*args: Any) -> Any:
+        return tuple(each.contiguous() for each in gradients(*args))
+
+    return contiguous
 
 
 def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
