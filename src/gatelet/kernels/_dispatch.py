@@ -39,17 +39,25 @@ class Choice:
     kernel: Kernel
     active_fraction: float | None
     limit: float
-    reason: str
+    why: str = ""
+
+    @property
+    def reason(self) -> str:
+        """Say why."""
+        if self.active_fraction is None:  # put into words when asked, for that takes longer than to decide
+            return self.why
+        side = "over" if self.backend == "reference" else "under"
+        return f"{self.active_fraction:.1%} of the gates are open, {side} break-even at {self.limit:.0%}"
 
 
-SMALL = 1 << 20
+SMALL = 1 << 16
 """Layers of fewer multiply-adds than this run dense: they are over before it matters, and nothing needs compiling."""
-PAIR, PLACE = 75, 40
+PAIR, PLACE = 90, 50
 """What an open pair costs beside its D multiply-adds, and what any pair costs, in dense multiply-adds: for the first
 its sum, bias and gate, for the second its bit in the pattern and the zero in its place."""
 FEW = 8
 """For so few examples the kernels win at any active fraction: dense products are then bound by reading weights too."""
-SAMPLE = 1 << 14
+SAMPLE = 1 << 12
 """Gates that are looked at to measure the active fraction."""
 
 
@@ -88,7 +96,7 @@ class Costs:
 
 @functools.cache
 def costs(kernel: Kernel, dtype: torch.dtype) -> Costs:
-    """Measure what the kernel costs on this machine, once per process (some 20 ms): the ratio is the machine's.
+    """Measure what the kernel costs on this machine, once per process (some 30 ms): the ratio is the machine's.
 
     One core of a desktop does two multiply-adds per load, another one: dense products run at twice the speed on the
     first, sparse ones, bound by loads, do not.
@@ -107,7 +115,7 @@ def costs(kernel: Kernel, dtype: torch.dtype) -> Costs:
             gate = ((places * 0.6180339887498949) % 1 < rate).to(dtype).view(batch, -1)
             ways.append(functools.partial(_numba.infer, x, weight, None, gate))
         best = [math.inf] * len(ways)
-        for _ in range(7):
+        for _ in range(15):
             for index, way in enumerate(ways):
                 start = time.perf_counter()
                 way()
@@ -115,16 +123,19 @@ def costs(kernel: Kernel, dtype: torch.dtype) -> Costs:
     dense, low, high = best
     slope = (high - low) / (rates[1] - rates[0]) / dense
     fixed = low / dense - slope * rates[0]
-    return Costs(max(fixed - PLACE / width, 0.0), slope / (1 + PAIR / width))
+    # Within what machines can be: other processes may have disturbed every one of these short measurements.
+    return Costs(min(max(fixed - PLACE / width, 0.0), 0.4), min(max(slope / (1 + PAIR / width), 0.5), 3.0))
 
 
-def limit(kernel: Kernel, batch: int, width: int, dtype: torch.dtype) -> float:
+def limit(kernel: Kernel, batch: int, width: int, dtype: torch.dtype, gradients: bool) -> float:
     """Return the active fraction below which this kernel is expected to beat dense."""
     if batch <= FEW:
         return 1.0
     cost = costs(kernel, dtype)
-    left = max(1 - cost.fixed - PLACE / width, 0.0)
-    return min(1.0, left / (cost.slope * (1 + PAIR / width)) + FEW / batch)
+    # The products of the backward pass form no pattern and finish no pairs.
+    each = 2 * width if gradients else width
+    left = max(1 - cost.fixed - PLACE / each, 0.0)
+    return min(1.0, left / (cost.slope * (1 + PAIR / each)) + FEW / batch)
 
 
 def check_backend(backend: str) -> str:
@@ -167,15 +178,13 @@ def choose(
         return Choice("reference", "reference", None, 0.0, missing)
     if batch * units * width < SMALL:
         return Choice("reference", "reference", None, 0.0, "so small that starting a kernel costs more than it saves")
-    most = limit(kernel, batch, width, dtype)
+    most = limit(kernel, batch, width, dtype, gradients)
     if most == 1.0:
         return Choice("numba", kernel, None, most, "the kernel is faster at any active fraction")
     rate = active_fraction(gate)
     if rate <= most:
-        return Choice("numba", kernel, rate, most, f"{rate:.1%} of the gates are open, break-even is at {most:.0%}")
-    return Choice(
-        "reference", "reference", rate, most, f"{rate:.1%} of the gates are open, over break-even at {most:.0%}"
-    )
+        return Choice("numba", kernel, rate, most)
+    return Choice("reference", "reference", rate, most)
 
 
 def plain(*tensors: Tensor | None) -> bool:
@@ -264,8 +273,8 @@ def explain(x: Tensor, weight: Tensor, gate: Tensor, *, backend: str = "auto", g
         backend: as given to the op.
         gradients: whether a backward pass follows; by default, whether autograd records these tensors.
 
-    >>> x, weight = torch.zeros(64, 512), torch.zeros(1024, 512)
-    >>> explain(x, weight, torch.ones(64, 1024)).backend
+    >>> x, weight = torch.zeros(2, 8), torch.zeros(16, 8)
+    >>> explain(x, weight, torch.ones(2, 16)).backend
     'reference'
     """
     check_backend(backend)

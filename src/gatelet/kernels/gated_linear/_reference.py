@@ -1,5 +1,7 @@
 """gated_linear in plain PyTorch: everything is computed, then closed units are discarded."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,7 +22,7 @@ def closed(product: Tensor, gate: Tensor) -> Tensor:
 
     One sum tells whether there are any; looking at every number would cost as much as the product.
     """
-    if product.numel() and not bool(product.sum().isfinite()):
+    if product.numel() and not math.isfinite(product.sum().item()):
         return torch.where(gate != 0, product, 0)
     return product
 
