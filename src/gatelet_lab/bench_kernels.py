@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
-from gatelet.kernels import explain, gated_ffn, gated_linear
+from gatelet.kernels import Choice, _dispatch, explain, gated_ffn, gated_linear
 from gatelet_lab import data
 from gatelet_lab.recipes import recipe
 from gatelet_lab.train import Trainer, write_atomically, write_json
@@ -80,7 +80,7 @@ COLUMNS = {
     "loop over groups": "loop",
 }
 """Head of the column of each way."""
-Ways = Mapping[str, Callable[[], Any]]
+Ways = Mapping[Any, Callable[[], Any]]
 
 
 def run(options: BenchKernels, console: Console) -> None:
@@ -94,7 +94,7 @@ def run(options: BenchKernels, console: Console) -> None:
         show_steps(budget, options.patience, console)
         return
     rows: tuple[Row, ...] = ROWS
-    shapes = AUTO_SHAPES
+    shapes: Sequence[tuple[int, int]] = AUTO_SHAPES
     if options.shape is not None:
         width, units = options.shape
         if width < 1 or units < 1:
@@ -105,7 +105,7 @@ def run(options: BenchKernels, console: Console) -> None:
             Row(f"{width}→{units} units f+b", width, units, backward=True),
         )
     if options.auto:
-        check_auto(shapes, options.quick, console)
+        check_auto(shapes, options, console)
         return
     results = []
     console.print(head(), highlight=False)
@@ -114,8 +114,8 @@ def run(options: BenchKernels, console: Console) -> None:
             results.append(measure(row, batch, RATE, budget, options.patience))
             console.print(line(results[-1]), highlight=False)
     console.print(
-        f"time / dense at {RATE:.0%} open, f+b: forward and backward; speed-up of the {1 / RATE:.0f}× possible; others: "
-        "CPU of other processes",
+        f"time / dense at {RATE:.0%} open; f+b: forward and backward; speed-up of at most {1 / RATE:.0f}×; others: CPU "
+        "of other processes",
         highlight=False,
     )
     report: dict[str, Any] = {"machine": about, "results": results}
@@ -225,14 +225,14 @@ def prepare(row: Row, batch: int, rate: float, peers: bool) -> dict[str, Callabl
     return with_gradients(pairs, torch.randn(batch, row.units, generator=draw)) if grad else forward_only(pairs)
 
 
-def forward_only(pairs: Mapping[str, tuple[Callable[[], Tensor], Sequence[Tensor]]]) -> dict[str, Callable[[], Any]]:
+def forward_only(pairs: Mapping[Any, tuple[Callable[[], Tensor], Sequence[Tensor]]]) -> dict[Any, Callable[[], Any]]:
     """Return the ways alone."""
     return {name: way for name, (way, _) in pairs.items()}
 
 
 def with_gradients(
-    pairs: Mapping[str, tuple[Callable[[], Tensor], Sequence[Tensor]]], upper: Tensor
-) -> dict[str, Callable[[], Any]]:
+    pairs: Mapping[Any, tuple[Callable[[], Tensor], Sequence[Tensor]]], upper: Tensor
+) -> dict[Any, Callable[[], Any]]:
     """Return each way followed by its backward pass to all of its inputs."""
 
     def both(way: Callable[[], Tensor], inputs: Sequence[Tensor]) -> Callable[[], Any]:
@@ -284,7 +284,7 @@ def check(row: Row, ways: Ways) -> None:
                 raise RuntimeError(f"{row.title}: {name} is off by {differs:g} and is not timed")
 
 
-def interleaved(ways: Ways, budget: float, patience: float = 0.0) -> tuple[dict[str, float], float]:
+def interleaved(ways: Ways, budget: float, patience: float = 0.0) -> tuple[dict[Any, float], float]:
     """Return each way's median time in turns, and the share of a core that other processes used meanwhile.
 
     With ``patience`` (seconds) a disturbed measurement is repeated; the least disturbed one counts.
@@ -300,8 +300,8 @@ def interleaved(ways: Ways, budget: float, patience: float = 0.0) -> tuple[dict[
     return best
 
 
-def _once(ways: Ways, budget: float) -> tuple[dict[str, float], float]:
-    times: dict[str, list[float]] = {name: [] for name in ways}
+def _once(ways: Ways, budget: float) -> tuple[dict[Any, float], float]:
+    times: dict[Any, list[float]] = {name: [] for name in ways}
     begin, busy, own = time.perf_counter(), _busy(), time.process_time()
     order = list(ways)
     while time.perf_counter() - begin < budget or len(times[next(iter(times))]) < 5:
@@ -331,65 +331,88 @@ AUTO_BATCHES = (1, 8, 32, 256, 1024)
 AUTO_RATES = (0.02, 0.1, 0.3, 0.6, 0.9)
 
 
-def check_auto(shapes: Sequence[tuple[int, int]], quick: bool, console: Console) -> None:
-    """Print how much slower than the faster backend auto's choice is, where it is most, and what choosing costs."""
-    losses = []
-    deciding = 0.0
-    for dtype in (torch.float32,) if quick else (torch.float32, torch.float64):
-        for (width, units), batch, group, backward in itertools.product(shapes, AUTO_BATCHES, (1, 16), (False, True)):
-            if units % group or batch * width * units > AUTO_MOST:
-                continue
-            found = time_choices(width, units, batch, group, backward, dtype)
-            deciding = max(deciding, found.pop("deciding"))
-            losses += [(loss, dtype, width, units, batch, group, backward, rate) for rate, loss in found.items()]
-    losses.sort(key=lambda each: -each[0])
-    within = sum(loss <= AUTO_LOSS for loss, *_ in losses)
-    console.print(
-        f"auto is within {AUTO_LOSS:.0%} of the faster backend in {within} of {len(losses)} layers; deciding takes at "
-        f"most {deciding:.1%} of a call",
-        highlight=False,
-    )
-    for loss, dtype, width, units, batch, group, backward, rate in losses[:8]:
-        direction = "forward + backward" if backward else "forward"
-        console.print(
-            f"{loss:6.1%} over: {width}→{units}, B = {batch}, groups of {group}, {rate:.0%} open, {direction}, {dtype}",
-            highlight=False,
-        )
-
-
-AUTO_LOSS = 0.05
 AUTO_MOST = 1 << 30
 """Multiply-adds of the largest layer on the grid."""
+AUTO_LOSS = 0.05
+AUTO_SHOWN = 12
 
 
-def time_choices(
-    width: int, units: int, batch: int, group: int, backward: bool, dtype: torch.dtype
-) -> dict[Any, float]:
-    """Return, by active fraction, the time of auto's choice over the faster backend's − 1; and what choosing takes."""
+@dataclass(frozen=True)
+class Decision:
+    """What auto chose for a layer, and how much slower that was than the faster backend (0: it was the faster)."""
+
+    layer: str
+    choice: Choice
+    loss: float
+    deciding: float
+    """The share of the call that choosing took."""
+
+
+def check_auto(shapes: Sequence[tuple[int, int]], options: BenchKernels, console: Console) -> None:
+    """Print how much slower than the faster backend auto's choice is, where it is most, and what choosing costs."""
+    found: list[Decision] = []
+    for dtype in (torch.float32,) if options.quick else (torch.float32, torch.float64):
+        for (width, units), batch, group, backward in itertools.product(shapes, AUTO_BATCHES, (1, 16), (False, True)):
+            if units % group == 0 and batch * width * units <= AUTO_MOST:
+                found += decisions(width, units, batch, group, backward, dtype, options.patience)
+    within = sum(each.loss <= AUTO_LOSS for each in found)
+    deciding = sorted(each.deciding for each in found)
+    console.print(
+        f"auto is within {AUTO_LOSS:.0%} of the faster backend in {within} of {len(found)} layers; choosing takes "
+        f"{statistics.median(deciding):.1%} of a call in the median, {deciding[-1]:.1%} at most; furthest off:",
+        highlight=False,
+    )
+    for each in sorted(found, key=lambda each: -each.loss)[:AUTO_SHOWN]:
+        console.print(f"{each.loss:7.1%}  {each.layer}: {each.choice.backend}", highlight=False)
+
+
+def decisions(
+    width: int, units: int, batch: int, group: int, backward: bool, dtype: torch.dtype, patience: float
+) -> list[Decision]:
+    """Time both backends at several active fractions, and say what auto chooses."""
     draw = torch.Generator().manual_seed(0)
     kind: Any = {"generator": draw, "dtype": dtype}
     x, weight = torch.randn(batch, width, **kind), torch.randn(units, width, **kind) / width**0.5
     bias, upper = torch.randn(units, **kind), torch.randn(batch, units, **kind)
     gates = {rate: (torch.rand(batch, units // group, **kind) < rate).to(dtype) for rate in AUTO_RATES}
-    leaves = [each.requires_grad_(backward) for each in (x, weight, bias, *gates.values())]
-    pairs: dict[str, Any] = {}
-    for rate, gate in gates.items():
-        for backend in ("reference", "numba"):
-            way = functools.partial(gated_linear, x, weight, bias, gate, backend=backend)
-            pairs[f"{backend} {rate}"] = (way, (*leaves[:3], gate))
-    ways = with_gradients(pairs, upper) if backward else forward_only(pairs)
+    for each in (x, weight, bias, *gates.values()):
+        each.requires_grad_(backward)
+    pairs = {
+        (backend, rate): (
+            functools.partial(gated_linear, x, weight, bias, gate, backend=backend),
+            (x, weight, bias, gate),
+        )
+        for rate, gate in gates.items()
+        for backend in ("reference", "numba")
+    }
+    found = []
     with torch.set_grad_enabled(backward):
-        medians, _ = interleaved(ways, 0.1)
-        chosen = {rate: explain(x, weight, gate).backend for rate, gate in gates.items()}
-        start = time.perf_counter()
-        for _ in range(100):
-            explain(x, weight, gates[0.1])
-        took = (time.perf_counter() - start) / 100
-    found: dict[Any, float] = {"deciding": took / min(medians.values())}
-    for rate, backend in chosen.items():
-        best = min(medians[f"reference {rate}"], medians[f"numba {rate}"])
-        found[rate] = medians[f"{backend} {rate}"] / best - 1
+        medians, _ = interleaved(with_gradients(pairs, upper) if backward else forward_only(pairs), 0.1, patience)
+        for rate, gate in gates.items():
+            choice = explain(x, weight, gate)
+            took = medians[choice.backend, rate]
+            layer = (
+                f"{width}→{units}, B = {batch}, {f'groups of {group}' if group > 1 else 'units'}, {rate:.0%} open, "
+                f"{'f+b' if backward else 'forward'}, {str(dtype).removeprefix('torch.')}"
+            )
+            loss = took / min(medians["reference", rate], medians["numba", rate]) - 1
+            deciding = cost_of_deciding(gate.detach(), width, units, dtype, backward, choice.backend) / took
+            found.append(Decision(layer, choice, loss, deciding))
     return found
+
+
+def cost_of_deciding(gate: Tensor, width: int, units: int, dtype: torch.dtype, backward: bool, chosen: str) -> float:
+    """Return how many seconds ``backend="auto"`` takes beyond the same call with the backend that it chooses."""
+
+    def seconds(backend: str) -> float:
+        times = []
+        for _ in range(50):
+            start = time.perf_counter()
+            _dispatch.choose(backend, gate, width, units, dtype, backward)
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    return max(0.0, seconds("auto") - seconds(chosen))
 
 
 # -------------------------------------------------------------------- a training step of the paper's network
@@ -423,7 +446,8 @@ def steps(trainer: Trainer) -> dict[str, Callable[[], Any]]:
     expert, gater = list(layer.expert.parameters()), list(layer.gater.parameters())
 
     def dense(x: Tensor, gates: Tensor, wanted: Tensor | None = None) -> Tensor:
-        return layer.expert(x) * gates
+        product: Tensor = layer.expert(x)
+        return product * gates
 
     def step(experts: Callable[..., Tensor]) -> float:
         with mock.patch.object(layer, "_experts", experts):

@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from gatelet import kernels
-from gatelet.kernels import explain, gated_ffn, gated_linear, linear_gated, open_pattern
+from gatelet.kernels import _dispatch, explain, gated_ffn, gated_linear, linear_gated, open_pattern
 
 OPS = (gated_linear, linear_gated, gated_ffn)
 
@@ -280,8 +280,8 @@ def test_memory_stays_below_dense():
 
 
 def test_explain_says_what_runs():
-    x, weight = torch.zeros(64, 512), torch.zeros(1024, 512)
-    sparse, dense = torch.zeros(64, 1024), torch.ones(64, 1024)
+    x, weight = torch.zeros(1024, 256), torch.zeros(512, 256)
+    sparse, dense = torch.zeros(1024, 512), torch.ones(1024, 512)
     sparse[:, ::50] = 1
     assert explain(x, weight, sparse).kernel == "unit"
     assert explain(x, weight, sparse[:, ::16]).kernel == "group"
@@ -289,6 +289,28 @@ def test_explain_says_what_runs():
     assert explain(x, weight, dense, backend="numba").backend == "numba"
     assert explain(x[:1, :2], weight[:8, :2], dense[:1, :8]).backend == "reference"
     assert explain(x.half(), weight.half(), sparse).backend == "reference"
+
+
+def test_the_machine_is_measured_once_and_says_something_plausible():
+    _dispatch.costs.cache_clear()
+    cost = _dispatch.costs("unit", torch.float32)
+    assert 0 <= cost.fixed <= 0.4
+    assert 0.5 <= cost.slope <= 3
+    assert _dispatch.costs("unit", torch.float32) is cost
+
+
+def test_auto_takes_dense_from_break_even_on(monkeypatch):
+    """T = fixed + slope·α of dense: here 0.1 + 2α, which reaches 1 at α = 0.45 (for very many features)."""
+    monkeypatch.setattr(_dispatch, "costs", lambda *_: _dispatch.Costs(0.1, 2.0))
+    assert _dispatch.limit("unit", 1 << 20, 1 << 20, torch.float32, False) == pytest.approx(0.45, abs=1e-3)
+    x, weight = torch.zeros(512, 256), torch.zeros(512, 256)
+    below, above = (torch.zeros(512, 512) for _ in range(2))
+    below[:, :100], above[:, :250] = 1, 1  # at D = 256: (1 - 0.1 - 50/256) / (2·(1 + 90/256)) + 8/512 = 0.28
+    assert explain(x, weight, below).backend == "numba"
+    assert explain(x, weight, above).backend == "reference"
+    assert explain(x, weight, above).limit == pytest.approx(0.276, abs=1e-3)
+    assert "under break-even at 28%" in explain(x, weight, below).reason
+    assert explain(x[:8], weight, above[:8]).backend == "numba"  # few examples: weights are read by both
 
 
 def test_errors_name_the_argument():

@@ -6,6 +6,7 @@ import math
 import os
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,17 +41,26 @@ class Choice:
     kernel: Kernel
     active_fraction: float | None
     limit: float
-    reason: str
+    why: str = ""
+
+    @property
+    def reason(self) -> str:
+        """Say why."""
+        if self.why or self.active_fraction is None:
+            return self.why
+        # Put into words when asked, for that takes longer than to decide.
+        side = "over" if self.backend == "reference" else "under"
+        return f"{self.active_fraction:.1%} of the gates are open, {side} break-even at {self.limit:.0%}"
 
 
-SMALL = 1 << 20
+SMALL = 1 << 16
 """Layers of fewer multiply-adds than this run dense: they are over before it matters, and nothing needs compiling."""
-PAIR, PLACE = 75, 40
+PAIR, PLACE = 90, 50
 """What an open pair costs beside its D multiply-adds, and what any pair costs, in dense multiply-adds: for the first
 its sum, bias and gate, for the second its bit in the pattern and the zero in its place."""
 FEW = 8
 """For so few examples the kernels win at any active fraction: dense products are then bound by reading weights too."""
-SAMPLE = 1 << 14
+SAMPLE = 1 << 12
 """Gates that are looked at to measure the active fraction."""
 
 
@@ -123,7 +133,7 @@ class Costs:
 
 @functools.cache
 def costs(kernel: Kernel, dtype: torch.dtype) -> Costs:
-    """Measure what the kernel costs on this machine, once per process (some 20 ms): the ratio is the machine's.
+    """Measure what the kernel costs on this machine, once per process (some 30 ms): the ratio is the machine's.
 
     One core of a desktop does two multiply-adds per load, another one: dense products run at twice the speed on the
     first, sparse ones, bound by loads, do not.
@@ -136,13 +146,13 @@ def costs(kernel: Kernel, dtype: torch.dtype) -> Costs:
         weight = torch.ones(units, width, dtype=dtype, device="cpu")
         # Every k-th gate, shifted from row to row: as irregular for the kernels as random ones, without a generator.
         places = torch.arange(batch * units // (1 if kernel == "unit" else 64), device="cpu")
-        ways = [lambda: _reference.forward(x, weight, None, torch.ones_like(x), False)[0]]
+        ways: list[Callable[[], Tensor]] = [lambda: _reference.forward(x, weight, None, torch.ones_like(x), False)[0]]
         rates = (0.125, 0.75)
         for rate in rates:
             gate = ((places * 0.6180339887498949) % 1 < rate).to(dtype).view(batch, -1)
-            ways.append(lambda gate=gate: _numba.infer(x, weight, None, gate))
+            ways.append(functools.partial(_numba.infer, x, weight, None, gate))
         best = [math.inf] * len(ways)
-        for _ in range(7):
+        for _ in range(15):
             for index, way in enumerate(ways):
                 start = time.perf_counter()
                 way()
@@ -150,16 +160,19 @@ def costs(kernel: Kernel, dtype: torch.dtype) -> Costs:
     dense, low, high = best
     slope = (high - low) / (rates[1] - rates[0]) / dense
     fixed = low / dense - slope * rates[0]
-    return Costs(max(fixed - PLACE / width, 0.0), slope / (1 + PAIR / width))
+    # Within what machines can be: other processes may have disturbed every one of these short measurements.
+    return Costs(min(max(fixed - PLACE / width, 0.0), 0.4), min(max(slope / (1 + PAIR / width), 0.5), 3.0))
 
 
-def limit(kernel: Kernel, batch: int, width: int, dtype: torch.dtype) -> float:
+def limit(kernel: Kernel, batch: int, width: int, dtype: torch.dtype, gradients: bool) -> float:
     """Return the active fraction below which this kernel is expected to beat dense."""
     if batch <= FEW:
         return 1.0
     cost = costs(kernel, dtype)
-    left = max(1 - cost.fixed - PLACE / width, 0.0)
-    return min(1.0, left / (cost.slope * (1 + PAIR / width)) + FEW / batch)
+    # The products of the backward pass form no pattern and finish no pairs.
+    each = 2 * width if gradients else width
+    left = max(1 - cost.fixed - PLACE / each, 0.0)
+    return min(1.0, left / (cost.slope * (1 + PAIR / each)) + FEW / batch)
 
 
 def check_backend(backend: str) -> str:
@@ -212,20 +225,18 @@ def choose(
         return Choice("reference", "reference", None, 0.0, missing)
     if batch * units * width < SMALL:
         return Choice("reference", "reference", None, 0.0, "so small that starting a kernel costs more than it saves")
-    most = limit(kernel, batch, width, dtype)
+    most = limit(kernel, batch, width, dtype, gradients)
     if most == 1.0:
         return Choice("numba", kernel, None, most, "the kernel is faster at any active fraction")
     rate = active_fraction(gate)
     if rate <= most:
-        return Choice("numba", kernel, rate, most, f"{rate:.1%} of the gates are open, break-even is at {most:.0%}")
-    return Choice(
-        "reference", "reference", rate, most, f"{rate:.1%} of the gates are open, over break-even at {most:.0%}"
-    )
+        return Choice("numba", kernel, rate, most)
+    return Choice("reference", "reference", rate, most)
 
 
 # The rule for CUDA devices. Not measured on a GPU: chosen from counts of bytes and operations (docs/gpu.md) so that the
 # kernels are taken only where they have several times less of both than dense, and dense runs otherwise.
-FEW = 16
+GPU_FEW = 16
 """At most so many examples: programs read only the rows of open units, and the time is that of reading them."""
 SMALLEST_LIST = 16
 """Groups of at least so many units are multiplied by lists of their examples; a tile of tensor cores is no smaller."""
@@ -266,7 +277,7 @@ def choose_on_gpu(
         return dense("no active_fraction was declared, and looking at the gates would make the GPU wait")
     if units * width * dtype.itemsize < GPU_BYTES:
         return dense("so small that starting the kernels costs more than they save")
-    if batch <= FEW and not gradients:
+    if batch <= GPU_FEW and not gradients:
         most = 1 - (1 - GPU_READ) ** (1 / max(batch, 1))
         if declared <= most:
             return Choice("triton", kernel, declared, most, f"{batch} examples read open weights alone")
@@ -310,6 +321,16 @@ def recorded(forward: Any, save: Any, backward: Any) -> Any:
             return backward(ctx, *grads)
 
     return Recorded.apply
+
+
+def one_layout(gradients: Any) -> Any:
+    """Return the function with contiguous results, whatever the backend: a fake can only promise one layout."""
+
+    @functools.wraps(gradients)
+    def contiguous(*args: Any) -> Any:
+        return tuple(each.contiguous() for each in gradients(*args))
+
+    return contiguous
 
 
 def refuse_transforms(op: str, *tensors: Tensor | None) -> None:
@@ -371,8 +392,8 @@ def explain(
         gradients: whether a backward pass follows; by default, whether autograd records these tensors.
         active_fraction: as given to the op.
 
-    >>> x, weight = torch.zeros(64, 512), torch.zeros(1024, 512)
-    >>> explain(x, weight, torch.ones(64, 1024)).backend
+    >>> x, weight = torch.zeros(2, 8), torch.zeros(16, 8)
+    >>> explain(x, weight, torch.ones(2, 16)).backend
     'reference'
     """
     check_backend(backend)

@@ -1,5 +1,6 @@
 """The pattern of open (example, unit) pairs, as bits, in both orders."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,7 +82,7 @@ def gathered(coefficient: Tensor, rows: Tensor) -> Tensor:
         return (coefficient @ torch.where(finite, rows, 0)).masked_fill(spoilt.unsqueeze(1), torch.nan)
     result = coefficient @ rows
     probe = min(rows, result, key=Tensor.numel)  # a NaN in a row left out shows in both
-    if probe.numel() and not bool(probe.sum().isfinite()):
+    if probe.numel() and not math.isfinite(probe.sum().item()):
         bad = (~rows.isfinite().all(1)).nonzero().flatten().tolist()
         finite = rows.clone()
         finite[bad] = 0

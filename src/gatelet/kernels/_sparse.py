@@ -11,6 +11,10 @@ NEAR = 1 << 20
 """Bytes of examples that are to stay in the second-level cache (1 MB and more on today's servers)."""
 
 
+DENSE = 1 << 6
+"""So many multiply-adds of the dense product count as one number to pass over: a tenth of them is done, by vectors."""
+
+
 def _bits(tensor: Tensor) -> int:
     return tensor.element_size() * 8
 
@@ -68,7 +72,7 @@ def dots(
         return
     gates = mask if mask is not None else gate
     group = grouped if gates is None else units // gates.shape[1]
-    team = _team.threads()
+    team = _team.threads(batch * units * width // DENSE)
     code = ACTIVATIONS.index(activation)
     if mask is not None and (grouped > 1 or batch > 64):
         # Along the examples' rows in a pass of its own; a few examples are looked at on the way.
@@ -100,7 +104,7 @@ def by_example(coefficient: Tensor, weight: Tensor, bias: Tensor | None, rows: T
     out = weight.new_empty((batch, width))
     if not out.numel():
         return out
-    team = _team.threads()
+    team = _team.threads(batch * units * width // DENSE)
     lanes = VECTOR // weight.element_size()
     whole, rest = divmod(width, SLICE // weight.element_size())
     slices = whole + -(-rest // lanes)

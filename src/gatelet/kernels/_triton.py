@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gatelet.kernels import _triton_kernels as kernels
-from gatelet.kernels._dispatch import FEW, SMALLEST_LIST
+from gatelet.kernels._dispatch import GPU_FEW, SMALLEST_LIST
 from gatelet.kernels._pattern import words
 
 INTERPRETED = not isinstance(kernels.pattern, triton.runtime.JITFunction)
@@ -104,7 +104,7 @@ def lists(cols: Tensor, gate: Tensor) -> Lists | None:
     """Return the examples of each group; None where groups are too small, or examples too few, to go by lists."""
     (units, col_words), (batch, gates) = cols.shape, gate.shape
     group = units // max(gates, 1)
-    if group < SMALLEST_LIST or batch <= FEW:
+    if group < SMALLEST_LIST or batch <= GPU_FEW:
         return None
     examples = cols.new_empty((gates, batch), dtype=torch.int32)
     starts = cols.new_empty((gates, col_words + 1), dtype=torch.int32)
@@ -143,7 +143,7 @@ def dots(
     pre = allocate((batch, units)) if keep else None
     gates = units if gate is None else gate.shape[1]
     group = units // max(gates, 1) if listed is None else listed.group
-    if batch <= FEW:
+    if batch <= GPU_FEW:
         sizes = (batch, units, width, gates, group, words(units))
         launch(
             kernels.few_dots,
@@ -188,7 +188,7 @@ def by_example(
 ) -> Tensor:
     """Return y (B, D) with y[b] = bias + Σ_n C[b, n] W[n] over open n; open as for :func:`dots`."""
     batch, (units, width) = coefficient.shape[0], weight.shape
-    if batch <= FEW:
+    if batch <= GPU_FEW:
         return _few_by_example(coefficient, weight, bias, gate, rows)
     tile_m, tile_d, tile_k = _TILES[weight.element_size()]
     tile_m = tile_m if batch >= LARGE_BATCH else min(tile_m, 64)

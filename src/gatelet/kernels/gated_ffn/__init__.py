@@ -63,7 +63,8 @@ def gated_ffn(
     flat_x, flat_gate = flat(x), flat(gate)
     if flat_gate.dtype != x.dtype:
         flat_gate = flat_gate.to(x.dtype)
-    if _dispatch.plain(x, w1, b1, gate, w2, b2):
+    plain = _dispatch.plain(x, w1, b1, gate, w2, b2)
+    if plain:
         keep = _dispatch.recording(x, w1, b1, gate, w2, b2)
         width = w1.shape[1] + w2.shape[0]
         backend = _dispatch.choose(
@@ -71,7 +72,7 @@ def gated_ffn(
         ).backend
     else:
         keep, backend = True, _dispatch.settled(backend, x)
-    op = torch.ops.gatelet.gated_ffn if keep else _forward
+    op = _forward if not keep else _recorded if plain else torch.ops.gatelet.gated_ffn
     out: Tensor = op(flat_x, w1, b1, flat_gate, activation, w2, b2, backend, keep)[0]
     return out.view(*x.shape[:-1], w2.shape[0])
 
@@ -139,13 +140,7 @@ def _(
     )
 
 
-@torch.library.custom_op(
-    "gatelet::gated_ffn_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor x, Tensor w1, Tensor gate, str activation, Tensor w2, Tensor pre, Tensor hidden, "
-    "Tensor rows, Tensor cols, str backend, bool[] need) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _gated_ffn_backward(
+def _gradients(
     grad: Tensor,
     x: Tensor,
     w1: Tensor,
@@ -173,8 +168,17 @@ def _gated_ffn_backward(
         found = _triton.backward(grad, x, w1, gate, activation, w2, pre, hidden, rows, cols, tuple(need))
     else:
         found = _reference.backward(grad, x, w1, gate, activation, w2, pre, hidden, tuple(need))
-    a, b, c, d, e, f = (x.new_empty(0) if each is None else each.contiguous() for each in found)
+    a, b, c, d, e, f = (x.new_empty(0) if each is None else each for each in found)
     return a, b, c, d, e, f
+
+
+_gated_ffn_backward = torch.library.custom_op(
+    "gatelet::gated_ffn_backward",
+    _dispatch.one_layout(_gradients),
+    mutates_args=(),
+    schema="(Tensor grad, Tensor x, Tensor w1, Tensor gate, str activation, Tensor w2, Tensor pre, Tensor hidden, "
+    "Tensor rows, Tensor cols, str backend, bool[] need) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @_gated_ffn_backward.register_fake
@@ -210,11 +214,11 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     x, w1, gate, w2, pre, hidden, rows, cols = ctx.saved_tensors
     places = (0, 1, 2, 3, 5, 6)
     need = [ctx.needs_input_grad[index] for index in places]
-    found = torch.ops.gatelet.gated_ffn_backward(
-        grad, x, w1, gate, ctx.activation, w2, pre, hidden, rows, cols, ctx.backend, need
-    )
+    op = _gradients if _dispatch.plain(grad) else torch.ops.gatelet.gated_ffn_backward
+    found = op(grad, x, w1, gate, ctx.activation, w2, pre, hidden, rows, cols, ctx.backend, need)
     a, b, c, d, e, f = (each if wanted else None for each, wanted in zip(found, need, strict=True))
     return a, b, c, d, None, e, f, None, None
 
 
 torch.library.register_autograd("gatelet::gated_ffn", _backward, setup_context=_setup)
+_recorded = _dispatch.recorded(_forward, _setup, _backward)

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from gatelet.kernels import _triton as products
-from gatelet.kernels._dispatch import FEW
+from gatelet.kernels._dispatch import GPU_FEW
 
 
 def forward(
@@ -19,7 +19,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the output; to ``keep``, the hidden units before and after activation and gate, and the pattern."""
     rows = cols = listed = None
-    if keep or len(x) > FEW:  # without it, kernels for few examples read the gates themselves
+    if keep or len(x) > GPU_FEW:  # without it, kernels for few examples read the gates themselves
         rows, cols = products.pattern(gate, w1.shape[0])
         listed = products.lists(cols, gate)
     hidden, pre = products.dots(x, w1, b1, gate, rows, listed, keep, activation, fill=keep)

@@ -1,5 +1,7 @@
 """gated_linear in plain PyTorch: everything is computed, then closed units are discarded."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,7 +25,7 @@ def closed(product: Tensor, gate: Tensor) -> Tensor:
     """
     if product.device.type != "cpu":
         return torch.where(gate != 0, product, 0)
-    if product.numel() and not bool(product.sum().isfinite()):
+    if product.numel() and not math.isfinite(product.sum().item()):
         return torch.where(gate != 0, product, 0)
     return product
 

@@ -3,13 +3,13 @@
 from torch import Tensor
 
 from gatelet.kernels import _triton as products
-from gatelet.kernels._dispatch import FEW
+from gatelet.kernels._dispatch import GPU_FEW
 
 
 def infer(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
     """Return the output alone."""
     rows = listed = None
-    if len(x) > FEW:  # few examples: one kernel reads the gates itself
+    if len(x) > GPU_FEW:  # few examples: one kernel reads the gates itself
         rows, cols = products.pattern(gate, weight.shape[0])
         listed = products.lists(cols, gate)
     return products.dots(x, weight, bias, gate, rows, listed)[0]

@@ -52,18 +52,14 @@ def linear_gated(
             f"pattern is one of gates {(*pattern.lead, pattern.units)}, but hidden has shape {tuple(hidden.shape)}"
         )
     _dispatch.refuse_transforms("linear_gated", hidden, weight, bias)
-    out: Tensor = torch.ops.gatelet.linear_gated(flat(hidden), pattern.rows, pattern.cols, weight, bias, backend)
+    plain = _dispatch.plain(hidden, weight, bias)
+    out: Tensor = (_recorded if plain else torch.ops.gatelet.linear_gated)(
+        flat(hidden), pattern.rows, pattern.cols, weight, bias, backend
+    )
     return out.view(*hidden.shape[:-1], weight.shape[0])
 
 
-@torch.library.custom_op(
-    "gatelet::linear_gated",
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor rows, Tensor cols, Tensor weight, Tensor? bias, str backend) -> Tensor",
-)
-def _linear_gated(
-    hidden: Tensor, rows: Tensor, cols: Tensor, weight: Tensor, bias: Tensor | None, backend: str
-) -> Tensor:
+def _forward(hidden: Tensor, rows: Tensor, cols: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     choice = _dispatch.choose_by_pattern(backend, rows, hidden, weight).backend
     if choice == "numba":
         from gatelet.kernels.linear_gated import _numba
@@ -76,18 +72,20 @@ def _linear_gated(
     return _reference.forward(hidden, mask_of(rows, hidden.shape[1]), weight, bias)
 
 
+_linear_gated = torch.library.custom_op(
+    "gatelet::linear_gated",
+    _forward,
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor rows, Tensor cols, Tensor weight, Tensor? bias, str backend) -> Tensor",
+)
+
+
 @_linear_gated.register_fake
 def _(hidden: Tensor, rows: Tensor, cols: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
     return hidden.new_empty((hidden.shape[0], weight.shape[0]))
 
 
-@torch.library.custom_op(
-    "gatelet::linear_gated_backward",
-    mutates_args=(),
-    schema="(Tensor grad, Tensor hidden, Tensor rows, Tensor cols, Tensor weight, str backend, bool[] need) "
-    "-> (Tensor, Tensor, Tensor)",
-)
-def _linear_gated_backward(
+def _gradients(
     grad: Tensor, hidden: Tensor, rows: Tensor, cols: Tensor, weight: Tensor, backend: str, need: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     wants = (need[0], need[1], need[2])
@@ -102,9 +100,17 @@ def _linear_gated_backward(
         found = _triton.backward(grad.contiguous(), hidden.contiguous(), rows, cols, weight, wants)
     else:
         found = _reference.backward(grad, hidden, mask_of(rows, hidden.shape[1]), weight, wants)
-    # One layout whatever the backend: the fake can only promise one.
-    first, second, third = (hidden.new_empty(0) if each is None else each.contiguous() for each in found)
+    first, second, third = (hidden.new_empty(0) if each is None else each for each in found)
     return first, second, third
+
+
+_linear_gated_backward = torch.library.custom_op(
+    "gatelet::linear_gated_backward",
+    _dispatch.one_layout(_gradients),
+    mutates_args=(),
+    schema="(Tensor grad, Tensor hidden, Tensor rows, Tensor cols, Tensor weight, str backend, bool[] need) "
+    "-> (Tensor, Tensor, Tensor)",
+)
 
 
 @_linear_gated_backward.register_fake
@@ -123,9 +129,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need = [ctx.needs_input_grad[index] for index in (0, 3, 4)]
-    found = torch.ops.gatelet.linear_gated_backward(grad, *ctx.saved_tensors, ctx.backend, need)
+    op: Any = _gradients if _dispatch.plain(grad) else torch.ops.gatelet.linear_gated_backward
+    found = op(grad, *ctx.saved_tensors, ctx.backend, need)
     hidden, weight, bias = (each if wanted else None for each, wanted in zip(found, need, strict=True))
     return hidden, None, None, weight, bias, None
 
 
 torch.library.register_autograd("gatelet::linear_gated", _backward, setup_context=_setup)
+_recorded = _dispatch.recorded(_forward, _setup, _backward)
