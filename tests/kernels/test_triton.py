@@ -85,6 +85,25 @@ def test_a_wider_support(form):
     compare(found, truth, size, torch.float64)
 
 
+@pytest.mark.parametrize("form", ["few", "tiles", "lists"])
+def test_inf_but_closed_in_a_wider_support(form):
+    p = Problem(form, torch.float64)
+    with torch.no_grad():
+        p.gate[:, 1], p.support[:, 1] = 0, True
+        p.weight[p.group : 2 * p.group] = torch.inf
+    out = gated_linear(p.x, p.weight, p.bias, p.gate, support=p.support, backend="triton")
+    assert (out[:, p.group : 2 * p.group] == 0).all()
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu", "gelu", "silu"])
+def test_nan_passes_an_open_unit(activation):
+    x, gate = torch.tensor([[1.0, torch.nan], [1.0, 1.0]]), torch.ones(2, 3)
+    out = gated_ffn(x, torch.ones(3, 2), None, gate, activation, torch.ones(4, 3), None, backend="triton")
+    assert out[0].isnan().all()
+    assert out[1].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_linear_gated(form, dtype):
