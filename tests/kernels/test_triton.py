@@ -24,7 +24,7 @@ FORMS = {
     "few, groups": (16, 3, 20),
     "tiles": (70, 130, 1),
     "tiles, small groups": (17, 20, 3),
-    "lists": (40, 5, 16),
+    "lists": (66, 5, 16),
     "lists of several words": (140, 3, 24),
     "lists, two tiles": (20, 2, 130),
 }
@@ -41,7 +41,10 @@ class Problem:
         self.x, self.weight, self.bias = tensor(batch, width), tensor(units, width), tensor(units)
         self.w2, self.b2, self.hidden = tensor(outputs, units), tensor(outputs), tensor(batch, units)
         value = torch.randn(batch, groups, dtype=torch.float64)
-        self.gate = (value * (torch.rand(batch, groups) < rate)).to(dtype).requires_grad_()
+        is_open = torch.rand(batch, groups) < rate
+        if form == "lists":  # of no example, of one, of a block of them, of one more, of all
+            is_open = torch.arange(batch).unsqueeze(1) < torch.tensor([0, 1, 64, 65, 66])
+        self.gate = (value * is_open).to(dtype).requires_grad_()
         self.support = (self.gate.detach() != 0) | (torch.rand(batch, groups) < 0.2)
         self.upper = torch.randn(batch, units, dtype=torch.float64).to(dtype)
         self.upper2 = torch.randn(batch, outputs, dtype=torch.float64).to(dtype)
@@ -94,6 +97,31 @@ def test_inf_but_closed_in_a_wider_support(form):
     out = gated_linear(p.x, p.weight, p.bias, p.gate, support=p.support, backend="triton")
     assert (out[:, p.group : 2 * p.group] == 0).all()
     assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("form", ["few", "tiles", "lists"])
+def test_an_example_of_nan_spoils_the_units_that_it_has_open(form):
+    p = Problem(form, torch.float64, width=5)
+    with torch.no_grad():
+        p.x[0] = torch.nan
+    inputs = (p.x, p.weight, p.bias, p.gate)
+    found, want = (gradients(gated_linear(*inputs, backend=each), inputs, p.upper) for each in ("triton", "reference"))
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+    assert found[2].isnan().any()
+    assert not found[2].isnan().all()
+
+
+def test_a_single_pair_whose_bit_is_a_sign():
+    p = Problem("tiles", torch.float64, width=5)
+    with torch.no_grad():
+        p.gate.zero_()
+        p.gate[63, 63] = 2.0
+    inputs = (p.x, p.weight, p.bias, p.gate)
+    found, want = (gradients(gated_linear(*inputs, backend=each), inputs, p.upper) for each in ("triton", "reference"))
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b)
+        assert a.count_nonzero()
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu", "gelu", "silu"])
