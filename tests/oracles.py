@@ -102,7 +102,7 @@ def bernoulli_gradient(objective, logits):
 
 def gauss_legendre(low, high, order):
     """Nodes and weights (order, *shape) between ``low`` and ``high``."""
-    at, weight = (torch.from_numpy(x) for x in np.polynomial.legendre.leggauss(order))
+    at, weight = (torch.from_numpy(x).to(torch.get_default_device()) for x in np.polynomial.legendre.leggauss(order))
     at, weight = (x.reshape(-1, *(1,) * low.dim()) for x in (at, weight))
     return low + (high - low) * (at + 1) / 2, (high - low) / 2 * weight
 

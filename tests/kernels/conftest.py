@@ -13,5 +13,6 @@ os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"gat
 def _backend_of_the_device(request: pytest.FixtureRequest, device: str) -> None:
     """Numba runs on the CPU alone."""
     call = getattr(request.node, "callspec", None)
-    if call is not None and call.params.get("backend") == "numba" and device != "cpu":
-        pytest.skip("Numba's kernels run on the CPU")
+    numba = call is not None and call.params.get("backend") == "numba"
+    if device != "cpu" and (numba or request.node.get_closest_marker("cpu")):
+        pytest.skip("this is about the CPU's kernels")

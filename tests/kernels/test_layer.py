@@ -32,6 +32,7 @@ def losses_and_gradients(layer, x, noise, linear):
     return [loss, leaf.grad, *(p.grad for p in layer.parameters())]
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("group", [1, 8])
 @pytest.mark.parametrize("name", SKIPPING)
 def test_sparse_training_has_the_dense_gradients(name, group):

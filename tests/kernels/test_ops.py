@@ -80,12 +80,12 @@ def test_opcheck(backend):
 
 # In a process of their own: the suite's run-time type checks cannot be traced.
 TRACED = """
-import torch
+import sys, torch
 from gatelet.kernels import gated_ffn, gated_linear
 
 def block(x, weight, bias, gate, w2, b2):
-    hidden = gated_linear(x, weight, bias, gate)
-    return gated_ffn(x, weight, bias, gate, "relu", w2, b2).sum() + hidden.sin().sum()
+    hidden = gated_linear(x, weight, bias, gate, backend=sys.argv[1])
+    return gated_ffn(x, weight, bias, gate, "relu", w2, b2, backend=sys.argv[1]).sum() + hidden.sin().sum()
 
 torch.manual_seed(0)
 shapes = (80, 65), (130, 65), (130,), (80, 130), (64, 130), (64,)
@@ -99,17 +99,19 @@ for a, b in zip(torch.autograd.grad(compiled(*inputs), inputs), want, strict=Tru
 
 class Module(torch.nn.Module):
     def forward(self, x, weight, bias, gate):
-        return gated_linear(x, weight, bias, gate)
+        return gated_linear(x, weight, bias, gate, backend=sys.argv[1])
 
 plain = tuple(each.detach() for each in inputs[:4])
 program = torch.export.export(Module(), plain)
 assert "gatelet.gated_linear" in str(program.graph), program.graph
-torch.testing.assert_close(program.module()(*plain), gated_linear(*plain))
+torch.testing.assert_close(program.module()(*plain), gated_linear(*plain, backend=sys.argv[1]))
 """
 
 
-def test_compile_and_export_keep_the_op():
-    found = subprocess.run([sys.executable, "-c", TRACED], capture_output=True, text=True, timeout=120)
+@pytest.mark.cpu
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_compile_and_export_keep_the_op(backend):
+    found = subprocess.run([sys.executable, "-c", TRACED, backend], capture_output=True, text=True, timeout=120)
     assert found.returncode == 0, found.stderr[-3000:]
 
 
@@ -161,6 +163,7 @@ def test_closed_units_may_hold_anything(backend, batch, group, value):
     assert not slope[1:].isfinite().any()
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_announced_once(dtype):
     from gatelet.kernels import _dispatch
@@ -176,6 +179,7 @@ def test_half_precision_is_announced_once(dtype):
     torch.testing.assert_close(out, F.linear(x, weight, bias) * gate)
 
 
+@pytest.mark.cpu
 def test_threads():
     """Two Python threads at once, each with two of torch's."""
     inputs = tensors(batch=150, units=300, width=140, rate=0.1, dtype=torch.float32)
@@ -205,6 +209,7 @@ def test_threads():
     assert not any(wrong)
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_any_number_of_threads_gives_the_same_bits(count):
     inputs = tensors(batch=70, units=130, width=140, dtype=torch.float32, grad=False)
@@ -279,6 +284,7 @@ def test_memory_stays_below_dense():
 # -------------------------------------------------------------------- what is asked for, and what runs
 
 
+@pytest.mark.cpu
 def test_explain_says_what_runs():
     x, weight = torch.zeros(1024, 256), torch.zeros(512, 256)
     sparse, dense = torch.zeros(1024, 512), torch.ones(1024, 512)

@@ -24,7 +24,7 @@ FORMS = {
     "few, groups": (16, 3, 20),
     "tiles": (70, 130, 1),
     "tiles, small groups": (17, 20, 3),
-    "lists": (40, 5, 16),
+    "lists": (66, 5, 16),
     "lists of several words": (140, 3, 24),
     "lists, two tiles": (20, 2, 130),
 }
@@ -41,7 +41,10 @@ class Problem:
         self.x, self.weight, self.bias = tensor(batch, width), tensor(units, width), tensor(units)
         self.w2, self.b2, self.hidden = tensor(outputs, units), tensor(outputs), tensor(batch, units)
         value = torch.randn(batch, groups, dtype=torch.float64)
-        self.gate = (value * (torch.rand(batch, groups) < rate)).to(dtype).requires_grad_()
+        is_open = torch.rand(batch, groups) < rate
+        if form == "lists":  # of no example, of one, of a block of them, of one more, of all
+            is_open = torch.arange(batch).unsqueeze(1) < torch.tensor([0, 1, 64, 65, 66])
+        self.gate = (value * is_open).to(dtype).requires_grad_()
         self.support = (self.gate.detach() != 0) | (torch.rand(batch, groups) < 0.2)
         self.upper = torch.randn(batch, units, dtype=torch.float64).to(dtype)
         self.upper2 = torch.randn(batch, outputs, dtype=torch.float64).to(dtype)
@@ -83,6 +86,50 @@ def test_a_wider_support(form):
     truth[-1], size[-1] = truth[-1] * p.support, size[-1] * p.support
     found = gradients(gated_linear(*inputs, support=p.support, backend="triton"), inputs, p.upper)
     compare(found, truth, size, torch.float64)
+
+
+@pytest.mark.parametrize("form", ["few", "tiles", "lists"])
+def test_inf_but_closed_in_a_wider_support(form):
+    p = Problem(form, torch.float64)
+    with torch.no_grad():
+        p.gate[:, 1], p.support[:, 1] = 0, True
+        p.weight[p.group : 2 * p.group] = torch.inf
+    out = gated_linear(p.x, p.weight, p.bias, p.gate, support=p.support, backend="triton")
+    assert (out[:, p.group : 2 * p.group] == 0).all()
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("form", ["few", "tiles", "lists"])
+def test_an_example_of_nan_spoils_the_units_that_it_has_open(form):
+    p = Problem(form, torch.float64, width=5)
+    with torch.no_grad():
+        p.x[0] = torch.nan
+    inputs = (p.x, p.weight, p.bias, p.gate)
+    found, want = (gradients(gated_linear(*inputs, backend=each), inputs, p.upper) for each in ("triton", "reference"))
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+    assert found[2].isnan().any()
+    assert not found[2].isnan().all()
+
+
+def test_a_single_pair_whose_bit_is_a_sign():
+    p = Problem("tiles", torch.float64, width=5)
+    with torch.no_grad():
+        p.gate.zero_()
+        p.gate[63, 63] = 2.0
+    inputs = (p.x, p.weight, p.bias, p.gate)
+    found, want = (gradients(gated_linear(*inputs, backend=each), inputs, p.upper) for each in ("triton", "reference"))
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b)
+        assert a.count_nonzero()
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu", "gelu", "silu"])
+def test_nan_passes_an_open_unit(activation):
+    x, gate = torch.tensor([[1.0, torch.nan], [1.0, 1.0]]), torch.ones(2, 3)
+    out = gated_ffn(x, torch.ones(3, 2), None, gate, activation, torch.ones(4, 3), None, backend="triton")
+    assert out[0].isnan().all()
+    assert out[1].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

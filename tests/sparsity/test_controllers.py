@@ -259,7 +259,7 @@ def test_beta_parameters(s, beta):
     assert noise.alpha == pytest.approx((s * (beta - 2) + 1) / (1 - s))
     assert noise.scale == pytest.approx(abs(math.log(1 / s**2 - 1)))
     grid = torch.linspace(0, 1, 100_001)[1:-1]
-    mode = grid[scipy.stats.beta.logpdf(grid.double().numpy(), noise.alpha, beta).argmax()]
+    mode = grid[scipy.stats.beta.logpdf(grid.double().cpu().numpy(), noise.alpha, beta).argmax()]
     assert mode.item() == pytest.approx(s, abs=1e-4)
 
 
@@ -278,13 +278,13 @@ def test_beta_distribution(s, beta):
     drawn = noise.draw_noise(torch.zeros(100, 1000), torch.Generator().manual_seed(0)).double().flatten()
     law = scipy.stats.beta(noise.alpha, beta)
     assert ((drawn >= 0) & (drawn <= 1)).all()
-    assert scipy.stats.kstest(drawn.numpy(), law.cdf).statistic < 1.63 / math.sqrt(n)  # 1 % level
+    assert scipy.stats.kstest(drawn.cpu().numpy(), law.cdf).statistic < 1.63 / math.sqrt(n)  # 1 % level
     assert drawn.mean().item() == pytest.approx(law.mean(), abs=4 * law.std() / math.sqrt(n))
     kurtosis = law.stats("k") + 2
     assert drawn.var().item() == pytest.approx(law.var(), rel=4 * math.sqrt(kurtosis / n))
     probabilities = torch.tensor([0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999], dtype=torch.float64)
-    exact = torch.from_numpy(law.ppf(probabilities.numpy()))
-    density = torch.from_numpy(law.pdf(exact.numpy()))
+    exact = torch.from_numpy(law.ppf(probabilities.cpu().numpy())).to(drawn)
+    density = torch.from_numpy(law.pdf(exact.cpu().numpy())).to(drawn)
     error = 4 * (probabilities * (1 - probabilities) / n).sqrt() / density
     assert ((drawn.quantile(probabilities) - exact).abs() < error).all()
 

@@ -21,7 +21,7 @@ SPAN, WIDE_SPAN, SLOTS = 32, 128, 16
 WARPS = 8
 """For tiles of products: with four, their accumulators and addresses do not fit into the registers."""
 PROGRAMS, FEW_PROGRAMS = 256, 2048
-"""About as many programs as keep a large GPU (132 multiprocessors) busy with tiles, and with reading a few rows each."""
+"""About as many programs as keep a large GPU (132 multiprocessors) busy with tiles, and with reading a few rows."""
 LIST_WORDS = 16
 """Words of examples that are made into a list at a time."""
 LARGE_BATCH = 1024
