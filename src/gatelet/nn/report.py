@@ -118,13 +118,13 @@ def report(model: nn.Module, *inputs: Any, seconds: float = 0.2, **named: Any) -
     if inputs or named:
         with torch.no_grad(), _inputs_of(model, layers) as seen:
             model(*inputs, **named)
-        counted = {name: (layer.opened.clone(), layer.tokens.clone()) for name, layer in layers.items()}
+        counted = {name: (layer.opened.clone(), layer.tokens) for name, layer in layers.items()}
         owners = blocks(model)
         for name, x in seen.items():
             times[name] = _timed(layers[name], x, owners.get(name), seconds)
         for name, (opened, tokens) in counted.items():  # what timing counted is no statistics
             layers[name].opened.copy_(opened)
-            layers[name].tokens.copy_(tokens)
+            layers[name].tokens = tokens
     return Report([_row(name, layer, times.get(name)) for name, layer in layers.items()])
 
 
