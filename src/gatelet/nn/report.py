@@ -89,8 +89,8 @@ def report(model: nn.Module, *inputs: Any, seconds: float = 0.2, **named: Any) -
     """Open share, FLOPs, dead units and measured speed-up of a model's conditional layers.
 
     The share of open gates and the groups that are dead (open for no token) or always open are those of all tokens
-    since the layers last changed their mode; :func:`gatelet.distil` starts the count anew and runs its loader once.
-    FLOPs count a multiply and an add as two, in affine maps only.
+    since the layers last changed their mode; :func:`gatelet.distil` starts the count anew and runs its batches of
+    calibration. FLOPs count a multiply and an add as two, in affine maps only.
 
     Args:
         model: holds conditional layers.
