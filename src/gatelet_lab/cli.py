@@ -17,7 +17,17 @@ def main() -> None:
         from rich.console import Console
     except ImportError as error:
         sys.exit(f"gatelet: the command line needs the extra packages of gatelet[lab] ({error})")
-    from gatelet_lab import bench_estimators, bench_kernels, claims, diagnose, frontier, reproduce, sweep, vae
+    from gatelet_lab import (
+        bench_estimators,
+        bench_ffn,
+        bench_kernels,
+        claims,
+        diagnose,
+        frontier,
+        reproduce,
+        sweep,
+        vae,
+    )
     from gatelet_lab.data import DataError
     from gatelet_lab.train import CheckpointError
 
@@ -34,11 +44,12 @@ def main() -> None:
 
     @dataclass(frozen=True)
     class Bench:
-        """Time estimators, or the kernels that skip closed units."""
+        """Time estimators, the kernels that skip closed units, or a conditional feed-forward layer."""
 
         subject: (
             Annotated[bench_estimators.BenchEstimators, named("estimators")]
             | Annotated[bench_kernels.BenchKernels, named("kernels")]
+            | Annotated[bench_ffn.BenchFFN, named("ffn")]
         )
 
     run: dict[type, Callable[[Any, Console], None]] = {
@@ -50,6 +61,7 @@ def main() -> None:
         Train: vae.run,
         bench_estimators.BenchEstimators: bench_estimators.run,
         bench_kernels.BenchKernels: bench_kernels.run,
+        bench_ffn.BenchFFN: bench_ffn.run,
     }
     command = (
         Annotated[reproduce.Reproduce, named("reproduce")]

@@ -46,7 +46,7 @@ every = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
 
 def ready(make):
     model = make()
-    calibrate_thresholds(model, [X])
+    calibrate_thresholds(model, [torch.randn(100, 192)])  # not X, one of whose logits would be the threshold
     return model.eval().requires_grad_(False)
 
 
@@ -82,10 +82,7 @@ same(again, many)
 """
 
 
-@pytest.mark.parametrize(
-    ("name", "backend"),
-    [("layer", "aot_eager"), ("gated", "aot_eager"), ("tanh", "aot_eager"), ("converted", "inductor")],
-)
+@pytest.mark.parametrize(("name", "backend"), [("gated", "aot_eager"), ("converted", "inductor")])
 def test_compiled_and_exported(name, backend):
     """In a process of its own: pytest's shape checks and poisoned memory cannot be traced."""
     command = [sys.executable, "-c", TRACED, name, backend]

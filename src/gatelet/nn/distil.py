@@ -34,7 +34,7 @@ class Distillation:
     first_errors: dict[str, float] = field(default_factory=dict)
     """The same before the first step."""
     open_share: dict[str, float] = field(default_factory=dict)
-    """Block -> share of open gates after calibration, on the loader."""
+    """Block -> share of open gates after calibration, on the batches of calibration."""
     steps: int = 0
     seconds: float = 0.0
     why_stopped: str = ""
@@ -61,6 +61,7 @@ def distil(
     held_out: int = 4,
     every: int = 100,
     patience: int = 5,
+    calibration: int = 32,
     checkpoint: str | Path | None = None,
     forward: Forward | None = None,
     mask: Mask | None = None,
@@ -81,7 +82,7 @@ def distil(
     ‖FFN(x) − FFN_teacher(x)‖² / variance.
 
     The first ``held_out`` batches are kept for the held-out error, which decides about early stopping and about which
-    state is kept. At the end the thresholds are calibrated on the loader.
+    state is kept. At the end the thresholds are calibrated, on the model's own inputs to its blocks.
 
     Args:
         model: from :func:`gatelet.convert`; fitted in place, left in the mode in which it was.
@@ -93,6 +94,7 @@ def distil(
         held_out: so many of the loader's first batches are not trained on.
         every: steps between two looks at the held-out error.
         patience: stop after so many looks without a better one.
+        calibration: so many of the loader's first batches serve to calibrate the thresholds, one pass per block.
         checkpoint: file to write the state to at every look, atomically, and to continue from if it exists.
         forward: runs a model on a batch; by default ``model(**batch)`` for a mapping, ``model(batch[0])`` for a tuple
             or list, otherwise ``model(batch)``.
@@ -121,6 +123,7 @@ def distil(
     check_count(held_out, "held_out")
     check_count(every, "every")
     check_count(patience, "patience")
+    check_count(calibration, "calibration")
     check_positive(lr, "lr")
     check_positive(weights_lr, "weights_lr")
     if isinstance(loader, Iterator):
@@ -136,7 +139,7 @@ def distil(
             students, teacher, loader, run, masked, (steps, weights, lr, weights_lr, held_out, every, patience),
             None if checkpoint is None else Path(checkpoint), progress,
         )  # fmt: skip
-        found.open_share = _calibrate(model, students, loader, run, masked)
+        found.open_share = _calibrate(model, students, list(_first(loader, calibration)), run, masked)
     finally:
         for module, mode in modes:
             module.training = mode

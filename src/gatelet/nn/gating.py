@@ -33,7 +33,7 @@ class Gating(Penalised):
     Attributes:
         active_fraction: the share of gates ≠ 0 in the last forward pass, a tensor (reading it may synchronise).
         opened: (N / group_size,), how often each gate was open since the layer last changed its mode
-            (``train()``, ``eval()``), out of ``tokens``. Neither is in ``state_dict``; traced exports do not count.
+            (``train()``, ``eval()``), out of ``tokens``. Neither is in ``state_dict``; compiled code does not count.
 
     Raises:
         ValueError: for sizes that are not integers of at least 1, a group size that does not divide N, a rate
@@ -44,9 +44,8 @@ class Gating(Penalised):
     torch.Size([3, 32])
     """
 
-    active_fraction: Tensor
     opened: Tensor
-    tokens: Tensor
+    tokens: int | Tensor
 
     def __init__(
         self,
@@ -82,9 +81,9 @@ class Gating(Penalised):
         self.sparsity = nn.ModuleList(sparsity)
         self.fully_open = False
         self.mask: Tensor | None = None
-        self.register_buffer("active_fraction", torch.tensor(float("nan")), persistent=False)
         self.register_buffer("opened", torch.zeros(units // group_size, dtype=torch.int64), persistent=False)
-        self.register_buffer("tokens", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.tokens = 0
+        self._last: tuple[Tensor, Any] | None = None  # counts and tokens of the last forward pass
 
     def _default_controller(self, target_rate: float) -> Controller:
         probe = torch.zeros(1, requires_grad=True)
@@ -159,15 +158,24 @@ class Gating(Penalised):
         each = gates if self.unit.estimator.binary else (gates != 0).to(gates.dtype)
         counts = each.sum(tuple(range(gates.dim() - 1)), dtype=torch.float32) if gates.dim() > 1 else each
         tokens: Any = gates.shape[:-1].numel() if mask is None else mask.sum()
-        self.active_fraction = counts.mean() / tokens
-        if not is_transformed(gates):
+        self._last = (counts, tokens)
+        if not torch.compiler.is_compiling() and not is_transformed(gates):
             self.opened.add_(counts.long())
-            self.tokens.add_(tokens)
+            self.tokens = self.tokens + tokens
+
+    @property
+    def active_fraction(self) -> Tensor:
+        """The share of gates ≠ 0 in the last forward pass."""
+        if self._last is None:
+            return torch.tensor(float("nan"))
+        counts, tokens = self._last
+        share: Tensor = counts.mean() / tokens
+        return share
 
     def reset_statistics(self) -> None:
         """Forget what was counted."""
         self.opened.zero_()
-        self.tokens.zero_()
+        self.tokens = 0
 
     def train(self, mode: bool = True) -> "Gating":
         """Set the mode; a change of it starts the counts anew."""

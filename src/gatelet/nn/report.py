@@ -89,8 +89,8 @@ def report(model: nn.Module, *inputs: Any, seconds: float = 0.2, **named: Any) -
     """Open share, FLOPs, dead units and measured speed-up of a model's conditional layers.
 
     The share of open gates and the groups that are dead (open for no token) or always open are those of all tokens
-    since the layers last changed their mode; :func:`gatelet.distil` starts the count anew and runs its loader once.
-    FLOPs count a multiply and an add as two, in affine maps only.
+    since the layers last changed their mode; :func:`gatelet.distil` starts the count anew and runs its batches of
+    calibration. FLOPs count a multiply and an add as two, in affine maps only.
 
     Args:
         model: holds conditional layers.
@@ -118,13 +118,13 @@ def report(model: nn.Module, *inputs: Any, seconds: float = 0.2, **named: Any) -
     if inputs or named:
         with torch.no_grad(), _inputs_of(model, layers) as seen:
             model(*inputs, **named)
-        counted = {name: (layer.opened.clone(), layer.tokens.clone()) for name, layer in layers.items()}
+        counted = {name: (layer.opened.clone(), layer.tokens) for name, layer in layers.items()}
         owners = blocks(model)
         for name, x in seen.items():
             times[name] = _timed(layers[name], x, owners.get(name), seconds)
         for name, (opened, tokens) in counted.items():  # what timing counted is no statistics
             layers[name].opened.copy_(opened)
-            layers[name].tokens.copy_(tokens)
+            layers[name].tokens = tokens
     return Report([_row(name, layer, times.get(name)) for name, layer in layers.items()])
 
 
