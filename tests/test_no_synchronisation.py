@@ -48,6 +48,17 @@ def test_a_training_step_looks_at_no_value(name, every_controller):
 
 
 @pytest.mark.usefixtures("valueless")
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("name", ["straight_through", "straight_through_sampled", "score_function"])
+def test_a_feed_forward_step_looks_at_no_value(name, gated):
+    layer = gatelet.nn.ConditionalFFN(40, 160, 12, estimator=name, gated=gated).to("meta")
+    x = torch.rand(6, 40, device="meta", requires_grad=True)
+    step(layer, x, 1)
+    assert x.grad is not None
+    assert all(p.grad is not None for p in layer.up.parameters())
+
+
+@pytest.mark.usefixtures("valueless")
 def test_a_step_that_looks_is_seen():
     layer = make("straight_through").to("meta")
     layer.sparsity[0].register_forward_hook(lambda *_: None)

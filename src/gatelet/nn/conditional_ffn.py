@@ -67,7 +67,7 @@ def feed_forward(
         each = gates.repeat_interleave(gating.group_size, dim=-1) if gating.group_size > 1 else gates
         return F.linear(F.dropout(hidden_layer(x, activation, up, glu) * each, dropout, dropout > 0), *down)
     w_gate, b_gate = (None, None) if glu is None else glu
-    args = (gates, activation, *up, w_gate, b_gate, *down, gating.group_size)
+    args = (gates, activation, *up, w_gate, b_gate, *down, gating.group_size, gating.unit.target_rate)
     if not dropout and torch.compiler.is_compiling() and (torch.compiler.is_exporting() or not _recording(x, *args)):
         # One opaque op: the kernels' own ops keep what a backward pass needs, patterns among it, whose size ⌈B/64⌉
         # would tie a traced graph to batches of at most 64, or of more.
@@ -91,15 +91,16 @@ def _sparse(
     w_down: Tensor,
     b_down: Tensor | None,
     group_size: int,
+    rate: float | None,
     dropout: float = 0.0,
     support: Tensor | None = None,
 ) -> Tensor:
     """Return the output, computed at open units only, and at those whose gate wants a gradient (``support``)."""
     if w_gate is None and activation in FUSED and not dropout and support is None:
-        return gated_ffn(x, w_up, b_up, gates, activation, w_down, b_down)
+        return gated_ffn(x, w_up, b_up, gates, activation, w_down, b_down, active_fraction=rate)
     computed = (gates.detach() != 0 if support is None else support).to(x.dtype)
     pattern = open_pattern(computed, group_size)
-    linear, act = partial(gated_linear, pattern=pattern), ACTIVATIONS[activation]
+    linear, act = partial(gated_linear, pattern=pattern, active_fraction=rate), ACTIVATIONS[activation]
     if w_gate is None:
         hidden = act(linear(x, w_up, b_up, computed))
     else:
@@ -113,7 +114,7 @@ _op = torch.library.custom_op(
     _sparse,
     mutates_args=(),
     schema="(Tensor x, Tensor gates, str activation, Tensor w_up, Tensor? b_up, Tensor? w_gate, Tensor? b_gate, "
-    "Tensor w_down, Tensor? b_down, int group_size) -> Tensor",
+    "Tensor w_down, Tensor? b_down, int group_size, float? rate) -> Tensor",
 )
 
 
@@ -129,6 +130,7 @@ def _(
     w_down: Tensor,
     b_down: Tensor | None,
     group_size: int,
+    rate: float | None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], w_down.shape[0]))
 
