@@ -7,6 +7,7 @@ import platform
 import random
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -211,7 +212,9 @@ def prepare(row: Row, batch: int, rate: float, peers: bool) -> dict[str, Callabl
         ways["dense × mask"] = lambda: torch.where(is_open, F.linear(x, weight, bias), 0)
         if row.group == 1 and not grad:
             # The peer's pattern is built outside of the clock: it starts ahead.
-            csr = each.to_sparse_csr()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the peer announces that it is in beta
+                csr = each.to_sparse_csr()
             transposed = weight.t()
             ways["sampled_addmm"] = lambda: torch.sparse.sampled_addmm(csr, x, transposed, beta=0.0)
         if row.group > 1:

@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -279,6 +280,29 @@ def test_memory_stays_below_dense():
     sparse, dense = peak("sparse"), peak("dense")
     assert dense > 60_000  # kilobytes: the measurement sees what it is to see
     assert sparse <= dense
+
+
+OTHER_PROCESSOR = """
+import torch
+from gatelet.kernels import gated_linear
+x, weight, bias = (torch.randn(size, requires_grad=True) for size in ((70, 149), (90, 149), (90,)))
+gate = ((torch.rand(70, 90) < 0.2) * torch.randn(70, 90)).requires_grad_()
+inputs, upper = (x, weight, bias, gate), torch.randn(70, 90)
+have, want = (
+    torch.autograd.grad(gated_linear(*inputs, backend=backend), inputs, upper) for backend in ("numba", "reference")
+)
+torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the processor asked for is an x86")
+def test_processors_with_narrower_vectors():
+    """AVX2: the compiler splits the vectors of 64 bytes."""
+    environment = {**os.environ, "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+bmi,+bmi2,+popcnt"}
+    found = subprocess.run(
+        [sys.executable, "-c", OTHER_PROCESSOR], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert found.returncode == 0, found.stderr
 
 
 # -------------------------------------------------------------------- what is asked for, and what runs

@@ -11,7 +11,7 @@ NEAR = 1 << 20
 """Bytes of examples that are to stay in the second-level cache (1 MB and more on today's servers)."""
 
 
-DENSE = 1 << 6
+DENSE = 1 << 5
 """So many multiply-adds of the dense product count as one number to pass over: a tenth of them is done, by vectors."""
 
 
