@@ -34,22 +34,23 @@ class Variant(NamedTuple):
     settings: tuple[str, ...] = ()
 
 
+# What a claim is about is set on both sides, whatever the table's recipes have.
 VARIANTS: Mapping[str, Variant] = MappingProxyType(
     {
         "noisy_rectifier": Variant("noisy_rectifier"),
         "rectifier": Variant("rectifier"),
         "noisy_sigmoid": Variant("noisy_sigmoid"),
         "sigmoid": Variant("sigmoid"),
-        "straight_through": Variant("straight_through"),
+        "straight_through": Variant("straight_through", ("options.slope=identity",)),
         "straight_through_slope": Variant("straight_through", ("options.slope=sigmoid",)),
-        "sts": Variant("smooth_times_stochastic"),
-        "sts_no_momentum": Variant("smooth_times_stochastic", ("momentum=0",)),
-        "sts_no_beta_noise": Variant("smooth_times_stochastic", ("beta_noise=none",)),
-        "sbn": Variant("score_function"),
-        "sbn_frozen_gater": Variant("score_function", ("gater_rate=0",)),
-        "sbn_gater_rate_32": Variant("score_function", ("gater_rate=0.32",)),
-        "sbn_gater_rate_100": Variant("score_function", ("gater_rate=1",)),
-        "sbn_momentum": Variant("score_function", ("momentum=0.5",)),
+        "sts": Variant("smooth_times_stochastic", ("momentum=0.5", "beta_noise=40.1")),
+        "sts_no_momentum": Variant("smooth_times_stochastic", ("momentum=0", "beta_noise=40.1")),
+        "sts_no_beta_noise": Variant("smooth_times_stochastic", ("momentum=0.5", "beta_noise=none")),
+        "sbn": Variant("score_function", ("gater_rate=0.01", "momentum=0")),
+        "sbn_frozen_gater": Variant("score_function", ("gater_rate=0", "momentum=0")),
+        "sbn_gater_rate_32": Variant("score_function", ("gater_rate=0.32", "momentum=0")),
+        "sbn_gater_rate_100": Variant("score_function", ("gater_rate=1", "momentum=0")),
+        "sbn_momentum": Variant("score_function", ("gater_rate=0.01", "momentum=0.5")),
     }
 )
 FOUR = ("noisy_rectifier", "straight_through", "sts", "sbn")

@@ -86,7 +86,7 @@ def test_the_command_writes_everything_and_resumes(tmp_path, monkeypatch):
     assert len(found["claims"]) == len(claims.CLAIMS)
     assert {point["epoch"] for point in found["baseline_variance"]} == {0, 1}
     text = (tmp_path / "out" / "claims.md").read_text()
-    assert "--rows score_function --set gater_rate=0 |" in text
+    assert "--rows score_function --set gater_rate=0 --set momentum=0 |" in text
     for name in ("claims_gates.png", "claims_variance.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(jobs, "train_all", lambda *_: pytest.fail("trained again"))
