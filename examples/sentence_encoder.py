@@ -3,7 +3,7 @@
 Converts it at 50, 25 and 10 % open, distils on the documentation strings of Python's standard library, and compares
 embeddings and times with the original on held-out sentences. Prints a table in Markdown.
 
-    python examples/sentence_encoder.py [--steps 150] [--finetune 150] [--rates 0.5 0.25 0.1] [--dir runs/sentence_encoder]
+    python examples/sentence_encoder.py [--steps 150] [--finetune 150] [--rates 0.5 0.25 0.1] [--dir DIR]
 
 Called again it continues where it was.
 """
@@ -201,18 +201,15 @@ def main() -> None:
         share = statistics.mean(row.open_share for row in gatelet.report(model).layers)
         rows.append((rate, share, before, cosine.mean().item(), cosine.quantile(0.05).item(), agree.item()))
         models[f"{rate:.0%}"] = model
-        print(
-            f"{rate:.0%} open: cosine {rows[-1][3]:.4f} ({before:.4f} before fine-tuning), same nearest neighbour {agree:.1%}",
-            flush=True,
-        )
+        quality = f"cosine {rows[-1][3]:.4f} ({before:.4f} before fine-tuning), same nearest neighbour {agree:.1%}"
+        print(f"{rate:.0%} open: {quality}", flush=True)
     one = dict(tokenizer([next(text for text in texts if 20 <= len(text.split()) <= 22)], return_tensors="pt"))
     inputs = {name: ffn_inputs(model, one) for name, model in models.items()}
     parts = medians({name: lambda m=m, x=inputs[name]: ffn_part(m, x) for name, m in models.items()}, given.seconds)
     wholes = medians({name: lambda m=m: encode(m, [one]) for name, m in models.items()}, given.seconds)
     print(f"\n{torch.get_num_threads()} threads, one sentence of {one['input_ids'].shape[1]} tokens")
-    print(
-        "\n| open | open on held-out | cosine, blocks fitted | cosine, fine-tuned | worst 5 % | same neighbour | FFN ms | of dense | model ms | of dense |"
-    )
+    heads = ("open", "open on held-out", "cosine, blocks fitted", "cosine, fine-tuned", "worst 5 %", "same neighbour")
+    print(f"\n| {' | '.join(heads)} | FFN ms | of dense | model ms | of dense |")
     print("|---|" + "---|" * 9)
     print(f"| dense | | 1 | 1 | 1 | 100 % | {parts['dense']:.2f} | 1 | {wholes['dense']:.2f} | 1 |")
     for rate, share, before, cosine, worst, agree in rows:

@@ -76,7 +76,7 @@ def test_only_gaters_change_and_nothing_of_the_teacher():
 
 
 def test_weights_too_are_better():
-    gaters, both = (distil(*pair(0.1), weights=weights, weights_lr=3e-3, steps=300) for weights in (False, True))
+    gaters, both = (distil(*pair(0.1), weights=weights, weights_lr=3e-3) for weights in (False, True))
     assert sum(both.errors.values()) < 0.8 * sum(gaters.errors.values())
 
 

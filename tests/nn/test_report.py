@@ -89,3 +89,14 @@ def test_what_is_timed_is_the_layer_with_and_without_its_gates(monkeypatch):
 def test_no_layers():
     with pytest.raises(ValueError, match="model: holds no conditional layer"):
         gatelet.report(nn.Linear(2, 2))
+
+
+def test_open_for_some_is_neither_dead_nor_always_open():
+    net = model()
+    bias = net[0].gater.gates.bias.data
+    for last in (-1.0, 1.0):
+        bias[-1] = last
+        net(torch.randn(3, 8))
+    row = gatelet.report(net)["0"]
+    assert (row.always, row.dead, row.tokens) == (2, 5, 6)
+    assert row.open_share == (2 * 6 + 3) / (8 * 6)
