@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gatelet.kernels import Choice, _dispatch, explain, gated_ffn, gated_linear
+from gatelet.nn import ConditionalLinear, conditional_linear
 from gatelet_lab import data
 from gatelet_lab.recipes import recipe
 from gatelet_lab.train import Trainer, write_atomically, write_json
@@ -428,18 +429,18 @@ def show_steps(budget: float, patience: float, console: Console) -> None:
     console.print(f"{'ms per step':24}{'open':>6}" + "".join(f"{name:>15}" for name in names))
     for row in ("noisy_rectifier", "smooth_times_stochastic", "score_function"):
         trainer = Trainer(recipe(row, "paper"), 0, split)
-        layer = trainer.model.layer
+        layer = cast(ConditionalLinear, trainer.model.layer)
         rate = trainer.recipe.target_rate or RATE
         torch.nn.init.constant_(layer.gater.gates.bias, layer.unit.estimator.logit_at(rate))
         ways = steps(trainer)
         medians, _ = interleaved(ways, budget, patience)
         times = "".join(f"{1e3 * medians[name]:15.3f}" for name in names)
-        console.print(f"{row:24}{layer.active_fraction.item():6.1%}{times}", highlight=False)
+        console.print(f"{row:24}{float(layer.active_fraction):6.1%}{times}", highlight=False)
 
 
 def steps(trainer: Trainer) -> dict[str, Callable[[], Any]]:
     """Return a training step with dense experts and with auto's, and what it is made of, forward and backward."""
-    layer = trainer.model.layer
+    layer = cast(ConditionalLinear, trainer.model.layer)
     x, y = trainer.train_images[: trainer.recipe.batch], trainer.train_labels[: trainer.recipe.batch]
     trainer.model.train()
     with torch.no_grad():
@@ -448,21 +449,20 @@ def steps(trainer: Trainer) -> dict[str, Callable[[], Any]]:
     upper = torch.ones_like(gates)
     expert, gater = list(layer.expert.parameters()), list(layer.gater.parameters())
 
-    def dense(x: Tensor, gates: Tensor, wanted: Tensor | None = None) -> Tensor:
-        product: Tensor = layer.expert(x)
-        return product * gates
+    def dense(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, **_: object) -> Tensor:
+        return F.linear(x, weight, bias) * gate
 
-    def step(experts: Callable[..., Tensor]) -> float:
-        with mock.patch.object(layer, "_experts", experts):
+    def step(linear: Callable[..., Tensor]) -> float:
+        with mock.patch.object(conditional_linear, "gated_linear", linear):
             return trainer._step(x, y)
 
-    auto = layer._experts
+    affine = (layer.expert.weight, layer.expert.bias)
     return {
         "dense": lambda: step(dense),
-        "auto": lambda: step(auto),
+        "auto": lambda: step(gated_linear),
         "gater": lambda: torch.autograd.grad(layer.gater(x), gater, upper),
-        "experts": lambda: torch.autograd.grad(auto(x, gates), [*expert, gates], upper),
-        "dense experts": lambda: torch.autograd.grad(dense(x, gates), [*expert, gates], upper),
+        "experts": lambda: torch.autograd.grad(gated_linear(x, *affine, gates), [*expert, gates], upper),
+        "dense experts": lambda: torch.autograd.grad(dense(x, *affine, gates), [*expert, gates], upper),
         "optimiser": trainer.optimizer.step,
     }
 
