@@ -3,7 +3,7 @@
 Converts it at 50, 25 and 10 % open, distils on the documentation strings of Python's standard library, and compares
 embeddings and times with the original on held-out sentences. Prints a table in Markdown.
 
-    python examples/sentence_encoder.py [--steps 150] [--finetune 150] [--rates 0.5 0.25 0.1] [--dir DIR]
+    python examples/sentence_encoder.py [--steps 250] [--finetune 350] [--rates 0.5 0.25 0.1] [--dir DIR]
 
 Called again it continues where it was.
 """
@@ -164,8 +164,8 @@ def main() -> None:
     """Convert, distil, compare."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rates", type=float, nargs="+", default=[0.5, 0.25, 0.1])
-    options.add_argument("--steps", type=int, default=150, help="of fitting block by block")
-    options.add_argument("--finetune", type=int, default=150, help="steps of training the whole after that")
+    options.add_argument("--steps", type=int, default=250, help="of fitting block by block")
+    options.add_argument("--finetune", type=int, default=350, help="steps of training the whole after that")
     options.add_argument("--bottleneck", type=int, default=64)
     options.add_argument("--group", type=int, default=1)
     options.add_argument("--dir", type=Path, default=Path("runs/sentence_encoder"))
