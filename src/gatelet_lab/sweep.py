@@ -1,6 +1,7 @@
 """`gatelet sweep`: search a recipe's numbers by validation error, with Optuna; the test set is not there."""
 
 import json
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
@@ -195,12 +196,17 @@ def open_study(options: Sweep, base: Recipe, space: Space) -> optuna.Study:
     waiting = {"connect_args": {"timeout": 60}} if options.storage.startswith("sqlite") else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        try:
-            storage = optuna.storages.RDBStorage(
-                options.storage, engine_kwargs=waiting, heartbeat_interval=HEARTBEAT, grace_period=GRACE
-            )
-        except (SQLAlchemyError, ImportError, ValueError) as error:
-            raise ValueError(f"--storage {options.storage}: {str(error).splitlines()[0]}") from error
+        for left in reversed(range(5)):
+            try:
+                storage = optuna.storages.RDBStorage(
+                    options.storage, engine_kwargs=waiting, heartbeat_interval=HEARTBEAT, grace_period=GRACE
+                )
+                break
+            except (SQLAlchemyError, ImportError, ValueError) as error:
+                # Another process makes the same tables in this moment: they are there at the next look.
+                if not left or "already exists" not in str(error):
+                    raise ValueError(f"--storage {options.storage}: {str(error).splitlines()[0]}") from error
+                time.sleep(1)
         study = optuna.create_study(
             storage=storage,
             study_name=name,
