@@ -115,6 +115,10 @@ class Recipe:
             raise ValueError(f"gate_bias must be a finite number, not {self.gate_bias!r}")
 
 
+# How long, and with what regularisation: the paper does not say.
+_LONG: Mapping[str, Any] = MappingProxyType({"input_dropout": 0.2, "rate_decay": 0.88, "epochs": 30, "patience": 12})
+
+
 def noisy_rectifier() -> Recipe:
     """Section 2.1, standard deviation 1, with the adaptive L1 penalty."""
     return Recipe(
@@ -124,6 +128,8 @@ def noisy_rectifier() -> Recipe:
         estimator="noisy_rectifier",
         l1_weight=1e-5,
         sparse_gates=15,
+        rate=0.3,
+        **_LONG,
     )
 
 
@@ -134,8 +140,12 @@ def straight_through() -> Recipe:
         title="Straight-through",
         paper=PaperRow(3.3e-3, 1.42, 1.39),
         estimator="straight_through",
-        kl_weight=0.1,
-        rate=0.3,
+        kl_weight=0.001,
+        gate_scale=8.0,
+        gate_bias=-2.2,
+        rate=1.0,
+        gater_rate=0.3,
+        **_LONG,
     )
 
 
@@ -157,6 +167,7 @@ def smooth_times_stochastic() -> Recipe:
         gate_scale=16.0,
         gater_max_norm=6.0,
         gate_bias=-4.6,
+        **_LONG,
     )
 
 
@@ -212,6 +223,7 @@ def sigmoid() -> Recipe:
         bottleneck=40,
         target_rate=None,
         rate=0.3,
+        **_LONG | {"epochs": 60, "rate_decay": 0.94, "patience": 20},
     )
 
 
