@@ -55,7 +55,7 @@ def _span(units: int, team: int) -> int:
 def _records(words: int, bits: int, size: int) -> int:
     """Return the bytes of the records of so many words of ``bits`` bits, with a number for each of their pairs."""
     most = words * -(-min(bits, 64) // MOST)
-    return -(-most * RECORD // 64) * 64 + most * MOST * size
+    return -(-most * RECORD // 64) * 64 + most * MOST * size + 64 * RECORD
 
 
 def pack(x: Tensor) -> Tensor:

@@ -16,11 +16,14 @@ from numba.extending import intrinsic as _intrinsic
 
 VECTOR = 64 if get_host_cpu_features().get("avx512f") else 32
 """Bytes of a vector: a register's."""
-SLICE = 512
+SLICE = int(__import__("os").environ.get("SLICE","512"))
 """The most bytes of a row that a block holds: 64 of them are a first-level cache, or a second-level one's near end."""
 RECORD, MOST = 16, 8
 """Bytes of a record of pairs, and how many pairs it holds: as many chains of multiply-adds hide their latency, and with
 the weights they share they fit in 16 registers."""
+
+AHEAD = int(__import__("os").environ.get("AHEAD","4"))
+"""So many records ahead a weight's slice is asked for: no processor foresees slices of rows."""
 
 _I32, _I64, _BIT = ir.IntType(32), ir.IntType(64), ir.IntType(1)
 
@@ -108,6 +111,12 @@ def _folded(builder: Any, value: Any, count: int) -> Any:
 
 def _sum(builder: Any, value: Any) -> Any:
     return builder.extract_element(_folded(builder, value, 1), _I32(0))
+
+
+def _prefetch(builder: Any, address: Any) -> None:
+    """Ask for a line of 64 bytes. Any address may be given."""
+    pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
+    _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _I32(0), _I32(3), _I32(1)])
 
 
 def _ctz(builder: Any, word: Any) -> Any:
@@ -228,6 +237,10 @@ def dot(
             record = builder.add(records, builder.mul(visit.index, _I64(RECORD)))
             n = builder.load(_at(builder, record, 0, _I64), align=8)
             row = builder.add(w, builder.mul(n, pitch))
+            later = builder.load(_at(builder, record, AHEAD * RECORD, _I64), align=8)
+            later = builder.add(w, builder.mul(later, pitch))
+            for line in range(0, SLICE, 64):
+                _prefetch(builder, builder.add(later, _I64(line)))
             places = _places(builder, record, k, block, stride)
             step = _Loop(builder, length, VECTOR)
             chains = [step.carry(ir.Constant(vector, None)) for _ in range(k)]
