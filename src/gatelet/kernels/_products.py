@@ -29,11 +29,13 @@ from numba import carray, cfunc, njit, types
 
 from gatelet.kernels import _vector as v
 
-SLICE, VECTOR, RECORD, MOST = v.SLICE, v.VECTOR, v.RECORD, v.MOST
+SLICE, VECTOR, RECORD, MOST, ALONE = v.SLICE, v.VECTOR, v.RECORD, v.MOST, 1 << v.ALONE
 RUNS = 128
 """Bytes that say where the records of each size start."""
+WORDS = 16
+"""So many words of units are listed at once for ``by_example``."""
 # Module globals of this module itself, as Numba's cache wants them.
-dot, axpy, gated = v.dot, v.axpy, v.gated
+dot, axpy, gated, prefetch = v.dot, v.axpy, v.gated, v.prefetch
 tile44, tile41, tile11 = v.tile44, v.tile41, v.tile11
 nonzero_bits, lowest, take = v.nonzero_bits, v.lowest, v.take
 read, write, read_word, write_word = v.read, v.write, v.read_word, v.write_word
@@ -194,6 +196,7 @@ def listed(records: Any, runs: Any, table: Any, pitch: Any, first: Any, last: An
         if bits == 0:
             continue
         parts = (bits + MOST - 1) // MOST
+        named = i | ALONE if parts == 1 else i
         while parts != 0:
             size = bits // parts
             packed = 0
@@ -202,7 +205,7 @@ def listed(records: Any, runs: Any, table: Any, pitch: Any, first: Any, last: An
                 word &= word - 1
             at = records + starts[size] * RECORD
             starts[size] += 1
-            write_word(at, i)
+            write_word(at, named)
             write_word(at + 8, packed)
             bits -= size
             parts -= 1
@@ -316,7 +319,7 @@ def _kernels(one: Any) -> dict[str, Any]:
                 for k in range(1, MOST + 1):
                     start = runs + (c - c0) * RUNS + 8 * k
                     for i in range(total + read_word(start), total + read_word(start + 8)):
-                        n, places = read_word(records + i * RECORD), read_word(records + i * RECORD + 8)
+                        n, places = read_word(records + i * RECORD) & (ALONE - 1), read_word(records + i * RECORD + 8)
                         add = read(bias + (n0 + n) * size, one) if bias != 0 else zero
                         for e in range(k):
                             b = (places >> (8 * e)) & 255
@@ -406,8 +409,8 @@ def _kernels(one: Any) -> dict[str, Any]:
         scratch = A[12] + take(A.ctypes.data + 8) * A[13]
         near = scratch + 64 * SLICE
         runs = near + span_s * span_b * stride
-        records = runs + RUNS
-        most = span_b * (64 // MOST)
+        records = runs + WORDS * RUNS
+        most = WORDS * span_b * (64 // MOST)
         scales = records + most * RECORD
         words = (N + 63) // 64
         tiles = (slices + span_s - 1) // span_s
@@ -426,34 +429,47 @@ def _kernels(one: Any) -> dict[str, Any]:
                         copy(target, bias + s * stride, min(each, D - s * each) * size)
                     else:
                         clear(target, stride)
-            for word in range(words):
-                count = listed(records, runs, rows + (b0 * words + word) * 8, words, 0, height)
-                for k in range(1, MOST + 1):
-                    for i in range(read_word(runs + 8 * k), read_word(runs + 8 * k + 8)):
-                        b, places = read_word(records + i * RECORD), read_word(records + i * RECORD + 8)
-                        c = C + ((b0 + b) * N + 64 * word) * size
-                        for e in range(k):
-                            write(scales + (i * MOST + e) * size, read(c + ((places >> (8 * e)) & 255) * size, one))
-                if count == 0:
-                    continue
+            for word0 in range(0, words, WORDS):
+                word1 = min(word0 + WORDS, words)
+                have = 0
+                for word in range(word0, word1):
+                    start = runs + (word - word0) * RUNS
+                    count = listed(records + have * RECORD, start, rows + (b0 * words + word) * 8, words, 0, height)
+                    for k in range(1, MOST + 1):
+                        for i in range(have + read_word(start + 8 * k), have + read_word(start + 8 * k + 8)):
+                            b, places = read_word(records + i * RECORD) & (ALONE - 1), read_word(records + i * RECORD + 8)
+                            c = C + ((b0 + b) * N + 64 * word) * size
+                            for e in range(k):
+                                write(scales + (i * MOST + e) * size, read(c + ((places >> (8 * e)) & 255) * size, one))
+                    have += count
                 for s in range(s0, s1):
-                    block, pitch = W + (64 * word * D + s * each) * size, D * size
                     length, rest = stride, 0
                     if D - s * each < each:
                         length, rest = (D - s * each) // lanes * VECTOR, (D - s * each) % lanes
-                    # A row's last vector must not be read over its end, where the block is W itself.
-                    if copies or rest != 0:
-                        for n in range(min(64, N - 64 * word)):
-                            copy(scratch + n * stride, block + n * pitch, min(each, D - s * each) * size)
-                        block, pitch = scratch, stride
-                    for k in range(1, MOST + 1):
-                        i = read_word(runs + 8 * k)
-                        many = read_word(runs + 8 * k + 8) - i
-                        if many != 0:
-                            axpy(
-                                *(k, records + i * RECORD, many, near + (s - s0) * height * stride, stride),
-                                *(block, pitch, length, rest, scales + i * MOST * size, one),
-                            )
+                    have = 0
+                    for word in range(word0, word1):
+                        start = runs + (word - word0) * RUNS
+                        count = read_word(start + 8 * (MOST + 1))
+                        block, pitch = W + (64 * word * D + s * each) * size, D * size
+                        # A row's last vector must not be read over its end, where the block is W itself.
+                        if count != 0 and (copies or rest != 0):
+                            # Meanwhile what is copied next is asked for.
+                            ahead = block + 64 * pitch
+                            for n in range(min(64, N - 64 * word)):
+                                copy(scratch + n * stride, block + n * pitch, min(each, D - s * each) * size)
+                                for line in range(0, stride, 64):
+                                    prefetch(ahead + n * pitch + line)
+                            block, pitch = scratch, stride
+                        for k in range(1, MOST + 1):
+                            i = read_word(start + 8 * k)
+                            many = read_word(start + 8 * k + 8) - i
+                            i += have
+                            if many != 0:
+                                axpy(
+                                    *(k, records + i * RECORD, many, near + (s - s0) * height * stride, stride),
+                                    *(block, pitch, length, rest, scales + i * MOST * size, 0, one),
+                                )
+                        have += count
             for b in range(height):
                 for s in range(s0, s1):
                     source = near + ((s - s0) * height + b) * stride
@@ -490,7 +506,7 @@ def _kernels(one: Any) -> dict[str, Any]:
                     copy(columns + (b - 64 * c) * wide, C + (b * N + n0) * size, wide)
                 for k in range(1, MOST + 1):
                     for i in range(have + read_word(start + 8 * k), have + read_word(start + 8 * k + 8)):
-                        n, places = read_word(records + i * RECORD), read_word(records + i * RECORD + 8)
+                        n, places = read_word(records + i * RECORD) & (ALONE - 1), read_word(records + i * RECORD + 8)
                         value = zero
                         for e in range(k):
                             scale = read(columns + ((places >> (8 * e)) & 255) * wide + n * size, one)
@@ -502,8 +518,18 @@ def _kernels(one: Any) -> dict[str, Any]:
                 have += count
             if V == 0:
                 continue
+            # One chunk of examples leaves most rows of V to one record, which writes them; others gather near.
+            fresh = 1 if chunks == 1 else 0
+            if fresh != 0:
+                for n in range(n0, n1):
+                    word = read_word(cols + n * 8)
+                    if word == 0 or ones(word) > MOST:
+                        clear(V + n * D * size, D * size)
             for s in range(slices):
-                clear(near, (n1 - n0) * stride)
+                target, pitch = V + (n0 * D + s * each) * size, D * size
+                if fresh == 0:
+                    target, pitch = near, stride
+                    clear(near, (n1 - n0) * stride)
                 length, rest = stride, 0
                 if D - s * each < each:
                     length, rest = (D - s * each) // lanes * VECTOR, (D - s * each) % lanes
@@ -516,12 +542,13 @@ def _kernels(one: Any) -> dict[str, Any]:
                         i += have
                         if count != 0:
                             axpy(
-                                *(k, records + i * RECORD, count, near, stride, block, stride, length, rest),
-                                *(scales + i * MOST * size, one),
+                                *(k, records + i * RECORD, count, target, pitch, block, stride, length, rest),
+                                *(scales + i * MOST * size, fresh, one),
                             )
                     have += read_word(start + 8 * (MOST + 1))
-                for n in range(n0, n1):
-                    copy(V + (n * D + s * each) * size, near + (n - n0) * stride, min(each, D - s * each) * size)
+                if fresh == 0:
+                    for n in range(n0, n1):
+                        copy(V + (n * D + s * each) * size, near + (n - n0) * stride, min(each, D - s * each) * size)
 
     def pointwise(p: Any) -> None:
         """At open pairs, from the gradient g of act(z) ∘ gate: C = g · gate · act'(z), gradient of the gate g · act(z).

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from gatelet.kernels import _team
 from gatelet.kernels._pattern import words
-from gatelet.kernels._products import ACTIVATIONS, MOST, RECORD, RUNS, SLICE, VECTOR, kernel
+from gatelet.kernels._products import ACTIVATIONS, MOST, RECORD, RUNS, SLICE, VECTOR, WORDS, kernel
 
 DENSE = 1 << 5
 """So many multiply-adds of the dense product count as one number to pass over: a tenth of them is done, by vectors."""
@@ -132,12 +132,11 @@ def by_example(coefficient: Tensor, weight: Tensor, bias: Tensor | None, rows: T
     team = _team.threads(batch * units * width // DENSE)
     size = weight.element_size()
     slices, each = _slicing(width, size)
-    # Sums stay in the second-level cache. Few slices are split by examples instead.
-    span_s = min(2, slices)
-    span = min(256, batch)
-    if slices < 2 * team:
-        span = min(256, -(-batch // team))
-    stride = _aligned(64 * SLICE + span_s * span * each * size + RUNS + _records(span, 64, size))
+    # Every example's pairs are listed once where there are examples enough for all threads, else once per thread.
+    span = min(256, batch if slices >= 2 * team else -(-batch // team))
+    span_s = slices if batch >= span * team else -(-slices // team)
+    size_s = span_s * span * each * size
+    stride = _aligned(64 * SLICE + size_s + WORDS * RUNS + _records(WORDS * span, 64, size))
     scratch = weight.new_empty(team * stride, dtype=torch.uint8)
     args = (
         *(coefficient.data_ptr(), weight.data_ptr(), _address(bias), rows.data_ptr(), out.data_ptr()),

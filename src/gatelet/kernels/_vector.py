@@ -16,13 +16,15 @@ from numba.extending import intrinsic as _intrinsic
 
 VECTOR = 64 if get_host_cpu_features().get("avx512f") else 32
 """Bytes of a vector: a register's."""
-SLICE = int(__import__("os").environ.get("SLICE","512"))
+SLICE = 512
 """The most bytes of a row that a block holds: 64 of them are a first-level cache, or a second-level one's near end."""
+ALONE = 32
+"""The bit of a record's first word that says that no other record has the same row; the bits below are its number."""
 RECORD, MOST = 16, 8
 """Bytes of a record of pairs, and how many pairs it holds: as many chains of multiply-adds hide their latency, and with
 the weights they share they fit in 16 registers."""
 
-AHEAD = int(__import__("os").environ.get("AHEAD","4"))
+AHEAD = 4
 """So many records ahead a weight's slice is asked for: no processor foresees slices of rows."""
 
 _I32, _I64, _BIT = ir.IntType(32), ir.IntType(64), ir.IntType(1)
@@ -172,6 +174,11 @@ def _by_size(builder: Any, size: Any, body: Any) -> None:
     builder.position_at_end(done)
 
 
+def _number(builder: Any, record: Any) -> Any:
+    """Return the row that a record names."""
+    return builder.zext(builder.load(_at(builder, record, 0, _I32), align=8), _I64)
+
+
 def _places(builder: Any, record: Any, k: int, block: Any, stride: Any) -> list[Any]:
     """Return the addresses of the rows of a block that a record names."""
     listed = builder.load(_at(builder, record, 8, _I64), align=8)
@@ -235,9 +242,8 @@ def dot(
             visit = _Loop(builder, count, 1)
             visit.open()
             record = builder.add(records, builder.mul(visit.index, _I64(RECORD)))
-            n = builder.load(_at(builder, record, 0, _I64), align=8)
-            row = builder.add(w, builder.mul(n, pitch))
-            later = builder.load(_at(builder, record, AHEAD * RECORD, _I64), align=8)
+            row = builder.add(w, builder.mul(_number(builder, record), pitch))
+            later = _number(builder, builder.add(record, _I64(AHEAD * RECORD)))
             later = builder.add(w, builder.mul(later, pitch))
             for line in range(0, SLICE, 64):
                 _prefetch(builder, builder.add(later, _I64(line)))
@@ -292,21 +298,29 @@ def axpy(
     length: Any,
     rest: Any,
     scales: Any,
+    fresh: Any,
     one: Any,
 ) -> Any:
-    """Add Σ_e scale[e] · block[e] to target[n], for ``count`` records of ``size`` pairs (n, e); arguments as in ``dot``."""
+    """Add Σ_e scale[e] · block[e] to target[n], for ``count`` records of ``size`` pairs (n, e); arguments as in ``dot``.
+
+    If ``fresh``, records that have their row for themselves write it, whatever was there.
+    """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        size, records, count, target, pitch, block, stride, length, rest, scales, _ = args
-        vector = _vector(context, signature.args[10])
+        size, records, count, target, pitch, block, stride, length, rest, scales, fresh, _ = args
+        vector = _vector(context, signature.args[11])
+        zero = ir.Constant(vector, None)
+        fresh = builder.icmp_signed("!=", fresh, _I64(0))
         some = builder.icmp_signed("!=", rest, _I64(0))
 
         def body(k: int) -> None:
             visit = _Loop(builder, count, 1)
             visit.open()
             record = builder.add(records, builder.mul(visit.index, _I64(RECORD)))
-            n = builder.load(_at(builder, record, 0, _I64), align=8)
-            row = builder.add(target, builder.mul(n, pitch))
+            row = builder.add(target, builder.mul(_number(builder, record), pitch))
+            named = builder.load(_at(builder, record, 0, _I64), align=8)
+            alone = builder.and_(fresh, builder.trunc(builder.lshr(named, _I64(ALONE)), _BIT))
+            alone = _splat(builder, alone, vector.count)
             places = _places(builder, record, k, block, stride)
             slot = builder.add(scales, builder.mul(visit.index, _I64(MOST * vector.element_size)))
             each = [_load(builder, slot, e * vector.element_size, vector.element) for e in range(k)]
@@ -314,6 +328,7 @@ def axpy(
             step = _Loop(builder, length, VECTOR)
             step.open()
             total = _load(builder, builder.add(row, step.index), 0, vector)
+            total = builder.select(alone, zero, total)
             for scale, place in zip(each, places, strict=True):
                 total = _fma(builder, scale, _load(builder, builder.add(place, step.index), 0, vector), total)
             _store(builder, total, builder.add(row, step.index), 0)
@@ -322,6 +337,7 @@ def axpy(
             builder.cbranch(some, masked, end)
             builder.position_at_end(masked)
             total = _masked(builder, builder.add(row, length), rest, vector)
+            total = builder.select(alone, zero, total)
             for scale, place in zip(each, places, strict=True):
                 total = _fma(builder, scale, _load(builder, builder.add(place, length), 0, vector), total)
             _masked_store(builder, total, builder.add(row, length), rest)
@@ -332,7 +348,7 @@ def axpy(
         _by_size(builder, size, body)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 10, one), generate
+    return types.void(*[types.int64] * 11, one), generate
 
 
 def _tile(units: int, examples: int) -> Any:
@@ -546,6 +562,17 @@ def copy(typing: Any, target: Any, source: Any, size: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def prefetch(typing: Any, address: Any) -> Any:
+    """Ask for a line of 64 bytes to be brought near. Any address may be given."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _prefetch(builder, args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
 
 
 @intrinsic
