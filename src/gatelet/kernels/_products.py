@@ -36,7 +36,7 @@ WORDS = 16
 """So many words of units are listed at once for ``by_example``."""
 # Module globals of this module itself, as Numba's cache wants them.
 dot, axpy, gated, prefetch = v.dot, v.axpy, v.gated, v.prefetch
-tile44, tile41, tile11 = v.tile44, v.tile41, v.tile11
+TILE, tile, tile41, tile11 = v.TILE, v.tile, v.tile41, v.tile11
 nonzero_bits, lowest, take = v.nonzero_bits, v.lowest, v.take
 read, write, read_word, write_word = v.read, v.write, v.read_word, v.write_word
 read_index, write_index = v.read_index, v.write_index
@@ -369,18 +369,19 @@ def _kernels(one: Any) -> dict[str, Any]:
                     clear(out + (b * N + n0) * size, group * size)
                     if pre != 0:
                         clear(pre + (b * N + n0) * size, group * size)
-            e = 0
-            while e < count:
-                examples = 4 if e + 4 <= count else 1
-                n = n0
-                while n < n0 + group:
-                    units = 4 if n + 4 <= n0 + group else 1
-                    w = W + n * D * size
+            # Four rows of weights stay in the first-level cache while the examples pass.
+            n = n0
+            while n < n0 + group:
+                units = 4 if n + 4 <= n0 + group else 1
+                w = W + n * D * size
+                e = 0
+                while e < count:
+                    examples = TILE if e + TILE <= count else 1
                     if units == 1:
                         for k in range(examples):
                             tile11(w, D * size, x, scratch + 4 * (e + k), D, result + k * size, one)
-                    elif examples == 4:
-                        tile44(w, D * size, x, scratch + 4 * e, D, result, one)
+                    elif examples == TILE:
+                        tile(w, D * size, x, scratch + 4 * e, D, result, one)
                     else:
                         tile41(w, D * size, x, scratch + 4 * e, D, result, one)
                     for u in range(units):
@@ -396,8 +397,8 @@ def _kernels(one: Any) -> dict[str, Any]:
                                 h = read(gate + (b * gates + g) * size, one)
                                 z = z * h if h != 0 else zero
                             write(out + at, z)
-                    n += units
-                e += examples
+                    e += examples
+                n += units
 
     def by_example(p: Any) -> None:
         """A task is some slices of D × some examples, whose sums stay near; units pass in blocks of 64."""
@@ -414,7 +415,7 @@ def _kernels(one: Any) -> dict[str, Any]:
         scales = records + most * RECORD
         words = (N + 63) // 64
         tiles = (slices + span_s - 1) // span_s
-        copies = span_b >= 16
+        copies = span_b > 32
         while True:
             t = take(A.ctypes.data)
             if t >= tiles * ((B + span_b - 1) // span_b):

@@ -407,7 +407,9 @@ def _tile(units: int, examples: int) -> Any:
     return tile
 
 
-tile44, tile41, tile11 = _tile(4, 4), _tile(4, 1), _tile(1, 1)
+TILE = 4 if VECTOR == 64 else 3
+"""Examples in a tile of four units: their sums and what is multiplied fit in the registers, 32 of AVX-512, 16 of AVX2."""
+tile, tile41, tile11 = _tile(4, TILE), _tile(4, 1), _tile(1, 1)
 
 
 def _load_int(builder: Any, address: Any, offset: int) -> Any:
