@@ -343,6 +343,59 @@ def _kernels(one: Any) -> dict[str, Any]:
                         if pre != 0:
                             copy(pre + (b * N + n0) * size, near_pre + (b - first) * wide, wide)
 
+    def one_dots(p: Any) -> None:
+        """Like ``dots`` for one example, whose open weight rows are read from end to end; a task is 256 units."""
+        A = carray(p, (32,), types.int64)
+        scratch = A[16] + take(A.ctypes.data + 8) * A[17]
+        x, W, bias, mask, gate, rows, cols = A[2], A[3], A[4], A[5], A[6], A[7], A[8]
+        out, pre, N, D, group = A[9], A[10], A[12], A[13], A[14]
+        fill, code = A[19], A[20]
+        sums = scratch + 64
+        write_word(scratch, 0)
+        length, rest = D // lanes * VECTOR, D % lanes
+        while True:
+            n0 = take(A.ctypes.data) * 256
+            if n0 >= N:
+                break
+            n1 = min(n0 + 256, N)
+            if fill != 0:
+                clear(out + n0 * size, (n1 - n0) * size)
+                if pre != 0:
+                    clear(pre + n0 * size, (n1 - n0) * size)
+            for first in range(n0, n1, 64):
+                last = min(first + 64, n1)
+                if mask != 0:
+                    bits = open_word(mask, first // 64, N, group, size, one)
+                    if rows != 0:
+                        write_word(rows + first // 8, bits)
+                    if cols != 0:
+                        for n in range(first, last):
+                            write_word(cols + n * 8, (bits >> (n - first)) & 1)
+                else:
+                    bits = 0
+                    for n in range(first, last):
+                        bits |= (read_word(cols + n * 8) & 1) << (n - first)
+                block = W + first * D * size
+                while bits != 0:
+                    places, k = 0, 0
+                    while bits != 0 and k < MOST:
+                        places |= lowest(bits) << (8 * k)
+                        bits &= bits - 1
+                        k += 1
+                    write_word(scratch + 8, places)
+                    clear(sums, MOST * size)
+                    dot(k, scratch, 1, x, 0, block, D * size, length, rest, sums, one)
+                    for e in range(k):
+                        n = first + ((places >> (8 * e)) & 255)
+                        z = read(sums + e * size, one) + (read(bias + n * size, one) if bias != 0 else zero)
+                        if pre != 0:
+                            write(pre + n * size, z)
+                        z = activate(z, code, one)
+                        if gate != 0:
+                            h = read(gate + n // group * size, one)
+                            z = z * h if h != 0 else zero
+                        write(out + n * size, z)
+
     def group_dots(p: Any) -> None:
         """Like ``dots`` for gates of several units: a task is a group, a dense product with its open examples."""
         A = carray(p, (32,), types.int64)
@@ -452,8 +505,7 @@ def _kernels(one: Any) -> dict[str, Any]:
                         start = runs + (word - word0) * RUNS
                         count = read_word(start + 8 * (MOST + 1))
                         block, pitch = W + (64 * word * D + s * each) * size, D * size
-                        # A row's last vector must not be read over its end, where the block is W itself.
-                        if count != 0 and (copies or rest != 0):
+                        if count != 0 and copies:
                             # Meanwhile what is copied next is asked for.
                             ahead = block + 64 * pitch
                             for n in range(min(64, N - 64 * word)):
@@ -583,7 +635,7 @@ def _kernels(one: Any) -> dict[str, Any]:
                             scale = h if code == 0 else h * slope(read(z + at, one), code, one)
                             write(C + at, upper * scale if h != 0 else zero)
 
-    made = (pattern, pack, dots, group_dots, by_example, by_unit, pointwise)
+    made = (pattern, pack, dots, one_dots, group_dots, by_example, by_unit, pointwise)
     return {kernel.__name__: kernel for kernel in made}
 
 

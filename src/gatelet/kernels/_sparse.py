@@ -75,7 +75,7 @@ def dots(
     weight: Tensor,
     bias: Tensor | None,
     gate: Tensor | None,
-    cols: Tensor,
+    cols: Tensor | None,
     out: Tensor,
     pre: Tensor | None = None,
     *,
@@ -89,7 +89,7 @@ def dots(
     """Write act(x Wᵀ + b) ∘ gate to ``out`` (B, N) at open pairs, and x Wᵀ + b to ``pre``; zero elsewhere if ``fill``.
 
     With ``mask`` (B, G) the pattern is its non-zeros and is written to ``rows`` and ``cols``; without, it is read.
-    ``grouped`` > 1 says that units open in aligned groups of that size and asks for the group kernel.
+    ``cols`` may be None for one example with ``mask``. ``grouped`` > 1 says that units open in aligned groups of that size and asks for the group kernel.
     """
     batch, width = x.shape
     units = weight.shape[0]
@@ -99,12 +99,13 @@ def dots(
     group = grouped if gates is None else units // gates.shape[1]
     team = _team.threads(batch * units * width // DENSE)
     code = ACTIVATIONS.index(activation)
-    if mask is not None and (grouped > 1 or batch > 64):
+    name = "one_dots" if batch == 1 else "group_dots" if grouped > 1 else "dots"
+    if mask is not None and (name == "group_dots" or batch > 64):
         # Along the examples' rows in a pass of its own; a few examples are looked at on the way.
-        build = (mask.data_ptr(), _address(rows), cols.data_ptr(), batch, units, group)
+        build = (mask.data_ptr(), _address(rows), _address(cols), batch, units, group)
         _team.run(kernel("pattern", _bits(x)), build, _team.threads(batch * units))
         mask = None
-    if grouped > 1:
+    if name != "dots":
         stride = 4 * batch + 512
         scratch = x.new_empty(team * stride, dtype=torch.uint8)
         source, spans = x, (0, 0)
@@ -117,10 +118,10 @@ def dots(
         source = pack(x) if packed is None else packed
     args = (
         *(source.data_ptr(), weight.data_ptr(), _address(bias), _address(mask), _address(gate), _address(rows)),
-        *(cols.data_ptr(), out.data_ptr(), _address(pre), batch, units, width, group, spans[0]),
+        *(_address(cols), out.data_ptr(), _address(pre), batch, units, width, group, spans[0]),
         *(scratch.data_ptr(), stride, spans[1], int(fill), code),
     )
-    _team.run(kernel("group_dots" if grouped > 1 else "dots", _bits(x)), args, team)
+    _team.run(kernel(name, _bits(x)), args, team)
 
 
 def by_example(coefficient: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:

@@ -228,7 +228,7 @@ def dot(
     """Add ⟨w[n], block[e]⟩ to the sums of ``count`` records of ``size`` pairs (n, e): over ``length`` bytes, and ``rest``.
 
     Rows of w are ``pitch`` bytes apart, those of the block ``stride``. ``rest`` numbers after the whole vectors are read
-    from w by mask; the block has zeros there.
+    by mask.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -263,7 +263,7 @@ def dot(
             own = _masked(builder, builder.add(row, length), rest, vector)
             more = []
             for place, chain in zip(places, chains, strict=True):
-                more.append(_fma(builder, own, _load(builder, builder.add(place, length), 0, vector), chain))
+                more.append(_fma(builder, own, _masked(builder, builder.add(place, length), rest, vector), chain))
             builder.branch(end)
             builder.position_at_end(end)
             totals = []
@@ -339,7 +339,7 @@ def axpy(
             total = _masked(builder, builder.add(row, length), rest, vector)
             total = builder.select(alone, zero, total)
             for scale, place in zip(each, places, strict=True):
-                total = _fma(builder, scale, _load(builder, builder.add(place, length), 0, vector), total)
+                total = _fma(builder, scale, _masked(builder, builder.add(place, length), rest, vector), total)
             _masked_store(builder, total, builder.add(row, length), rest)
             builder.branch(end)
             builder.position_at_end(end)
