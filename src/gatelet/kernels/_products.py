@@ -11,9 +11,9 @@ at least. So everything is about where that vector comes from. Examples are take
 word, and rows in slices of 512 bytes: such a block stays in the first-level cache while all units pass over it.
 Blocks are packed, for rows a power of two apart would share a few cache sets; so are the sums of rows.
 
-Before that, pairs are listed: a record holds a unit and up to eight of its examples in the chunk (``listed``). A visit of
-a record keeps one running sum per pair in registers, and a weight is loaded once for all of them. Records of one size
-follow each other, each in straight-line code: no loop over bits whose end the processor would guess wrong.
+Before that, pairs are listed: a record holds a unit and up to eight of its examples in the chunk (``listed``). A
+visit of a record keeps one running sum per pair in registers, and a weight is loaded once for all of them. Records of
+one size follow each other, each in code of its own: no loop over bits whose end the processor would guess wrong.
 
 ``pointwise`` does what is left at open pairs: gates, activations, their gradients.
 """
@@ -169,7 +169,9 @@ def build(
 
 
 @compiled
-def listed(records: Any, runs: Any, table: Any, pitch: Any, first: Any, last: Any) -> Any:  # pragma: no cover (compiled)
+def listed(
+    records: Any, runs: Any, table: Any, pitch: Any, first: Any, last: Any
+) -> Any:  # pragma: no cover (compiled)
     """List the pairs of some words, the ``pitch``-th words of a table; return how many records.
 
     A record is the word's number and up to MOST of its bits, a byte each. They come by size: ``runs`` says where
@@ -309,39 +311,55 @@ def _kernels(one: Any) -> dict[str, Any]:
                     total += read_word(start + 8 * (MOST + 1))
             total = 0
             wide = (n1 - n0) * size
+            # Columns of a large matrix share cache sets: values are put in place in a small copy of the block. Gates
+            # come in by rows, whole vectors at a time, unless several units share one or closed units are not written.
+            by_rows = fill != 0 and (gate == 0 or group == 1)
             for c in range(c0, c1):
                 first, last = 64 * c, min(64 * c + 64, B)
-                # Columns of a large matrix share cache sets: values are put in place in a small copy of the block.
                 if fill != 0:
                     clear(near, (last - first) * wide)
-                    if pre != 0:
+                    if pre != 0 and code != 0:
                         clear(near_pre, (last - first) * wide)
                 for k in range(1, MOST + 1):
                     start = runs + (c - c0) * RUNS + 8 * k
                     for i in range(total + read_word(start), total + read_word(start + 8)):
                         n, places = read_word(records + i * RECORD) & (ALONE - 1), read_word(records + i * RECORD + 8)
                         add = read(bias + (n0 + n) * size, one) if bias != 0 else zero
+                        at = near + n * size
+                        if by_rows and code == 0:
+                            for e in range(k):
+                                write(at + (places & 255) * wide, read(sums + (i * MOST + e) * size, one) + add)
+                                places >>= 8
+                            continue
                         for e in range(k):
                             b = (places >> (8 * e)) & 255
                             z = read(sums + (i * MOST + e) * size, one) + add
-                            inside, outside = b * wide + n * size, ((first + b) * N + n0 + n) * size
-                            if pre != 0:
-                                write((near_pre + inside) if fill != 0 else (pre + outside), z)
+                            outside = ((first + b) * N + n0 + n) * size
+                            if pre != 0 and (fill == 0 or code != 0):
+                                write((near_pre + n * size + b * wide) if fill != 0 else (pre + outside), z)
                             z = activate(z, code, one)
-                            if gate != 0 and (group != 1 or fill == 0):
-                                h = read(gate + ((first + b) * gates + (n0 + n) // group) * size, one)
-                                z = z * h if h != 0 else zero
-                            write((near + inside) if fill != 0 else (out + outside), z)
+                            if fill != 0:
+                                write(at + b * wide, z)
+                            else:
+                                if gate != 0:
+                                    h = read(gate + ((first + b) * gates + (n0 + n) // group) * size, one)
+                                    z = z * h if h != 0 else zero
+                                write(out + outside, z)
                 total += read_word(runs + (c - c0) * RUNS + 8 * (MOST + 1))
                 if fill != 0:
                     for b in range(first, last):
-                        if gate != 0 and group == 1:
-                            here = (b * N + n0) * size
-                            gated(out + here, near + (b - first) * wide, gate + here, n1 - n0, one)
-                        else:
-                            copy(out + (b * N + n0) * size, near + (b - first) * wide, wide)
+                        source, here = near + (b - first) * wide, (b * N + n0) * size
                         if pre != 0:
-                            copy(pre + (b * N + n0) * size, near_pre + (b - first) * wide, wide)
+                            copy(pre + here, source if code == 0 else near_pre + (b - first) * wide, wide)
+                        if by_rows and gate != 0:
+                            gated(out + here, source, gate + here, n1 - n0, one)
+                            continue
+                        if gate != 0:
+                            for n in range(n0, n1):
+                                h = read(gate + (b * gates + n // group) * size, one)
+                                at = source + (n - n0) * size
+                                write(at, read(at, one) * h if h != 0 else zero)
+                        copy(out + here, source, wide)
 
     def one_dots(p: Any) -> None:
         """Like ``dots`` for one example, whose open weight rows are read from end to end; a task is 256 units."""
@@ -491,7 +509,10 @@ def _kernels(one: Any) -> dict[str, Any]:
                     count = listed(records + have * RECORD, start, rows + (b0 * words + word) * 8, words, 0, height)
                     for k in range(1, MOST + 1):
                         for i in range(have + read_word(start + 8 * k), have + read_word(start + 8 * k + 8)):
-                            b, places = read_word(records + i * RECORD) & (ALONE - 1), read_word(records + i * RECORD + 8)
+                            b, places = (
+                                read_word(records + i * RECORD) & (ALONE - 1),
+                                read_word(records + i * RECORD + 8),
+                            )
                             c = C + ((b0 + b) * N + 64 * word) * size
                             for e in range(k):
                                 write(scales + (i * MOST + e) * size, read(c + ((places >> (8 * e)) & 255) * size, one))

@@ -89,7 +89,8 @@ def dots(
     """Write act(x Wᵀ + b) ∘ gate to ``out`` (B, N) at open pairs, and x Wᵀ + b to ``pre``; zero elsewhere if ``fill``.
 
     With ``mask`` (B, G) the pattern is its non-zeros and is written to ``rows`` and ``cols``; without, it is read.
-    ``cols`` may be None for one example with ``mask``. ``grouped`` > 1 says that units open in aligned groups of that size and asks for the group kernel.
+    ``grouped`` > 1 says that units open in aligned groups of that size and asks for the group kernel.
+    For one example with ``mask``, ``cols`` may be None.
     """
     batch, width = x.shape
     units = weight.shape[0]

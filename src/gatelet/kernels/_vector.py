@@ -12,12 +12,14 @@ from typing import Any
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
 from numba import types
+from numba.core import config
 from numba.extending import intrinsic as _intrinsic
 
-VECTOR = 64 if get_host_cpu_features().get("avx512f") else 32
-"""Bytes of a vector: a register's."""
+_FEATURES = config.CPU_FEATURES or get_host_cpu_features().flatten()
+VECTOR = 64 if "+avx512f" in _FEATURES else 32
+"""Bytes of a vector: a register's, of the processor that Numba compiles for."""
 SLICE = 512
-"""The most bytes of a row that a block holds: 64 of them are a first-level cache, or a second-level one's near end."""
+"""The most bytes of a row that a block holds: 64 rows are then as large as most first-level caches."""
 ALONE = 32
 """The bit of a record's first word that says that no other record has the same row; the bits below are its number."""
 RECORD, MOST = 16, 8
@@ -225,10 +227,10 @@ def dot(
     sums: Any,
     one: Any,
 ) -> Any:
-    """Add ⟨w[n], block[e]⟩ to the sums of ``count`` records of ``size`` pairs (n, e): over ``length`` bytes, and ``rest``.
+    """Add ⟨w[n], block[e]⟩ to the sums of ``count`` records of ``size`` pairs (n, e).
 
-    Rows of w are ``pitch`` bytes apart, those of the block ``stride``. ``rest`` numbers after the whole vectors are read
-    by mask.
+    Rows of w are ``pitch`` bytes apart, those of the block ``stride``. Over ``length`` bytes, whole vectors, and
+    ``rest`` numbers after them, which are read by mask.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -301,9 +303,9 @@ def axpy(
     fresh: Any,
     one: Any,
 ) -> Any:
-    """Add Σ_e scale[e] · block[e] to target[n], for ``count`` records of ``size`` pairs (n, e); arguments as in ``dot``.
+    """Add Σ_e scale[e] · block[e] to target[n], for ``count`` records of ``size`` pairs (n, e).
 
-    If ``fresh``, records that have their row for themselves write it, whatever was there.
+    Arguments are as in ``dot``. If ``fresh``, records that have their row for themselves write it, whatever was there.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -408,7 +410,7 @@ def _tile(units: int, examples: int) -> Any:
 
 
 TILE = 4 if VECTOR == 64 else 3
-"""Examples in a tile of four units: their sums and what is multiplied fit in the registers, 32 of AVX-512, 16 of AVX2."""
+"""Examples in a tile of four units: sums and what is multiplied fit in registers, 32 of AVX-512 or 16 of AVX2."""
 tile, tile41, tile11 = _tile(4, TILE), _tile(4, 1), _tile(1, 1)
 
 

@@ -78,7 +78,9 @@ def gated_linear(
             # Without a gradient the ops' machinery would cost more than a small product.
             if choice in ("numba", "triton"):
                 shift = None if bias is None else bias.contiguous()
-                found = _inference(choice)(flat_x.contiguous(), weight.contiguous(), shift, flat_gate.contiguous())
+                found: Tensor = _inference(choice)(
+                    flat_x.contiguous(), weight.contiguous(), shift, flat_gate.contiguous()
+                )
                 return found if x.dim() == 2 else found.view(shape)
             return _reference.forward(flat_x, weight, bias, flat_gate, False)[0].view(shape)
     rows = cols = wide_rows = wide_cols = None
