@@ -171,11 +171,13 @@ def limit(kernel: Kernel, batch: int, width: int, dtype: torch.dtype, gradients:
     """Return the active fraction below which this kernel is expected to beat dense."""
     if batch <= FEW:
         return 1.0
-    cost = costs(kernel, dtype)
-    # The products of the backward pass form no pattern and finish no pairs.
-    each = 2 * width if gradients else width
+    # Two of the three products of a training step are those of units: only the forward pass has a kernel for groups.
+    cost = costs("unit" if gradients else kernel, dtype)
+    # The products of the backward pass form no pattern and finish no pairs, but they write: a weight's gradient is as
+    # large as the weight, whatever the batch.
+    each, few = (2 * width, FEW / 2) if gradients else (width, FEW)
     left = max(1 - cost.fixed - PLACE / each, 0.0)
-    return min(1.0, left / (cost.slope * (1 + PAIR / each)) + FEW / batch)
+    return min(1.0, left / (cost.slope * (1 + PAIR / each)) + few / batch)
 
 
 def check_backend(backend: str) -> str:

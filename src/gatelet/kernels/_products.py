@@ -440,36 +440,39 @@ def _kernels(one: Any) -> dict[str, Any]:
                     clear(out + (b * N + n0) * size, group * size)
                     if pre != 0:
                         clear(pre + (b * N + n0) * size, group * size)
-            # Four rows of weights stay in the first-level cache while the examples pass.
-            n = n0
-            while n < n0 + group:
-                units = 4 if n + 4 <= n0 + group else 1
-                w = W + n * D * size
-                e = 0
-                while e < count:
-                    examples = TILE if e + TILE <= count else 1
-                    if units == 1:
-                        for k in range(examples):
-                            tile11(w, D * size, x, scratch + 4 * (e + k), D, result + k * size, one)
-                    elif examples == TILE:
-                        tile(w, D * size, x, scratch + 4 * e, D, result, one)
-                    else:
-                        tile41(w, D * size, x, scratch + 4 * e, D, result, one)
-                    for u in range(units):
-                        add = read(bias + (n + u) * size, one) if bias != 0 else zero
-                        for k in range(examples):
-                            b = read_index(scratch + 4 * (e + k))
-                            z = read(result + (u * examples + k) * size, one) + add
-                            at = (b * N + n + u) * size
-                            if pre != 0:
-                                write(pre + at, z)
-                            z = activate(z, code, one)
-                            if gate != 0:
-                                h = read(gate + (b * gates + g) * size, one)
-                                z = z * h if h != 0 else zero
-                            write(out + at, z)
-                    e += examples
-                n += units
+            # Four rows of weights stay in the first-level cache while as many examples pass as the second one holds.
+            step = max((1 << 17) // max(D * size, 1) // TILE, 4) * TILE
+            for e0 in range(0, count, step):
+                e1 = min(e0 + step, count)
+                n = n0
+                while n < n0 + group:
+                    units = 4 if n + 4 <= n0 + group else 1
+                    w = W + n * D * size
+                    e = e0
+                    while e < e1:
+                        examples = TILE if e + TILE <= e1 else 1
+                        if units == 1:
+                            for k in range(examples):
+                                tile11(w, D * size, x, scratch + 4 * (e + k), D, result + k * size, one)
+                        elif examples == TILE:
+                            tile(w, D * size, x, scratch + 4 * e, D, result, one)
+                        else:
+                            tile41(w, D * size, x, scratch + 4 * e, D, result, one)
+                        for u in range(units):
+                            add = read(bias + (n + u) * size, one) if bias != 0 else zero
+                            for k in range(examples):
+                                b = read_index(scratch + 4 * (e + k))
+                                z = read(result + (u * examples + k) * size, one) + add
+                                at = (b * N + n + u) * size
+                                if pre != 0:
+                                    write(pre + at, z)
+                                z = activate(z, code, one)
+                                if gate != 0:
+                                    h = read(gate + (b * gates + g) * size, one)
+                                    z = z * h if h != 0 else zero
+                                write(out + at, z)
+                        e += examples
+                    n += units
 
     def by_example(p: Any) -> None:
         """A task is some slices of D × some examples, whose sums stay near; units pass in blocks of 64."""

@@ -27,7 +27,8 @@ RECORD, MOST = 16, 8
 the weights they share they fit in 16 registers."""
 
 AHEAD = 4
-"""So many records ahead a weight's slice is asked for: no processor foresees slices of rows."""
+"""So many records ahead, more where they are small, a weight's slice is asked for: no processor foresees slices of
+rows."""
 
 _I32, _I64, _BIT = ir.IntType(32), ir.IntType(64), ir.IntType(1)
 
@@ -245,7 +246,7 @@ def dot(
             visit.open()
             record = builder.add(records, builder.mul(visit.index, _I64(RECORD)))
             row = builder.add(w, builder.mul(_number(builder, record), pitch))
-            later = _number(builder, builder.add(record, _I64(AHEAD * RECORD)))
+            later = _number(builder, builder.add(record, _I64(max(AHEAD, 4 * AHEAD // k) * RECORD)))
             later = builder.add(w, builder.mul(later, pitch))
             for line in range(0, SLICE, 64):
                 _prefetch(builder, builder.add(later, _I64(line)))
