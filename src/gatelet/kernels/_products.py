@@ -316,6 +316,9 @@ def _kernels(one: Any) -> dict[str, Any]:
             by_rows = fill != 0 and (gate == 0 or group == 1)
             for c in range(c0, c1):
                 first, last = 64 * c, min(64 * c + 64, B)
+                if fill == 0 and gate != 0 and group == 1:
+                    for b in range(first, last):
+                        copy(near + (b - first) * wide, gate + (b * N + n0) * size, wide)
                 if fill != 0:
                     clear(near, (last - first) * wide)
                     if pre != 0 and code != 0:
@@ -342,7 +345,8 @@ def _kernels(one: Any) -> dict[str, Any]:
                                 write(at + b * wide, z)
                             else:
                                 if gate != 0:
-                                    h = read(gate + ((first + b) * gates + (n0 + n) // group) * size, one)
+                                    far = gate + ((first + b) * gates + (n0 + n) // group) * size
+                                    h = read(at + b * wide if group == 1 else far, one)
                                     z = z * h if h != 0 else zero
                                 write(out + outside, z)
                 total += read_word(runs + (c - c0) * RUNS + 8 * (MOST + 1))

@@ -134,9 +134,11 @@ def by_example(coefficient: Tensor, weight: Tensor, bias: Tensor | None, rows: T
     team = _team.threads(batch * units * width // DENSE)
     size = weight.element_size()
     slices, each = _slicing(width, size)
-    # Every example's pairs are listed once where there are examples enough for all threads, else once per thread.
-    span = min(256, batch if slices >= 2 * team else -(-batch // team))
-    span_s = slices if batch >= span * team else -(-slices // team)
+    # Threads share out the examples, so that their pairs are listed once; where these are few, for passing over all of W
+    # would cost more, the slices.
+    by_batch = batch >= 64 * team or slices < 2 * team
+    span = min(256, -(-batch // team) if by_batch else batch)
+    span_s = slices if by_batch else -(-slices // team)
     size_s = span_s * span * each * size
     stride = _aligned(64 * SLICE + size_s + WORDS * RUNS + _records(WORDS * span, 64, size))
     scratch = weight.new_empty(team * stride, dtype=torch.uint8)
