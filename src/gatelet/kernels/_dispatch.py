@@ -174,8 +174,8 @@ def limit(kernel: Kernel, batch: int, width: int, dtype: torch.dtype, gradients:
     # Two of the three products of a training step are those of units: only the forward pass has a kernel for groups.
     cost = costs("unit" if gradients else kernel, dtype)
     # The products of the backward pass form no pattern and finish no pairs, but they write: a weight's gradient is as
-    # large as the weight, whatever the batch.
-    each, few = (2 * width, FEW / 2) if gradients else (width, FEW)
+    # large as the weight, however few the examples.
+    each, few = (2 * width, 0) if gradients else (width, FEW)
     left = max(1 - cost.fixed - PLACE / each, 0.0)
     return min(1.0, left / (cost.slope * (1 + PAIR / each)) + few / batch)
 

@@ -134,8 +134,8 @@ def by_example(coefficient: Tensor, weight: Tensor, bias: Tensor | None, rows: T
     team = _team.threads(batch * units * width // DENSE)
     size = weight.element_size()
     slices, each = _slicing(width, size)
-    # Threads share out the examples, so that their pairs are listed once; where these are few, for passing over all of W
-    # would cost more, the slices.
+    # Threads share out the examples, so that pairs are listed once; the slices where examples are few, for each
+    # thread would pass over all of W for them.
     by_batch = batch >= 64 * team or slices < 2 * team
     span = min(256, -(-batch // team) if by_batch else batch)
     span_s = slices if by_batch else -(-slices // team)
