@@ -297,10 +297,37 @@ torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the processor asked for is an x86")
 def test_processors_with_narrower_vectors():
-    """AVX2: the compiler splits the vectors of 64 bytes."""
+    """AVX2, wherever this runs."""
     environment = {**os.environ, "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+bmi,+bmi2,+popcnt"}
     found = subprocess.run(
         [sys.executable, "-c", OTHER_PROCESSOR], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert found.returncode == 0, found.stderr
+
+
+OTHER_WIDTH = """
+from llvmlite import binding
+theirs = binding.get_host_cpu_features
+class Other(str):
+    def flatten(self):
+        return self
+binding.get_host_cpu_features = lambda: Other("" if theirs().get("avx512f") else "+avx512f")
+from gatelet.kernels import _vector
+binding.get_host_cpu_features = theirs
+assert _vector.VECTOR == (32 if theirs().get("avx512f") else 64)
+"""
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the widths are those of x86")
+def test_the_other_width_of_vectors(tmp_path):
+    """What runs on processors with AVX-512 is right where they are not there, and the other way round."""
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    found = subprocess.run(
+        [sys.executable, "-c", OTHER_WIDTH + OTHER_PROCESSOR],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert found.returncode == 0, found.stderr
 

@@ -126,6 +126,29 @@ def test_gated_linear(backend, dtype, case):
         compare([given_pattern], truth[:1], size[:1], dtype)
 
 
+RECORDS = {
+    "one example, rows of weights with a rest": (1, 300, 1030, 0.3),
+    "one example, all open": (1, 130, 64, 1.0),
+    "more examples of a unit than a record holds, beside units with fewer": (40, 1100, 149, 0.25),
+    "full records only": (64, 64, 257, 1.0),
+    "more examples than a task takes, and more units than are listed at once": (300, 1090, 70, 0.1),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", RECORDS.values(), ids=RECORDS)
+def test_the_limits_of_records_and_tasks(shape, dtype):
+    batch, units, width, rate = shape
+    case = {"batch": batch, "groups": units, "group": 1, "width": width, "outputs": 3, "rate": rate, "scale": 1.0}
+    p = Problem({**case, "layout": "plain", "bias": True, "seed": 0}, dtype, "numba")
+    inputs = (p.x, p.weight, p.bias, p.gate)
+    truth, size = truths(lambda x, weight, bias, gate: F.linear(x, weight, bias) * gate, inputs, p.upper)
+    truth[-1], size[-1] = truth[-1] * p.mask(), size[-1] * p.mask()
+    compare(gradients(gated_linear(*inputs, backend="numba"), inputs, p.upper), truth, size, dtype)
+    with torch.no_grad():
+        compare([gated_linear(*inputs, backend="numba")], truth[:1], size[:1], dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @QUICK

@@ -53,6 +53,9 @@ class Choice:
         return f"{self.active_fraction:.1%} of the gates are open, {side} break-even at {self.limit:.0%}"
 
 
+_known = functools.cache(Choice)
+"""Choices that no number goes into: made once, for a small layer takes no longer than some objects do."""
+
 SMALL = 1 << 16
 """Layers of fewer multiply-adds than this run dense: they are over before it matters, and nothing needs compiling."""
 PAIR, PLACE = 90, 50
@@ -168,11 +171,13 @@ def limit(kernel: Kernel, batch: int, width: int, dtype: torch.dtype, gradients:
     """Return the active fraction below which this kernel is expected to beat dense."""
     if batch <= FEW:
         return 1.0
-    cost = costs(kernel, dtype)
-    # The products of the backward pass form no pattern and finish no pairs.
-    each = 2 * width if gradients else width
+    # Two of the three products of a training step are those of units: only the forward pass has a kernel for groups.
+    cost = costs("unit" if gradients else kernel, dtype)
+    # The products of the backward pass form no pattern and finish no pairs, but they write: a weight's gradient is as
+    # large as the weight, however few the examples.
+    each, few = (2 * width, 0) if gradients else (width, FEW)
     left = max(1 - cost.fixed - PLACE / each, 0.0)
-    return min(1.0, left / (cost.slope * (1 + PAIR / each)) + FEW / batch)
+    return min(1.0, left / (cost.slope * (1 + PAIR / each)) + few / batch)
 
 
 def check_backend(backend: str) -> str:
@@ -204,11 +209,11 @@ def choose(
     group = units // max(gate.shape[1], 1)
     kernel: Kernel = "group" if group >= SMALLEST_GROUP else "unit"
     if backend == "reference":
-        return Choice("reference", "reference", None, 0.0, "asked for")
+        return _known("reference", "reference", None, 0.0, "asked for")
     if backend == "triton":
         if reason := triton_cannot(gate.device, dtype):
             raise ValueError(f'backend="triton": {reason}')
-        return Choice("triton", kernel, None, 1.0, "asked for")
+        return _known("triton", kernel, None, 1.0, "asked for")
     if gate.device.type == "cuda" and backend == "auto":
         return choose_on_gpu(kernel, group, batch, width, units, dtype, gradients, announce, declared)
     if dtype not in NATIVE:
@@ -218,16 +223,16 @@ def choose(
     if backend == "numba":
         if gate.device.type != "cpu":
             raise ValueError(f'backend="numba" runs on the CPU, but the tensors are on {gate.device}')
-        return Choice("numba", kernel, None, 1.0, "asked for")
+        return _known("numba", kernel, None, 1.0, "asked for")
     if gate.device.type != "cpu":
         return Choice("reference", "reference", None, 0.0, f"no kernel for the device {gate.device}")
     if missing := numba_missing():
         return Choice("reference", "reference", None, 0.0, missing)
     if batch * units * width < SMALL:
-        return Choice("reference", "reference", None, 0.0, "so small that starting a kernel costs more than it saves")
+        return _known("reference", "reference", None, 0.0, "so small that starting a kernel costs more than it saves")
     most = limit(kernel, batch, width, dtype, gradients)
     if most == 1.0:
-        return Choice("numba", kernel, None, most, "the kernel is faster at any active fraction")
+        return _known("numba", kernel, None, most, "the kernel is faster at any active fraction")
     rate = active_fraction(gate)
     if rate <= most:
         return Choice("numba", kernel, rate, most)

@@ -31,6 +31,8 @@ class OpenPattern:
 
 def flat(tensor: Tensor) -> Tensor:
     """Return (..., C) as (B, C); unlike ``reshape(-1, C)`` also for no examples or no columns."""
+    if tensor.dim() == 2:
+        return tensor
     return tensor.unsqueeze(0) if tensor.dim() == 1 else tensor.flatten(0, -2)
 
 

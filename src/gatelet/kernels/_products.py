@@ -8,9 +8,12 @@ Three products on a pattern of open (example, unit) pairs, with x (B, D), W (N, 
 
 A pair costs D multiply-adds and, since nothing is shared between random pairs, one loaded vector per multiply-add
 at least. So everything is about where that vector comes from. Examples are taken in chunks of 64, the bits of a
-word, and rows in slices of 512 bytes: such a block is 32 KB and stays in the first-level cache while all units
-pass over it, each with its own slice in registers. Blocks are packed, for rows a power of two apart would share
-a few cache sets.
+word, and rows in slices of 512 bytes: such a block stays in the first-level cache while all units pass over it.
+Blocks are packed, for rows a power of two apart would share a few cache sets; so are the sums of rows.
+
+Before that, pairs are listed: a record holds a unit and up to eight of its examples in the chunk (``listed``). A
+visit of a record keeps one running sum per pair in registers, and a weight is loaded once for all of them. Records of
+one size follow each other, each in code of its own: no loop over bits whose end the processor would guess wrong.
 
 ``pointwise`` does what is left at open pairs: gates, activations, their gradients.
 """
@@ -26,13 +29,15 @@ from numba import carray, cfunc, njit, types
 
 from gatelet.kernels import _vector as v
 
-SLICE, VECTOR, PART = v.SLICE, v.VECTOR, v.PART
+SLICE, VECTOR, RECORD, MOST, ALONE = v.SLICE, v.VECTOR, v.RECORD, v.MOST, 1 << v.ALONE
+RUNS = 128
+"""Bytes that say where the records of each size start."""
+WORDS = 16
+"""So many words of units are listed at once for ``by_example``."""
 # Module globals of this module itself, as Numba's cache wants them.
-dot_first, dot_more, dot_rest_first, dot_rest = v.dot_first, v.dot_more, v.dot_rest_first, v.dot_rest
-axpy, axpy_rest, axpy_in_turn, axpy_rest_in_turn = v.axpy, v.axpy_rest, v.axpy_in_turn, v.axpy_rest_in_turn
-prefetch = v.prefetch
-tile44, tile41, tile11 = v.tile44, v.tile41, v.tile11
-lanes_sum, nonzero_bits, lowest, take = v.lanes_sum, v.nonzero_bits, v.lowest, v.take
+dot, axpy, gated, prefetch = v.dot, v.axpy, v.gated, v.prefetch
+TILE, tile, tile41, tile11 = v.TILE, v.tile, v.tile41, v.tile11
+nonzero_bits, lowest, take = v.nonzero_bits, v.lowest, v.take
 read, write, read_word, write_word = v.read, v.write, v.read_word, v.write_word
 read_index, write_index = v.read_index, v.write_index
 clear, copy, ones = v.clear, v.copy, v.ones
@@ -164,34 +169,60 @@ def build(
 
 
 @compiled
-def visits(
-    listed: Any, cols: Any, c0: Any, c1: Any, n0: Any, n1: Any, chunks: Any
+def listed(
+    records: Any, runs: Any, table: Any, pitch: Any, first: Any, last: Any
 ) -> Any:  # pragma: no cover (compiled)
-    """List the words of some units and chunks that are not zero, (unit, chunk, word) by chunk; return how many.
+    """List the pairs of some words, the ``pitch``-th words of a table; return how many records.
 
-    Within a chunk by the number of bits: loops over bits of one length after the other end where the processor
-    expects it, and a wrong guess would cost as much as two pairs.
+    A record is the word's number and up to MOST of its bits, a byte each. They come by size: ``runs`` says where
+    those of each size start. A word with more bits is shared out evenly among records.
     """
+    starts = np.zeros(MOST + 2, np.int64)
+    for i in range(first, last):
+        bits = ones(read_word(table + i * pitch * 8))
+        if bits != 0:
+            parts = (bits + MOST - 1) // MOST
+            size = bits // parts
+            longer = bits - size * parts
+            starts[size] += parts - longer
+            if longer != 0:
+                starts[size + 1] += longer
     count = 0
-    starts = np.empty(66, np.int64)
-    for c in range(c0, c1):
-        starts[:] = 0
-        for n in range(n0, n1):
-            starts[ones(read_word(cols + (n * chunks + c) * 8)) + 1] += 1
-        starts[1] = 0  # closed for the whole chunk: not listed
-        for bits in range(1, 66):
-            starts[bits] += starts[bits - 1]
-        for n in range(n0, n1):
-            word = read_word(cols + (n * chunks + c) * 8)
-            if word != 0:
-                bits = ones(word)
-                at = listed + 24 * (count + starts[bits])
-                starts[bits] += 1
-                write_word(at, n)
-                write_word(at + 8, c)
-                write_word(at + 16, word)
-        count += starts[65]
+    for size in range(MOST + 2):
+        count += starts[size]
+        starts[size] = count - starts[size]
+        write_word(runs + 8 * size, starts[size])
+    for i in range(first, last):
+        word = read_word(table + i * pitch * 8)
+        bits = ones(word)
+        if bits == 0:
+            continue
+        parts = (bits + MOST - 1) // MOST
+        named = i | ALONE if parts == 1 else i
+        while parts != 0:
+            size = bits // parts
+            packed = 0
+            for place in range(size):
+                packed |= lowest(word) << (8 * place)
+                word &= word - 1
+            at = records + starts[size] * RECORD
+            starts[size] += 1
+            write_word(at, named)
+            write_word(at + 8, packed)
+            bits -= size
+            parts -= 1
     return count
+
+
+@compiled
+def slicing(D: Any, lanes: Any, span: Any) -> Any:  # pragma: no cover (compiled)
+    """Return how many slices D has, and the numbers in each: whole vectors, spread evenly over the slices."""
+    vectors = (D + lanes - 1) // lanes
+    slices = (vectors * lanes + span - 1) // span
+    if slices == 0:
+        return 0, lanes
+    each = (vectors + slices - 1) // slices
+    return (vectors + each - 1) // each, each * lanes
 
 
 def _kernels(one: Any) -> dict[str, Any]:
@@ -213,125 +244,179 @@ def _kernels(one: Any) -> dict[str, Any]:
             build(gate, rows, cols, word, min(word + 16, words), c, B, N, group, size, one)
 
     def pack(p: Any) -> None:
-        """Copy x (B, D) into slices: (D / span) blocks of B rows, then rest vectors, padded with zeros."""
+        """Copy x (B, D) into slices: blocks of B rows, the last ones padded with zeros."""
         A = carray(p, (16,), types.int64)
         x, packed, B, D = A[2], A[3], A[4], A[5]
-        whole = D // span
-        rest = (D - whole * span + lanes - 1) // lanes
+        slices, each = slicing(D, lanes, span)
         while True:
             b0 = take(A.ctypes.data) * 16
             if b0 >= B:
                 break
             for b in range(b0, min(b0 + 16, B)):
-                source = x + b * D * size
-                for d in range(whole):
-                    copy(packed + (d * B + b) * SLICE, source + d * SLICE, SLICE)
-                tail = packed + whole * B * SLICE
-                for r in range(rest):
-                    start = whole * span + r * lanes
-                    target = tail + (r * B + b) * VECTOR
-                    clear(target, VECTOR)
-                    copy(target, source + start * size, min(lanes, D - start) * size)
+                for s in range(slices):
+                    count = min(each, D - s * each)
+                    target = packed + (s * B + b) * each * size
+                    copy(target, x + (b * D + s * each) * size, count * size)
+                    if count < each:
+                        clear(target + count * size, (each - count) * size)
 
     def dots(p: Any) -> None:
         """Pattern (unless given), products, and bias, activation, gate at the end; a task is some units × examples."""
         A = carray(p, (32,), types.int64)
-        scratch = A[16] + take(A.ctypes.data + 8) * A[17]
         packed, W, bias, mask, gate, rows, cols = A[2], A[3], A[4], A[5], A[6], A[7], A[8]
         out, pre, B, N, D, group, span_b, span_n = A[9], A[10], A[11], A[12], A[13], A[14], A[15], A[18]
         fill, code = A[19], A[20]
-        listed = scratch + span_b * span_n * PART
-        near = listed + (span_b // 64 * span_n + 4) * 24
-        near_pre, near_gate = near + 64 * span_n * size, near + 128 * span_n * size
-        chunks, whole = (B + 63) // 64, D // span
-        rest = (D - whole * span + lanes - 1) // lanes
-        tail = packed + whole * B * SLICE
+        near = A[16] + take(A.ctypes.data + 8) * A[17]
+        near_pre = near + 64 * span_n * size
+        runs = near_pre + 64 * span_n * size
+        records = runs + span_b // 64 * RUNS
+        most = span_b // 64 * span_n * ((min(B, 64) + MOST - 1) // MOST)
+        sums = records + (most * RECORD + 63) // 64 * 64
+        chunks = (B + 63) // 64
+        slices, each = slicing(D, lanes, span)
         tiles_n, gates = (N + span_n - 1) // span_n, N // group
-        tasks = tiles_n * ((B + span_b - 1) // span_b)
-        following = take(A.ctypes.data)
-        while following < tasks:
-            t, following = following, take(A.ctypes.data)
+        while True:
+            t = take(A.ctypes.data)
+            if t >= tiles_n * ((B + span_b - 1) // span_b):
+                break
             b0, n0 = (t // tiles_n) * span_b, (t % tiles_n) * span_n
             b1, n1 = min(b0 + span_b, B), min(n0 + span_n, N)
             c0, c1 = b0 // 64, (b1 + 63) // 64
             if mask != 0:
                 for c in range(c0, c1):
                     build(mask, rows, cols, n0 // 64, (n1 + 63) // 64, c, B, N, group, size, one)
-            count = visits(listed, cols, c0, c1, n0, n1, chunks)
-            # Rows of weights are read in slices, which no processor foresees: while one task runs, each visit asks
-            # for some lines of the next one's. Where few units are open, most of that would be for nothing.
-            ahead = W + (following % tiles_n) * span_n * D * size
-            lines = 0
-            if following < tasks and 2 * count > (c1 - c0) * (n1 - n0):
-                lines = (min(span_n, N - (following % tiles_n) * span_n) * D * size) // (64 * count * max(whole, 1)) + 1
-            for d in range(whole):
-                sums = scratch
-                block, w = packed + d * B * SLICE, W + d * span * size
-                for i in range(count):
-                    n, c, word = (
-                        read_word(listed + 24 * i),
-                        read_word(listed + 24 * i + 8),
-                        read_word(listed + 24 * i + 16),
-                    )
-                    for _ in range(lines):
-                        prefetch(ahead)
-                        ahead += 64
-                    if d == 0:
-                        sums = dot_first(w + n * D * size, 0, block + 64 * c * SLICE, word, sums, one)
-                    else:
-                        sums = dot_more(w + n * D * size, 0, block + 64 * c * SLICE, word, sums, one)
-            for r in range(rest):
-                sums = scratch
-                start = whole * span + r * lanes
-                block, w = tail + r * B * VECTOR, W + start * size
-                for i in range(count):
-                    n, c, word = (
-                        read_word(listed + 24 * i),
-                        read_word(listed + 24 * i + 8),
-                        read_word(listed + 24 * i + 16),
-                    )
-                    if whole == 0 and r == 0:
-                        sums = dot_rest_first(w + n * D * size, D - start, block + 64 * c * VECTOR, word, sums, one)
-                    else:
-                        sums = dot_rest(w + n * D * size, D - start, block + 64 * c * VECTOR, word, sums, one)
-            sums = scratch
-            i = 0
+            total = 0
+            for c in range(c0, c1):
+                start = runs + (c - c0) * RUNS
+                count = listed(records + total * RECORD, start, cols + (n0 * chunks + c) * 8, chunks, 0, n1 - n0)
+                total += count
+            clear(sums, total * MOST * size)
+            for s in range(slices):
+                w = W + (n0 * D + s * each) * size
+                length, rest = each // lanes * VECTOR, 0
+                if D - s * each < each:
+                    length, rest = (D - s * each) // lanes * VECTOR, (D - s * each) % lanes
+                total = 0
+                for c in range(c0, c1):
+                    block, start = packed + (s * B + 64 * c) * each * size, runs + (c - c0) * RUNS
+                    for k in range(1, MOST + 1):
+                        i = read_word(start + 8 * k)
+                        count = read_word(start + 8 * k + 8) - i
+                        i += total
+                        if count != 0:
+                            dot(
+                                *(k, records + i * RECORD, count, w, D * size, block, each * size, length, rest),
+                                *(sums + i * MOST * size, one),
+                            )
+                    total += read_word(start + 8 * (MOST + 1))
+            total = 0
             wide = (n1 - n0) * size
+            # Columns of a large matrix share cache sets: values are put in place in a small copy of the block. Gates
+            # come in by rows, whole vectors at a time, unless several units share one or closed units are not written.
+            by_rows = fill != 0 and (gate == 0 or group == 1)
             for c in range(c0, c1):
                 first, last = 64 * c, min(64 * c + 64, B)
-                # Columns of a large matrix share cache sets: values are put in place in a small copy of the block.
-                if fill != 0:
-                    clear(near, 64 * wide)
-                    if pre != 0:
-                        clear(near_pre, 64 * wide)
-                if gate != 0 and group == 1:
+                if fill == 0 and gate != 0 and group == 1:
                     for b in range(first, last):
-                        copy(near_gate + (b - first) * wide, gate + (b * N + n0) * size, wide)
-                while i < count and read_word(listed + 24 * i + 8) == c:
-                    n, word = read_word(listed + 24 * i), read_word(listed + 24 * i + 16)
-                    i += 1
-                    add = read(bias + n * size, one) if bias != 0 else zero
-                    while word != 0:
-                        b = lowest(word)
-                        word &= word - 1
-                        z = add if D == 0 else lanes_sum(sums, one) + add
-                        sums += PART
-                        inside, outside = b * wide + (n - n0) * size, ((first + b) * N + n) * size
+                        copy(near + (b - first) * wide, gate + (b * N + n0) * size, wide)
+                if fill != 0:
+                    clear(near, (last - first) * wide)
+                    if pre != 0 and code != 0:
+                        clear(near_pre, (last - first) * wide)
+                for k in range(1, MOST + 1):
+                    start = runs + (c - c0) * RUNS + 8 * k
+                    for i in range(total + read_word(start), total + read_word(start + 8)):
+                        n, places = read_word(records + i * RECORD) & (ALONE - 1), read_word(records + i * RECORD + 8)
+                        add = read(bias + (n0 + n) * size, one) if bias != 0 else zero
+                        at = near + n * size
+                        if by_rows and code == 0:
+                            for e in range(k):
+                                write(at + (places & 255) * wide, read(sums + (i * MOST + e) * size, one) + add)
+                                places >>= 8
+                            continue
+                        for e in range(k):
+                            b = (places >> (8 * e)) & 255
+                            z = read(sums + (i * MOST + e) * size, one) + add
+                            outside = ((first + b) * N + n0 + n) * size
+                            if pre != 0 and (fill == 0 or code != 0):
+                                write((near_pre + n * size + b * wide) if fill != 0 else (pre + outside), z)
+                            z = activate(z, code, one)
+                            if fill != 0:
+                                write(at + b * wide, z)
+                            else:
+                                if gate != 0:
+                                    far = gate + ((first + b) * gates + (n0 + n) // group) * size
+                                    h = read(at + b * wide if group == 1 else far, one)
+                                    z = z * h if h != 0 else zero
+                                write(out + outside, z)
+                total += read_word(runs + (c - c0) * RUNS + 8 * (MOST + 1))
+                if fill != 0:
+                    for b in range(first, last):
+                        source, here = near + (b - first) * wide, (b * N + n0) * size
                         if pre != 0:
-                            write((near_pre + inside) if fill != 0 else (pre + outside), z)
+                            copy(pre + here, source if code == 0 else near_pre + (b - first) * wide, wide)
+                        if by_rows and gate != 0:
+                            gated(out + here, source, gate + here, n1 - n0, one)
+                            continue
+                        if gate != 0:
+                            for n in range(n0, n1):
+                                h = read(gate + (b * gates + n // group) * size, one)
+                                at = source + (n - n0) * size
+                                write(at, read(at, one) * h if h != 0 else zero)
+                        copy(out + here, source, wide)
+
+    def one_dots(p: Any) -> None:
+        """Like ``dots`` for one example, whose open weight rows are read from end to end; a task is 256 units."""
+        A = carray(p, (32,), types.int64)
+        scratch = A[16] + take(A.ctypes.data + 8) * A[17]
+        x, W, bias, mask, gate, rows, cols = A[2], A[3], A[4], A[5], A[6], A[7], A[8]
+        out, pre, N, D, group = A[9], A[10], A[12], A[13], A[14]
+        fill, code = A[19], A[20]
+        sums = scratch + 64
+        write_word(scratch, 0)
+        length, rest = D // lanes * VECTOR, D % lanes
+        while True:
+            n0 = take(A.ctypes.data) * 256
+            if n0 >= N:
+                break
+            n1 = min(n0 + 256, N)
+            if fill != 0:
+                clear(out + n0 * size, (n1 - n0) * size)
+                if pre != 0:
+                    clear(pre + n0 * size, (n1 - n0) * size)
+            for first in range(n0, n1, 64):
+                last = min(first + 64, n1)
+                if mask != 0:
+                    bits = open_word(mask, first // 64, N, group, size, one)
+                    if rows != 0:
+                        write_word(rows + first // 8, bits)
+                    if cols != 0:
+                        for n in range(first, last):
+                            write_word(cols + n * 8, (bits >> (n - first)) & 1)
+                else:
+                    bits = 0
+                    for n in range(first, last):
+                        bits |= (read_word(cols + n * 8) & 1) << (n - first)
+                block = W + first * D * size
+                while bits != 0:
+                    places, k = 0, 0
+                    while bits != 0 and k < MOST:
+                        places |= lowest(bits) << (8 * k)
+                        bits &= bits - 1
+                        k += 1
+                    write_word(scratch + 8, places)
+                    clear(sums, MOST * size)
+                    dot(k, scratch, 1, x, 0, block, D * size, length, rest, sums, one)
+                    for e in range(k):
+                        n = first + ((places >> (8 * e)) & 255)
+                        z = read(sums + e * size, one) + (read(bias + n * size, one) if bias != 0 else zero)
+                        if pre != 0:
+                            write(pre + n * size, z)
                         z = activate(z, code, one)
                         if gate != 0:
-                            if group == 1:
-                                h = read(near_gate + inside, one)
-                            else:
-                                h = read(gate + ((first + b) * gates + n // group) * size, one)
+                            h = read(gate + n // group * size, one)
                             z = z * h if h != 0 else zero
-                        write((near + inside) if fill != 0 else (out + outside), z)
-                if fill != 0:
-                    for b in range(first, last):
-                        copy(out + (b * N + n0) * size, near + (b - first) * wide, wide)
-                        if pre != 0:
-                            copy(pre + (b * N + n0) * size, near_pre + (b - first) * wide, wide)
+                        write(out + n * size, z)
 
     def group_dots(p: Any) -> None:
         """Like ``dots`` for gates of several units: a task is a group, a dense product with its open examples."""
@@ -359,145 +444,192 @@ def _kernels(one: Any) -> dict[str, Any]:
                     clear(out + (b * N + n0) * size, group * size)
                     if pre != 0:
                         clear(pre + (b * N + n0) * size, group * size)
-            e = 0
-            while e < count:
-                examples = 4 if e + 4 <= count else 1
+            # Four rows of weights stay in the first-level cache while as many examples pass as the second one holds.
+            step = max((1 << 17) // max(D * size, 1) // TILE, 4) * TILE
+            for e0 in range(0, count, step):
+                e1 = min(e0 + step, count)
                 n = n0
                 while n < n0 + group:
                     units = 4 if n + 4 <= n0 + group else 1
                     w = W + n * D * size
-                    if units == 1:
-                        for k in range(examples):
-                            tile11(w, D * size, x, scratch + 4 * (e + k), D, result + k * size, one)
-                    elif examples == 4:
-                        tile44(w, D * size, x, scratch + 4 * e, D, result, one)
-                    else:
-                        tile41(w, D * size, x, scratch + 4 * e, D, result, one)
-                    for u in range(units):
-                        add = read(bias + (n + u) * size, one) if bias != 0 else zero
-                        for k in range(examples):
-                            b = read_index(scratch + 4 * (e + k))
-                            z = read(result + (u * examples + k) * size, one) + add
-                            at = (b * N + n + u) * size
-                            if pre != 0:
-                                write(pre + at, z)
-                            z = activate(z, code, one)
-                            if gate != 0:
-                                h = read(gate + (b * gates + g) * size, one)
-                                z = z * h if h != 0 else zero
-                            write(out + at, z)
+                    e = e0
+                    while e < e1:
+                        examples = TILE if e + TILE <= e1 else 1
+                        if units == 1:
+                            for k in range(examples):
+                                tile11(w, D * size, x, scratch + 4 * (e + k), D, result + k * size, one)
+                        elif examples == TILE:
+                            tile(w, D * size, x, scratch + 4 * e, D, result, one)
+                        else:
+                            tile41(w, D * size, x, scratch + 4 * e, D, result, one)
+                        for u in range(units):
+                            add = read(bias + (n + u) * size, one) if bias != 0 else zero
+                            for k in range(examples):
+                                b = read_index(scratch + 4 * (e + k))
+                                z = read(result + (u * examples + k) * size, one) + add
+                                at = (b * N + n + u) * size
+                                if pre != 0:
+                                    write(pre + at, z)
+                                z = activate(z, code, one)
+                                if gate != 0:
+                                    h = read(gate + (b * gates + g) * size, one)
+                                    z = z * h if h != 0 else zero
+                                write(out + at, z)
+                        e += examples
                     n += units
-                e += examples
 
     def by_example(p: Any) -> None:
-        """A task is some slices of D × some examples; units pass in blocks of 64, copied together where that pays."""
+        """A task is some slices of D × some examples, whose sums stay near; units pass in blocks of 64."""
         A = carray(p, (32,), types.int64)
-        scratch = A[12] + take(A.ctypes.data + 8) * SLICE * 64
         C, W, bias, rows, out = A[2], A[3], A[4], A[5], A[6]
         B, N, D, span_b, span_s = A[7], A[8], A[9], A[10], A[11]
-        words, whole = (N + 63) // 64, D // span
-        slices = whole + (D - whole * span + lanes - 1) // lanes
+        slices, each = slicing(D, lanes, span)
+        stride = each * size
+        scratch = A[12] + take(A.ctypes.data + 8) * A[13]
+        near = scratch + 64 * SLICE
+        runs = near + span_s * span_b * stride
+        records = runs + WORDS * RUNS
+        most = WORDS * span_b * (64 // MOST)
+        scales = records + most * RECORD
+        words = (N + 63) // 64
         tiles = (slices + span_s - 1) // span_s
-        copies = span_b >= 16
+        copies = span_b > 32
         while True:
             t = take(A.ctypes.data)
             if t >= tiles * ((B + span_b - 1) // span_b):
                 break
             s0, b0 = (t % tiles) * span_s, (t // tiles) * span_b
             s1, b1 = min(s0 + span_s, slices), min(b0 + span_b, B)
-            d0 = s0 * span if s0 < whole else whole * span + (s0 - whole) * lanes
-            d1 = s1 * span if s1 <= whole else min(whole * span + (s1 - whole) * lanes, D)
-            for b in range(b0, b1):
-                target = out + (b * D + d0) * size
-                if bias != 0:
-                    copy(target, bias + d0 * size, (d1 - d0) * size)
-                else:
-                    clear(target, (d1 - d0) * size)
-            # Meanwhile the next word's rows are brought near, some lines per visit, where most of them will be read.
-            piece = ((d1 - d0) * size + 63) // 64
-            lines = 64 * piece // ((s1 - s0) * (b1 - b0)) + 1 if b1 - b0 > 8 else 0
-            for word in range(words):
-                row, line = 64 * (word + 1), 0
+            height = b1 - b0
+            for s in range(s0, s1):
+                for b in range(height):
+                    target = near + ((s - s0) * height + b) * stride
+                    if bias != 0:
+                        copy(target, bias + s * stride, min(each, D - s * each) * size)
+                    else:
+                        clear(target, stride)
+            for word0 in range(0, words, WORDS):
+                word1 = min(word0 + WORDS, words)
+                have = 0
+                for word in range(word0, word1):
+                    start = runs + (word - word0) * RUNS
+                    count = listed(records + have * RECORD, start, rows + (b0 * words + word) * 8, words, 0, height)
+                    for k in range(1, MOST + 1):
+                        for i in range(have + read_word(start + 8 * k), have + read_word(start + 8 * k + 8)):
+                            b, places = (
+                                read_word(records + i * RECORD) & (ALONE - 1),
+                                read_word(records + i * RECORD + 8),
+                            )
+                            c = C + ((b0 + b) * N + 64 * word) * size
+                            for e in range(k):
+                                write(scales + (i * MOST + e) * size, read(c + ((places >> (8 * e)) & 255) * size, one))
+                    have += count
                 for s in range(s0, s1):
-                    d = s * span if s < whole else whole * span + (s - whole) * lanes
-                    count = span if s < whole else min(lanes, D - d)
-                    block, stride = W + (64 * word * D + d) * size, D * size
-                    if copies:
-                        for n in range(min(64, N - 64 * word)):
-                            copy(scratch + n * SLICE, block + n * stride, count * size)
-                        block, stride = scratch, SLICE
-                    for b in range(b0, b1):
-                        for _ in range(lines):
-                            prefetch(W + (row * D + d0) * size + 64 * line)
-                            line += 1
-                            if line == piece:
-                                row, line = row + 1, 0
-                        bits = read_word(rows + (b * words + word) * 8)
-                        if bits == 0:
-                            continue
-                        target = out + (b * D + d) * size
-                        c = C + (b * N + 64 * word) * size
-                        if s < whole:
-                            axpy(target, 0, block, stride, c, bits, one)
-                        else:
-                            axpy_rest(target, count, block, stride, c, bits, one)
+                    length, rest = stride, 0
+                    if D - s * each < each:
+                        length, rest = (D - s * each) // lanes * VECTOR, (D - s * each) % lanes
+                    have = 0
+                    for word in range(word0, word1):
+                        start = runs + (word - word0) * RUNS
+                        count = read_word(start + 8 * (MOST + 1))
+                        block, pitch = W + (64 * word * D + s * each) * size, D * size
+                        if count != 0 and copies:
+                            # Meanwhile what is copied next is asked for.
+                            ahead = block + 64 * pitch
+                            for n in range(min(64, N - 64 * word)):
+                                copy(scratch + n * stride, block + n * pitch, min(each, D - s * each) * size)
+                                for line in range(0, stride, 64):
+                                    prefetch(ahead + n * pitch + line)
+                            block, pitch = scratch, stride
+                        for k in range(1, MOST + 1):
+                            i = read_word(start + 8 * k)
+                            many = read_word(start + 8 * k + 8) - i
+                            i += have
+                            if many != 0:
+                                axpy(
+                                    *(k, records + i * RECORD, many, near + (s - s0) * height * stride, stride),
+                                    *(block, pitch, length, rest, scales + i * MOST * size, 0, one),
+                                )
+                        have += count
+            for b in range(height):
+                for s in range(s0, s1):
+                    source = near + ((s - s0) * height + b) * stride
+                    copy(out + ((b0 + b) * D + s * each) * size, source, min(each, D - s * each) * size)
 
     def by_unit(p: Any) -> None:
-        """A task is some units; their rows of V stay near while the packed examples pass."""
+        """A task is some units; a slice of their rows of V stays near while the packed examples pass."""
         A = carray(p, (32,), types.int64)
-        listed = A[10] + take(A.ctypes.data + 8) * A[11]
         C, packed, cols, V, total = A[2], A[3], A[4], A[5], A[6]
         B, N, D, span_n = A[7], A[8], A[9], A[12]
-        chunks, whole = (B + 63) // 64, D // span
-        rest = (D - whole * span + lanes - 1) // lanes
-        tail = packed + whole * B * SLICE
-        near = listed + (span_n * chunks + 1) * 24
-        coefficients = near + 64 * span_n * size
+        chunks = (B + 63) // 64
+        slices, each = slicing(D, lanes, span)
+        stride = each * size
+        near = A[10] + take(A.ctypes.data + 8) * A[11]
+        columns = near + span_n * SLICE
+        runs = columns + 64 * span_n * size
+        records = runs + chunks * RUNS
+        most = chunks * span_n * ((min(B, 64) + MOST - 1) // MOST)
+        scales = records + (most * RECORD + 63) // 64 * 64
         while True:
             n0 = take(A.ctypes.data) * span_n
             if n0 >= N:
                 break
             n1 = min(n0 + span_n, N)
             wide = (n1 - n0) * size
-            count = visits(listed, cols, 0, chunks, n0, n1, chunks)
             if total != 0:
                 clear(total + n0 * size, wide)
-            at = coefficients  # collected once: C's columns lie far apart
-            i = 0
+            have = 0
             for c in range(chunks):
+                start = runs + c * RUNS
+                count = listed(records + have * RECORD, start, cols + (n0 * chunks + c) * 8, chunks, 0, n1 - n0)
+                # Collected once: C's columns lie far apart.
                 for b in range(64 * c, min(64 * c + 64, B)):
-                    copy(near + (b - 64 * c) * wide, C + (b * N + n0) * size, wide)
-                while i < count and read_word(listed + 24 * i + 8) == c:
-                    n, word = read_word(listed + 24 * i), read_word(listed + 24 * i + 16)
-                    i += 1
-                    value = zero
-                    while word != 0:
-                        scale = read(near + lowest(word) * wide + (n - n0) * size, one)
-                        write(at, scale)
-                        at += size
-                        value += scale
-                        word &= word - 1
-                    if total != 0:
-                        write(total + n * size, read(total + n * size, one) + value)
+                    copy(columns + (b - 64 * c) * wide, C + (b * N + n0) * size, wide)
+                for k in range(1, MOST + 1):
+                    for i in range(have + read_word(start + 8 * k), have + read_word(start + 8 * k + 8)):
+                        n, places = read_word(records + i * RECORD) & (ALONE - 1), read_word(records + i * RECORD + 8)
+                        value = zero
+                        for e in range(k):
+                            scale = read(columns + ((places >> (8 * e)) & 255) * wide + n * size, one)
+                            write(scales + (i * MOST + e) * size, scale)
+                            value += scale
+                        if total != 0:
+                            at = total + (n0 + n) * size
+                            write(at, read(at, one) + value)
+                have += count
             if V == 0:
                 continue
-            clear(V + n0 * D * size, (n1 - n0) * D * size)
-            for s in range(whole + rest):
-                d = s * span if s < whole else whole * span + (s - whole) * lanes
-                at = coefficients
-                for i in range(count):
-                    n, c, word = (
-                        read_word(listed + 24 * i),
-                        read_word(listed + 24 * i + 8),
-                        read_word(listed + 24 * i + 16),
-                    )
-                    target = V + (n * D + d) * size
-                    if s < whole:
-                        axpy_in_turn(target, 0, packed + (s * B + 64 * c) * SLICE, SLICE, at, word, one)
-                    else:
-                        block = tail + ((s - whole) * B + 64 * c) * VECTOR
-                        axpy_rest_in_turn(target, D - d, block, VECTOR, at, word, one)
-                    at += ones(word) * size
+            # One chunk of examples leaves most rows of V to one record, which writes them; others gather near.
+            fresh = 1 if chunks == 1 else 0
+            if fresh != 0:
+                for n in range(n0, n1):
+                    word = read_word(cols + n * 8)
+                    if word == 0 or ones(word) > MOST:
+                        clear(V + n * D * size, D * size)
+            for s in range(slices):
+                target, pitch = V + (n0 * D + s * each) * size, D * size
+                if fresh == 0:
+                    target, pitch = near, stride
+                    clear(near, (n1 - n0) * stride)
+                length, rest = stride, 0
+                if D - s * each < each:
+                    length, rest = (D - s * each) // lanes * VECTOR, (D - s * each) % lanes
+                have = 0
+                for c in range(chunks):
+                    start, block = runs + c * RUNS, packed + (s * B + 64 * c) * stride
+                    for k in range(1, MOST + 1):
+                        i = read_word(start + 8 * k)
+                        count = read_word(start + 8 * k + 8) - i
+                        i += have
+                        if count != 0:
+                            axpy(
+                                *(k, records + i * RECORD, count, target, pitch, block, stride, length, rest),
+                                *(scales + i * MOST * size, fresh, one),
+                            )
+                    have += read_word(start + 8 * (MOST + 1))
+                if fresh == 0:
+                    for n in range(n0, n1):
+                        copy(V + (n * D + s * each) * size, near + (n - n0) * stride, min(each, D - s * each) * size)
 
     def pointwise(p: Any) -> None:
         """At open pairs, from the gradient g of act(z) ∘ gate: C = g · gate · act'(z), gradient of the gate g · act(z).
@@ -531,7 +663,7 @@ def _kernels(one: Any) -> dict[str, Any]:
                             scale = h if code == 0 else h * slope(read(z + at, one), code, one)
                             write(C + at, upper * scale if h != 0 else zero)
 
-    made = (pattern, pack, dots, group_dots, by_example, by_unit, pointwise)
+    made = (pattern, pack, dots, one_dots, group_dots, by_example, by_unit, pointwise)
     return {kernel.__name__: kernel for kernel in made}
 
 

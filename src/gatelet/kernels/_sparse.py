@@ -5,11 +5,7 @@ from torch import Tensor
 
 from gatelet.kernels import _team
 from gatelet.kernels._pattern import words
-from gatelet.kernels._products import ACTIVATIONS, PART, SLICE, VECTOR, kernel
-
-NEAR = 1 << 20
-"""Bytes of examples that are to stay in the second-level cache (1 MB and more on today's servers)."""
-
+from gatelet.kernels._products import ACTIVATIONS, MOST, RECORD, RUNS, SLICE, VECTOR, WORDS, kernel
 
 DENSE = 1 << 5
 """So many multiply-adds of the dense product count as one number to pass over: a tenth of them is done, by vectors."""
@@ -17,6 +13,11 @@ DENSE = 1 << 5
 
 def _bits(tensor: Tensor) -> int:
     return tensor.element_size() * 8
+
+
+def _aligned(size: int) -> int:
+    """Return the size in whole pairs of cache lines, for one thread's memory must not share lines with another's."""
+    return -(-size // 128) * 128 + 128
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -34,13 +35,37 @@ def pattern(gate: Tensor, units: int) -> tuple[Tensor, Tensor]:
     return rows, cols
 
 
+def _slicing(width: int, size: int) -> tuple[int, int]:
+    """Return how many slices a row of ``width`` numbers has, and the numbers in each, as the products cut it."""
+    lanes = VECTOR // size
+    vectors = -(-width // lanes)
+    slices = max(-(-vectors * VECTOR // SLICE), 1)
+    each = max(-(-vectors // slices), 1)
+    return -(-vectors // each), each * lanes
+
+
+def _span(units: int, team: int) -> int:
+    """Return how many units a task has: many share a pass over the examples, and every thread has some tasks."""
+    span = 256
+    while span > 64 and units < 4 * span * team:
+        span //= 2
+    return span
+
+
+def _records(words: int, bits: int, size: int) -> int:
+    """Return the bytes of the records of so many words of ``bits`` bits, with a number for each of their pairs."""
+    most = words * -(-min(bits, 64) // MOST)
+    return -(-most * RECORD // 64) * 64 + most * MOST * size + 64 * RECORD
+
+
 def pack(x: Tensor) -> Tensor:
     """Return x (B, D) in slices, as the products read it; a single example is in that order already."""
     batch, width = x.shape
     lanes = VECTOR // x.element_size()
     if batch == 1 and width % lanes == 0:
         return x
-    packed = x.new_empty(batch * -(-width // lanes) * lanes)
+    slices, each = _slicing(width, x.element_size())
+    packed = x.new_empty(batch * slices * each)
     _team.run(kernel("pack", _bits(x)), (x.data_ptr(), packed.data_ptr(), batch, width), _team.threads(x.numel()))
     return packed
 
@@ -50,7 +75,7 @@ def dots(
     weight: Tensor,
     bias: Tensor | None,
     gate: Tensor | None,
-    cols: Tensor,
+    cols: Tensor | None,
     out: Tensor,
     pre: Tensor | None = None,
     *,
@@ -65,6 +90,7 @@ def dots(
 
     With ``mask`` (B, G) the pattern is its non-zeros and is written to ``rows`` and ``cols``; without, it is read.
     ``grouped`` > 1 says that units open in aligned groups of that size and asks for the group kernel.
+    For one example with ``mask``, ``cols`` may be None.
     """
     batch, width = x.shape
     units = weight.shape[0]
@@ -74,28 +100,29 @@ def dots(
     group = grouped if gates is None else units // gates.shape[1]
     team = _team.threads(batch * units * width // DENSE)
     code = ACTIVATIONS.index(activation)
-    if mask is not None and (grouped > 1 or batch > 64):
+    name = "one_dots" if batch == 1 else "group_dots" if grouped > 1 else "dots"
+    if mask is not None and (name == "group_dots" or batch > 64):
         # Along the examples' rows in a pass of its own; a few examples are looked at on the way.
-        build = (mask.data_ptr(), _address(rows), cols.data_ptr(), batch, units, group)
+        build = (mask.data_ptr(), _address(rows), _address(cols), batch, units, group)
         _team.run(kernel("pattern", _bits(x)), build, _team.threads(batch * units))
         mask = None
-    if grouped > 1:
+    if name != "dots":
         stride = 4 * batch + 512
         scratch = x.new_empty(team * stride, dtype=torch.uint8)
         source, spans = x, (0, 0)
     else:
-        # Examples stay in cache while all units pass; where D is too large for that, more units share a pass.
-        wide = batch * width * x.element_size() > NEAR and width * x.element_size() * 256 > NEAR
-        spans = (min(256, 64 * words(batch)), 256 if wide and units >= 256 * 2 * team else 64)
-        stride = spans[0] * spans[1] * PART + (spans[0] // 64 * spans[1] + 4) * 24 + 192 * spans[1] * x.element_size()
+        spans = (min(256, 64 * words(batch)), _span(units, team))
+        chunks, size = spans[0] // 64, x.element_size()
+        stride = 128 * spans[1] * size + chunks * RUNS + _records(chunks * spans[1], batch, size)
+        stride = _aligned(stride)
         scratch = x.new_empty(team * stride, dtype=torch.uint8)
         source = pack(x) if packed is None else packed
     args = (
         *(source.data_ptr(), weight.data_ptr(), _address(bias), _address(mask), _address(gate), _address(rows)),
-        *(cols.data_ptr(), out.data_ptr(), _address(pre), batch, units, width, group, spans[0]),
+        *(_address(cols), out.data_ptr(), _address(pre), batch, units, width, group, spans[0]),
         *(scratch.data_ptr(), stride, spans[1], int(fill), code),
     )
-    _team.run(kernel("group_dots" if grouped > 1 else "dots", _bits(x)), args, team)
+    _team.run(kernel(name, _bits(x)), args, team)
 
 
 def by_example(coefficient: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
@@ -105,16 +132,19 @@ def by_example(coefficient: Tensor, weight: Tensor, bias: Tensor | None, rows: T
     if not out.numel():
         return out
     team = _team.threads(batch * units * width // DENSE)
-    lanes = VECTOR // weight.element_size()
-    whole, rest = divmod(width, SLICE // weight.element_size())
-    slices = whole + -(-rest // lanes)
-    # Every thread reads its share of each weight row, in one piece; few slices are split by examples instead.
-    span_s = -(-slices // team)
-    span = min(256, batch) if span_s * team < slices + team and slices >= 2 * team else min(256, -(-batch // team))
-    scratch = weight.new_empty(team * SLICE * 64, dtype=torch.uint8)
+    size = weight.element_size()
+    slices, each = _slicing(width, size)
+    # Threads share out the examples, so that pairs are listed once; the slices where examples are few, for each
+    # thread would pass over all of W for them.
+    by_batch = batch >= 64 * team or slices < 2 * team
+    span = min(256, -(-batch // team) if by_batch else batch)
+    span_s = slices if by_batch else -(-slices // team)
+    size_s = span_s * span * each * size
+    stride = _aligned(64 * SLICE + size_s + WORDS * RUNS + _records(WORDS * span, 64, size))
+    scratch = weight.new_empty(team * stride, dtype=torch.uint8)
     args = (
         *(coefficient.data_ptr(), weight.data_ptr(), _address(bias), rows.data_ptr(), out.data_ptr()),
-        *(batch, units, width, span, span_s, scratch.data_ptr()),
+        *(batch, units, width, span, span_s, scratch.data_ptr(), stride),
     )
     _team.run(kernel("by_example", _bits(weight)), args, team)
     return out
@@ -130,7 +160,8 @@ def by_unit(
     source = (pack(x) if packed is None else packed) if need_rows else x
     team = _team.threads()
     span = 128 if units >= 256 * team else 64
-    stride = (span * words(batch) + 1) * 24 + span * (64 + batch) * x.element_size()
+    size, chunks = x.element_size(), words(batch)
+    stride = _aligned(span * SLICE + 64 * span * size + chunks * RUNS + _records(chunks * span, batch, size))
     scratch = x.new_empty(team * stride, dtype=torch.uint8)
     args = (
         *(coefficient.data_ptr(), source.data_ptr(), cols.data_ptr(), _address(result), _address(sums)),

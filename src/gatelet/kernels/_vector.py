@@ -1,8 +1,7 @@
 """Vector microkernels, written as LLVM IR that Numba compiles into its callers.
 
-A Python loop leaves the compiler to guess where a row slice lives; the products need it in registers. Here a
-slice is WIDTH vectors of 64 bytes: 512 bytes of a row, 16 numbers of float32 or 8 of float64 to a vector. On a
-processor with narrower registers LLVM splits the vectors.
+A Python loop leaves the compiler to guess what lives in registers; the products need their sums there. Vectors are as
+wide as the processor's registers: split in two by LLVM, the sums of a record would not fit.
 
 Addresses are int64. The argument ``one`` carries nothing but the type of the numbers.
 """
@@ -11,18 +10,25 @@ import inspect
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import types
+from numba.core import config
 from numba.extending import intrinsic as _intrinsic
 
-WIDTH = 8
-"""Vectors in a slice: the slice and its running sums fit in 32 registers."""
-VECTOR = 64
-"""Bytes of a vector."""
-SLICE = WIDTH * VECTOR
-PART = 16
-"""Bytes of a pair's running sum."""
-CHAINS = 2
-"""Chains of multiply-adds per pair: more of them hide latency, but have to be added up."""
+_FEATURES = config.CPU_FEATURES or get_host_cpu_features().flatten()
+VECTOR = 64 if "+avx512f" in _FEATURES else 32
+"""Bytes of a vector: a register's, of the processor that Numba compiles for."""
+SLICE = 512
+"""The most bytes of a row that a block holds: 64 rows are then as large as most first-level caches."""
+ALONE = 32
+"""The bit of a record's first word that says that no other record has the same row; the bits below are its number."""
+RECORD, MOST = 16, 8
+"""Bytes of a record of pairs, and how many pairs it holds: as many chains of multiply-adds hide their latency, and with
+the weights they share they fit in 16 registers."""
+
+AHEAD = 4
+"""So many records ahead, more where they are small, a weight's slice is asked for: no processor foresees slices of
+rows."""
 
 _I32, _I64, _BIT = ir.IntType(32), ir.IntType(64), ir.IntType(1)
 
@@ -34,7 +40,9 @@ def intrinsic(function: Any) -> Any:
 
 def _vector(context: Any, one: Any) -> Any:
     element = context.get_value_type(one)
-    return ir.VectorType(element, 16 if isinstance(element, ir.FloatType) else 8)
+    vector = ir.VectorType(element, VECTOR // (4 if isinstance(element, ir.FloatType) else 8))
+    vector.element_size = VECTOR // vector.count
+    return vector
 
 
 def _call(builder: Any, name: str, result: Any, args: list[Any]) -> Any:
@@ -44,7 +52,7 @@ def _call(builder: Any, name: str, result: Any, args: list[Any]) -> Any:
 
 
 def _suffix(vector: Any) -> str:
-    return f"v{vector.count}f{1024 // vector.count // 2}"
+    return f"v{vector.count}f{8 * VECTOR // vector.count}"
 
 
 def _at(builder: Any, address: Any, offset: int, kind: Any) -> Any:
@@ -110,140 +118,240 @@ def _sum(builder: Any, value: Any) -> Any:
     return builder.extract_element(_folded(builder, value, 1), _I32(0))
 
 
-def _part(builder: Any, value: Any) -> Any:
-    return _folded(builder, value, value.type.count * PART // VECTOR)
+def _prefetch(builder: Any, address: Any) -> None:
+    """Ask for a line of 64 bytes. Any address may be given."""
+    pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
+    _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _I32(0), _I32(3), _I32(1)])
 
 
 def _ctz(builder: Any, word: Any) -> Any:
     return _call(builder, "llvm.cttz.i64", _I64, [word, _BIT(1)])
 
 
-class _Bits:
-    """A loop over the set bits of a word. ``with`` its body; values that change are phis, given in ``carry``."""
+class _Loop:
+    """A loop from 0 to ``end``, by ``step``. ``carry`` gives its changing values, ``close`` their next ones."""
 
-    def __init__(self, builder: Any, word: Any) -> None:
-        self.builder = builder
-        before = builder.block
-        self.loop = builder.append_basic_block("bits")
-        self.done = builder.append_basic_block("bits.done")
-        builder.branch(self.loop)
-        builder.position_at_end(self.loop)
-        self.word = builder.phi(_I64)
-        self.word.add_incoming(word, before)
-        self.before = before
+    def __init__(self, builder: Any, end: Any, step: int) -> None:
+        self.builder, self.step = builder, step
+        self.before = builder.block
+        self.head, self.body, self.done = (builder.append_basic_block(name) for name in ("head", "body", "done"))
+        builder.branch(self.head)
+        builder.position_at_end(self.head)
+        self.index = builder.phi(_I64)
+        self.index.add_incoming(_I64(0), self.before)
+        self.more = builder.icmp_signed("<", self.index, end)
         self.carried: list[Any] = []
 
     def carry(self, start: Any) -> Any:
+        # Before the first instruction that is not a phi.
+        self.builder.position_before(self.more)
         phi = self.builder.phi(start.type)
         phi.add_incoming(start, self.before)
         self.carried.append(phi)
         return phi
 
-    def end(self, following: list[Any]) -> None:
+    def open(self) -> None:
+        self.builder.position_at_end(self.head)
+        self.builder.cbranch(self.more, self.body, self.done)
+        self.builder.position_at_end(self.body)
+
+    def close(self, following: list[Any]) -> None:
         builder = self.builder
-        rest = builder.and_(self.word, builder.sub(self.word, _I64(1)))
-        self.word.add_incoming(rest, builder.block)
+        self.index.add_incoming(builder.add(self.index, _I64(self.step)), builder.block)
         for phi, value in zip(self.carried, following, strict=True):
             phi.add_incoming(value, builder.block)
-        builder.cbranch(builder.icmp_signed("!=", rest, _I64(0)), self.loop, self.done)
+        builder.branch(self.head)
         builder.position_at_end(self.done)
 
 
-def _dot(width: int, masked: bool, fresh: bool) -> Any:
-    """For each bit j of ``word`` in turn: sums[k++] (+)= w ∘ block[j], slice by slice; return the end of ``sums``.
+def _by_size(builder: Any, size: Any, body: Any) -> None:
+    """Emit ``body(k)`` for every size of a record, and the switch between them."""
+    done = builder.append_basic_block("sizes.done")
+    switch = builder.switch(size, done)
+    for k in range(1, MOST + 1):
+        block = builder.append_basic_block(f"size{k}")
+        switch.add_case(_I64(k), block)
+        builder.position_at_end(block)
+        body(k)
+        builder.branch(done)
+    builder.position_at_end(done)
 
-    The sums stay four numbers (of float64: two) until all of D is added: a quarter of a vector, so that a task's
-    sums stay near, and no more additions of lanes than a processor does beside its multiply-adds.
+
+def _number(builder: Any, record: Any) -> Any:
+    """Return the row that a record names."""
+    return builder.zext(builder.load(_at(builder, record, 0, _I32), align=8), _I64)
+
+
+def _places(builder: Any, record: Any, k: int, block: Any, stride: Any) -> list[Any]:
+    """Return the addresses of the rows of a block that a record names."""
+    listed = builder.load(_at(builder, record, 8, _I64), align=8)
+    bytes_ = [builder.and_(builder.lshr(listed, _I64(8 * e)), _I64(255)) for e in range(k)]
+    return [builder.add(block, builder.mul(each, stride)) for each in bytes_]
+
+
+def _across(builder: Any, sums: list[Any], lanes: int) -> Any:
+    """Add up ``lanes`` vectors, of which missing ones count as zero, to one vector of their totals, in 128 bits.
+
+    Transposing on the way: log2(lanes) steps of as few shuffles as there are vectors left, where totals one by one
+    would take as many steps for each.
+    """
+    vector = sums[0].type
+    count, zero = vector.count, ir.Constant(vector, None)
+    width = 1
+    while len(sums) > 1 or width < lanes:
+        # Within each 128 bits, pieces of ``width`` lanes of two vectors take turns.
+        low, high = [], []
+        for start in range(0, count, lanes):
+            for turn in range(lanes // width // 2):
+                for base in (0, count):
+                    low += [base + start + turn * width + lane for lane in range(width)]
+                    high += [base + start + lanes // 2 + turn * width + lane for lane in range(width)]
+        masks = [ir.Constant(ir.VectorType(_I32, count), each) for each in (low, high)]
+        pairs = [(sums[i], sums[i + 1] if i + 1 < len(sums) else zero) for i in range(0, len(sums), 2)]
+        sums = [builder.fadd(*(builder.shuffle_vector(a, b, mask) for mask in masks)) for a, b in pairs]
+        width *= 2
+    return _folded(builder, sums[0], lanes)
+
+
+@intrinsic
+def dot(
+    typing: Any,
+    size: Any,
+    records: Any,
+    count: Any,
+    w: Any,
+    pitch: Any,
+    block: Any,
+    stride: Any,
+    length: Any,
+    rest: Any,
+    sums: Any,
+    one: Any,
+) -> Any:
+    """Add ⟨w[n], block[e]⟩ to the sums of ``count`` records of ``size`` pairs (n, e).
+
+    Rows of w are ``pitch`` bytes apart, those of the block ``stride``. Over ``length`` bytes, whole vectors, and
+    ``rest`` numbers after them, which are read by mask.
     """
 
-    @intrinsic
-    def dot(typing: Any, w: Any, count: Any, block: Any, word: Any, sums: Any, one: Any) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            w, count, block, word, sums, _ = args
-            vector = _vector(context, signature.args[5])
-            vector.element_size = 4 if vector.count == 16 else 8
-            if masked:
-                row = [_masked(builder, w, count, vector)]
-            else:
-                row = [_load(builder, w, VECTOR * v, vector) for v in range(width)]
-            bits = _Bits(builder, word)
-            here = bits.carry(sums)
-            example = builder.add(block, builder.mul(_ctz(builder, bits.word), _I64(VECTOR * width)))
-            chains: list[Any] = [None] * min(width, CHAINS)
-            for v in range(width):
-                x = _load(builder, example, VECTOR * v, vector)
-                chain = chains[v % len(chains)]
-                chains[v % len(chains)] = builder.fmul(row[v], x) if chain is None else _fma(builder, row[v], x, chain)
-            part = _part(builder, chains[0] if len(chains) == 1 else builder.fadd(*chains))
-            _store(builder, part if fresh else builder.fadd(part, _load(builder, here, 0, part.type)), here, 0)
-            after = builder.add(here, _I64(PART))
-            bits.end([after])
-            return after
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        size, records, count, w, pitch, block, stride, length, rest, sums, _ = args
+        vector = _vector(context, signature.args[10])
+        lanes = 16 // vector.element_size
+        part = ir.VectorType(vector.element, lanes)
+        some = builder.icmp_signed("!=", rest, _I64(0))
 
-        integers = [types.int64] * 5
-        return types.int64(*integers, one), generate
-
-    return dot
-
-
-dot_first, dot_more = _dot(WIDTH, False, True), _dot(WIDTH, False, False)
-dot_rest_first, dot_rest = _dot(1, True, True), _dot(1, True, False)
-
-
-def _axpy(width: int, masked: bool, in_turn: bool) -> Any:
-    """Add coefficient · rows[j] to the slice ``target`` for each bit j of ``word``.
-
-    The coefficients are one for every j, or only the needed ones ``in_turn``.
-    """
-
-    @intrinsic
-    def axpy(
-        typing: Any,
-        target: Any,
-        count: Any,
-        rows: Any,
-        stride: Any,
-        coefficient: Any,
-        word: Any,
-        one: Any,
-    ) -> Any:
-        def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            target, count, rows, stride, coefficient, word, _ = args
-            vector = _vector(context, signature.args[6])
-            vector.element_size = 4 if vector.count == 16 else 8
-            if masked:
-                start = [_masked(builder, target, count, vector)]
-            else:
-                start = [_load(builder, target, VECTOR * v, vector) for v in range(width)]
-            bits = _Bits(builder, word)
-            sums = [bits.carry(value) for value in start]
-            here = bits.carry(coefficient) if in_turn else None
-            j = _ctz(builder, bits.word)
-            row = builder.add(rows, builder.mul(j, stride))
-            size = _I64(4 if vector.count == 16 else 8)
-            scale = here if in_turn else builder.add(coefficient, builder.mul(j, size))
-            scale = _load(builder, scale, 0, vector.element)
-            scale = _splat(builder, scale, vector.count)
+        def body(k: int) -> None:
+            visit = _Loop(builder, count, 1)
+            visit.open()
+            record = builder.add(records, builder.mul(visit.index, _I64(RECORD)))
+            row = builder.add(w, builder.mul(_number(builder, record), pitch))
+            later = _number(builder, builder.add(record, _I64(max(AHEAD, 4 * AHEAD // k) * RECORD)))
+            later = builder.add(w, builder.mul(later, pitch))
+            for line in range(0, SLICE, 64):
+                _prefetch(builder, builder.add(later, _I64(line)))
+            places = _places(builder, record, k, block, stride)
+            step = _Loop(builder, length, VECTOR)
+            chains = [step.carry(ir.Constant(vector, None)) for _ in range(k)]
+            step.open()
+            own = _load(builder, builder.add(row, step.index), 0, vector)
             following = []
-            for v in range(width):
-                part = _masked(builder, row, count, vector) if masked else _load(builder, row, VECTOR * v, vector)
-                following.append(_fma(builder, scale, part, sums[v]))
-            bits.end([*following, builder.add(here, size)] if in_turn else following)
-            for v in range(width):
-                if masked:
-                    _masked_store(builder, following[v], target, count)
-                else:
-                    _store(builder, following[v], target, VECTOR * v)
-            return context.get_dummy_value()
+            for place, chain in zip(places, chains, strict=True):
+                following.append(_fma(builder, own, _load(builder, builder.add(place, step.index), 0, vector), chain))
+            step.close(following)
+            whole = builder.block
+            masked, end = builder.append_basic_block("masked"), builder.append_basic_block("end")
+            builder.cbranch(some, masked, end)
+            builder.position_at_end(masked)
+            own = _masked(builder, builder.add(row, length), rest, vector)
+            more = []
+            for place, chain in zip(places, chains, strict=True):
+                more.append(_fma(builder, own, _masked(builder, builder.add(place, length), rest, vector), chain))
+            builder.branch(end)
+            builder.position_at_end(end)
+            totals = []
+            for chain, longer in zip(chains, more, strict=True):
+                total = builder.phi(vector)
+                total.add_incoming(chain, whole)
+                total.add_incoming(longer, masked)
+                totals.append(total)
+            slot = builder.add(sums, builder.mul(visit.index, _I64(MOST * vector.element_size)))
+            for first in range(0, k, lanes):
+                found = _across(builder, totals[first : first + lanes], lanes)
+                before = _load(builder, slot, first * vector.element_size, part)
+                _store(builder, builder.fadd(found, before), slot, first * vector.element_size)
+            visit.close([])
 
-        integers = [types.int64] * 6
-        return types.void(*integers, one), generate
+        _by_size(builder, size, body)
+        return context.get_dummy_value()
 
-    return axpy
+    return types.void(*[types.int64] * 10, one), generate
 
 
-axpy, axpy_rest = _axpy(WIDTH, False, False), _axpy(1, True, False)
-axpy_in_turn, axpy_rest_in_turn = _axpy(WIDTH, False, True), _axpy(1, True, True)
+@intrinsic
+def axpy(
+    typing: Any,
+    size: Any,
+    records: Any,
+    count: Any,
+    target: Any,
+    pitch: Any,
+    block: Any,
+    stride: Any,
+    length: Any,
+    rest: Any,
+    scales: Any,
+    fresh: Any,
+    one: Any,
+) -> Any:
+    """Add Σ_e scale[e] · block[e] to target[n], for ``count`` records of ``size`` pairs (n, e).
+
+    Arguments are as in ``dot``. If ``fresh``, records that have their row for themselves write it, whatever was there.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        size, records, count, target, pitch, block, stride, length, rest, scales, fresh, _ = args
+        vector = _vector(context, signature.args[11])
+        zero = ir.Constant(vector, None)
+        fresh = builder.icmp_signed("!=", fresh, _I64(0))
+        some = builder.icmp_signed("!=", rest, _I64(0))
+
+        def body(k: int) -> None:
+            visit = _Loop(builder, count, 1)
+            visit.open()
+            record = builder.add(records, builder.mul(visit.index, _I64(RECORD)))
+            row = builder.add(target, builder.mul(_number(builder, record), pitch))
+            named = builder.load(_at(builder, record, 0, _I64), align=8)
+            alone = builder.and_(fresh, builder.trunc(builder.lshr(named, _I64(ALONE)), _BIT))
+            alone = _splat(builder, alone, vector.count)
+            places = _places(builder, record, k, block, stride)
+            slot = builder.add(scales, builder.mul(visit.index, _I64(MOST * vector.element_size)))
+            each = [_load(builder, slot, e * vector.element_size, vector.element) for e in range(k)]
+            each = [_splat(builder, scale, vector.count) for scale in each]
+            step = _Loop(builder, length, VECTOR)
+            step.open()
+            total = _load(builder, builder.add(row, step.index), 0, vector)
+            total = builder.select(alone, zero, total)
+            for scale, place in zip(each, places, strict=True):
+                total = _fma(builder, scale, _load(builder, builder.add(place, step.index), 0, vector), total)
+            _store(builder, total, builder.add(row, step.index), 0)
+            step.close([])
+            masked, end = builder.append_basic_block("masked"), builder.append_basic_block("end")
+            builder.cbranch(some, masked, end)
+            builder.position_at_end(masked)
+            total = _masked(builder, builder.add(row, length), rest, vector)
+            total = builder.select(alone, zero, total)
+            for scale, place in zip(each, places, strict=True):
+                total = _fma(builder, scale, _masked(builder, builder.add(place, length), rest, vector), total)
+            _masked_store(builder, total, builder.add(row, length), rest)
+            builder.branch(end)
+            builder.position_at_end(end)
+            visit.close([])
+
+        _by_size(builder, size, body)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 11, one), generate
 
 
 def _tile(units: int, examples: int) -> Any:
@@ -257,7 +365,7 @@ def _tile(units: int, examples: int) -> Any:
         def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             w, stride, x, listed, length, result, _ = args
             vector = _vector(context, signature.args[6])
-            size = vector.element_size = 4 if vector.count == 16 else 8
+            size = vector.element_size
             left = [builder.add(w, builder.mul(stride, _I64(u))) for u in range(units)]
             right = [
                 builder.add(x, builder.mul(stride, builder.zext(_load_int(builder, listed, 4 * e), _I64)))
@@ -302,7 +410,9 @@ def _tile(units: int, examples: int) -> Any:
     return tile
 
 
-tile44, tile41, tile11 = _tile(4, 4), _tile(4, 1), _tile(1, 1)
+TILE = 4 if VECTOR == 64 else 3
+"""Examples in a tile of four units: sums and what is multiplied fit in registers, 32 of AVX-512 or 16 of AVX2."""
+tile, tile41, tile11 = _tile(4, TILE), _tile(4, 1), _tile(1, 1)
 
 
 def _load_int(builder: Any, address: Any, offset: int) -> Any:
@@ -310,15 +420,29 @@ def _load_int(builder: Any, address: Any, offset: int) -> Any:
 
 
 @intrinsic
-def lanes_sum(typing: Any, address: Any, one: Any) -> Any:
-    """Return the total of a running sum."""
+def gated(typing: Any, out: Any, values: Any, gate: Any, count: Any, one: Any) -> Any:
+    """Write values · gate for ``count`` numbers, zero where the gate is zero whatever the value."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        vector = _vector(context, signature.args[1])
-        part = ir.VectorType(vector.element, vector.count * PART // VECTOR)
-        return _sum(builder, _load(builder, args[0], 0, part))
+        out, values, gate, count, _ = args
+        vector = _vector(context, signature.args[4])
+        zero = ir.Constant(vector, None)
 
-    return one(types.int64, one), generate
+        def product(value: Any, by: Any) -> Any:
+            return builder.select(builder.fcmp_unordered("!=", by, zero), builder.fmul(value, by), zero)
+
+        whole = builder.mul(builder.and_(count, _I64(-vector.count)), _I64(vector.element_size))
+        step = _Loop(builder, whole, VECTOR)
+        step.open()
+        value, by = (_load(builder, builder.add(each, step.index), 0, vector) for each in (values, gate))
+        _store(builder, product(value, by), builder.add(out, step.index), 0)
+        step.close([])
+        rest = builder.and_(count, _I64(vector.count - 1))
+        value, by = (_masked(builder, builder.add(each, whole), rest, vector) for each in (values, gate))
+        _masked_store(builder, product(value, by), builder.add(out, whole), rest)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4, one), generate
 
 
 @intrinsic
@@ -447,11 +571,10 @@ def copy(typing: Any, target: Any, source: Any, size: Any) -> Any:
 
 @intrinsic
 def prefetch(typing: Any, address: Any) -> Any:
-    """Ask for a line of 64 bytes to be brought into the second-level cache. Any address may be given."""
+    """Ask for a line of 64 bytes to be brought near. Any address may be given."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _I32(0), _I32(2), _I32(1)])
+        _prefetch(builder, args[0])
         return context.get_dummy_value()
 
     return types.void(types.int64), generate

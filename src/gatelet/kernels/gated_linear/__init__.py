@@ -1,5 +1,7 @@
 """gated_linear: an affine layer of which each example computes only its open units."""
 
+import functools
+import importlib
 from typing import Any
 
 import torch
@@ -56,34 +58,30 @@ def gated_linear(
     check_affine(x, weight, bias)
     units, width = weight.shape
     check_gate(gate, x, units)
-    _dispatch.refuse_transforms("gated_linear", x, weight, bias, gate)
+    plain = _dispatch.plain(x, weight, bias, gate)
+    if not plain:
+        _dispatch.refuse_transforms("gated_linear", x, weight, bias, gate)
     flat_x, flat_gate = flat(x), flat(gate)
     if flat_gate.dtype != x.dtype:
         flat_gate = flat_gate.to(x.dtype)
     shape = (*x.shape[:-1], units)
     if support is not None and support.shape != gate.shape:
         raise ValueError(f"support must have gate's shape {tuple(gate.shape)}, not {tuple(support.shape)}")
-    plain = _dispatch.plain(x, weight, bias, gate)
     if not plain:
         backend = _dispatch.settled(backend, x)
         choice = backend
     else:
         gradients = _dispatch.recording(x, weight, bias, gate)
-        computed = flat_gate.detach() if support is None else flat(support)
+        computed = flat_gate if support is None else flat(support)
         choice = _dispatch.choose(backend, computed, width, units, x.dtype, gradients, declared=active_fraction).backend
         if not gradients and support is None and pattern is None:
             # Without a gradient the ops' machinery would cost more than a small product.
             if choice in ("numba", "triton"):
-                # No module-level import: each backend is loaded when it first runs.
-                if choice == "numba":
-                    from gatelet.kernels.gated_linear._numba import infer
-                else:
-                    from gatelet.kernels.gated_linear._triton import infer
-                shift = None if bias is None else bias.detach().contiguous()
-                found = infer(
-                    flat_x.detach().contiguous(), weight.detach().contiguous(), shift, flat_gate.detach().contiguous()
+                shift = None if bias is None else bias.contiguous()
+                found: Tensor = _inference(choice)(
+                    flat_x.contiguous(), weight.contiguous(), shift, flat_gate.contiguous()
                 )
-                return found.view(shape)
+                return found if x.dim() == 2 else found.view(shape)
             return _reference.forward(flat_x, weight, bias, flat_gate, False)[0].view(shape)
     rows = cols = wide_rows = wide_cols = None
     if support is not None:
@@ -100,6 +98,12 @@ def gated_linear(
     op = _recorded if plain else torch.ops.gatelet.gated_linear
     out: Tensor = op(flat_x, weight, bias, flat_gate, rows, cols, wide_rows, wide_cols, choice, keep)[0]
     return out.view(shape)
+
+
+@functools.cache
+def _inference(backend: str) -> Any:
+    """Return what computes the output alone. No module-level import: each backend is loaded when it first runs."""
+    return importlib.import_module(f"{__name__}._{backend}").infer
 
 
 # -------------------------------------------------------------------- the ops that torch knows

@@ -14,7 +14,7 @@ def infer(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tenso
     """Return the output alone; the pattern is built on the way and dropped."""
     units = weight.shape[0]
     out = x.new_empty((x.shape[0], units))
-    cols = _scratch_words(x, units * words(x.shape[0]))
+    cols = None if len(x) == 1 else _scratch_words(x, units * words(x.shape[0]))
     _sparse.dots(x, weight, bias, gate, cols, out, mask=gate, grouped=_grouped(gate, units))
     return out
 
