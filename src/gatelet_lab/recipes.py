@@ -116,7 +116,7 @@ class Recipe:
 
 
 # How long, and with what regularisation: the paper does not say.
-_LONG: Mapping[str, Any] = MappingProxyType({"input_dropout": 0.2, "rate_decay": 0.88, "epochs": 30, "patience": 12})
+_USUAL: Mapping[str, Any] = MappingProxyType({"input_dropout": 0.2, "rate_decay": 0.88, "epochs": 30, "patience": 12})
 
 
 def noisy_rectifier() -> Recipe:
@@ -129,12 +129,15 @@ def noisy_rectifier() -> Recipe:
         l1_weight=1e-5,
         sparse_gates=15,
         rate=0.3,
-        **_LONG,
+        **_USUAL,
     )
 
 
 def straight_through() -> Recipe:
-    """Section 4, without the factor σ′. At the paper's rate of 0.1 it stalls near 2.1 % validation error."""
+    """Section 4, without the factor σ′. At the paper's rate of 0.1 it stalls near 2.1 % validation error.
+
+    The paper's penalty of 0.1 keeps the gates hovering at the target; a weaker one lets them decide.
+    """
     return Recipe(
         row="straight_through",
         title="Straight-through",
@@ -145,7 +148,7 @@ def straight_through() -> Recipe:
         gate_bias=-2.2,
         rate=1.0,
         gater_rate=0.3,
-        **_LONG,
+        **_USUAL,
     )
 
 
@@ -167,7 +170,7 @@ def smooth_times_stochastic() -> Recipe:
         gate_scale=16.0,
         gater_max_norm=6.0,
         gate_bias=-4.6,
-        **_LONG,
+        **_USUAL,
     )
 
 
@@ -175,29 +178,39 @@ def score_function() -> Recipe:
     """Section 3, with the per-unit minimum-variance baseline; the gater's rate is 100 times smaller.
 
     The gater starts sharp, with a max-norm of its own: from the paper's start every gate draws almost independently
-    of the input for many epochs (21 % validation error after 4 epochs, against 4.5 % after 3).
+    of the input for many epochs (21 % validation error after 4 epochs, against 4.5 % after 3). The penalty's weight is
+    the paper's 1 over its batch of 32: the original sums the estimator's gradient over the batch, we average it.
     """
     return Recipe(
         row="score_function",
         title="Stoch. Binary Neuron",
         paper=PaperRow(9.9e-3, 1.78, 1.89),
         estimator="score_function",
-        kl_weight=1.0,
+        kl_weight=0.03,
         gater_rate=0.01,
+        rate=0.3,
         gate_scale=16.0,
         gater_max_norm=6.0,
         gate_bias=-4.7,
+        **_USUAL,
     )
 
 
 def rectifier() -> Recipe:
-    """The noisy rectifier's baseline: the same without noise."""
+    """The noisy rectifier's baseline: the same without noise.
+
+    Without noise more gates close when no pixels are dropped: 8.4 % are open at test time where a fifth was dropped in
+    training, 9.2 % where a tenth was.
+    """
     return replace(
         noisy_rectifier(),
         row="rectifier",
         title="Baseline Rectifier",
         paper=PaperRow(6.3e-5, 1.66, 1.60),
         estimator="rectifier",
+        input_dropout=0.1,
+        rate_decay=0.83,
+        epochs=20,
     )
 
 
@@ -223,7 +236,10 @@ def sigmoid() -> Recipe:
         bottleneck=40,
         target_rate=None,
         rate=0.3,
-        **_LONG | {"epochs": 60, "rate_decay": 0.94, "patience": 20},
+        input_dropout=0.2,
+        rate_decay=0.94,
+        epochs=60,
+        patience=20,
     )
 
 
