@@ -107,9 +107,9 @@ def distil(
 
     Raises:
         ValueError: for a model without converted blocks, a teacher that does not run a block of that name, a loader
-            that is an iterator, yields nothing, or too few batches.
-        FloatingPointError: for a loss that is NaN or infinite; the model then has the best state so far, which is
-            also what the checkpoint holds.
+            that is an iterator, yields nothing, too few batches, or one without a token.
+        FloatingPointError: for a loss, a held-out error, or an input or output of the teacher's block that is NaN or
+            infinite; the model then has the best state so far, which is also what the checkpoint holds.
 
     >>> import copy, torch, gatelet
     >>> teacher = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 16))
@@ -200,8 +200,14 @@ class _Student:
         x, y, self.x, self.y = self.x, self.y, None, None
         if mask is not None and mask.shape == x.shape[:-1]:
             keep = mask.bool()
-            return x[keep], y[keep]
-        return x.flatten(0, -2) if x.dim() > 1 else x[None], y.flatten(0, -2) if y.dim() > 1 else y[None]
+            x, y = x[keep], y[keep]
+        else:
+            x, y = (each.flatten(0, -2) if each.dim() > 1 else each[None] for each in (x, y))
+        if not len(x):
+            raise ValueError(f"loader: a batch holds no token for the block {self.name!r} (or padding only)")
+        if not bool(torch.stack([x.sum(), y.sum()]).isfinite().all()):
+            raise FloatingPointError(f"what the teacher's block of {self.name} takes or gives is not finite")
+        return x, y
 
     def losses(self, x: Tensor, y: Tensor, *, gater: bool, error: bool, weights: bool) -> dict[str, Tensor]:
         """Return the gater's loss and the block's normalised error with the gates that it opens now, as asked for."""
@@ -291,6 +297,9 @@ def _fit(
                 sums[student.name] += found["error"].item()
         if not count:
             raise ValueError("loader: yielded no batch")
+        for name, value in sums.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the held-out error of {name} is {value}")
         return {name: value / count for name, value in sums.items()}
 
     def state() -> list[Tensor]:
@@ -327,11 +336,7 @@ def _fit(
                 terms = student.losses(*student.examples(mask(batch)), gater=True, error=weights, weights=weights)
                 loss = torch.stack(list(terms.values())).sum()
                 if not bool(loss.isfinite()):
-                    load(best[1])
-                    raise FloatingPointError(
-                        f"distil: the loss of {student.name} is {loss.item()} at step {step + 1}; the model is back at "
-                        f"its best state" + (f", which {checkpoint} holds" if checkpoint is not None else "")
-                    )
+                    raise FloatingPointError(f"the loss of {student.name} is {loss.item()}")
                 loss.backward()
                 total += loss.item() / len(students)
             optimizer.step()
@@ -349,6 +354,12 @@ def _fit(
                     saved |= {"errors": best[2], "first_errors": found.first_errors}
                     saved |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
                     _write(saved, checkpoint)
+    except FloatingPointError as error:
+        load(best[1])
+        kept = "" if checkpoint is None or not checkpoint.exists() else f", which {checkpoint} holds"
+        raise FloatingPointError(
+            f"distil: {error} at step {step + 1}; the model is back at its best state{kept}"
+        ) from None
     finally:
         shown.close()
         for p, flag in flags:
