@@ -488,8 +488,8 @@ def _why_not(
         return f"its {tied[0]}.weight is tied: what is fitted here would change it in its other place"
     if up.weight.device.type == "cpu" and up.weight.dtype not in NATIVE:
         return (
-            f"its weights are {up.weight.dtype} on the CPU, where closed units are skipped in float32 and float64 only; "
-            "model.float() first"
+            f"its weights are {up.weight.dtype} on the CPU, where closed units are skipped in float32 and float64 "
+            "only; model.float() first"
         )
     if units % group_size:
         return f"group_size {group_size} does not divide its {units} units"
