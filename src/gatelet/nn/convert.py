@@ -292,11 +292,8 @@ def _by_structure(module: nn.Module, affine: dict[str, nn.Module]) -> Block | st
     if not downs:
         (wide, width), (out, hidden) = sorted(shapes.values(), reverse=True)[:2]
         fused = len(shapes) == 2 and wide == 2 * hidden and out == width
-        return (
-            f"W1 {width} → {wide} and W2 {hidden} → {out} are of no known shape (W1 and W_g in one matrix: give them one each)"
-            if fused
-            else None
-        )
+        shape = f"W1 {width} → {wide} and W2 {hidden} → {out} are of no known shape"
+        return f"{shape} (W1 and W_g in one matrix, it seems: they need one each)" if fused else None
     reason = f"its forward computes neither W2 act(W1 x + b1) + b2 nor the gated form, by an activation that is {KNOWN}"
     for down in downs:
         ups = [key for key in affine if key != down]
