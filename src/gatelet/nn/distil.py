@@ -18,8 +18,12 @@ from torch.nn import functional as F
 from gatelet._checks import check_count, check_positive
 from gatelet.nn.conditional_ffn import hidden_layer
 from gatelet.nn.convert import BlockGating, affine_at, blocks
+from gatelet.nn.gater_regression import GaterRegression
 from gatelet.nn.gating import masking
 from gatelet.sparsity import calibrate_thresholds
+
+TOKENS = 32
+"""Tokens per input feature that the regression looks at, if the loader has so many."""
 
 Forward = Callable[[nn.Module, Any], Any]
 Mask = Callable[[Any], Tensor | None]
@@ -80,6 +84,9 @@ def distil(
     ``weights`` the block's W1, W2 (and W_g) and biases learn besides to give the teacher's output through the gates
     that are open now, by
     ‖FFN(x) − FFN_teacher(x)‖² / variance.
+
+    It begins at the gater that least squares give to the targets sign(c − t) √|c − t|, an affine map of rank M
+    (:class:`gatelet.nn.gater_regression.GaterRegression`), where that is better than the gater that is there.
 
     The first ``held_out`` batches are kept for the held-out error, which decides about early stopping and about which
     state is kept. At the end the thresholds are calibrated, on the model's own inputs to its blocks.
@@ -209,6 +216,23 @@ class _Student:
             raise FloatingPointError(f"what the teacher's block of {self.name} takes or gives is not finite")
         return x, y
 
+    @torch.no_grad()
+    def margin(self, hidden: Tensor, w_down: Tensor) -> Tensor:
+        """Return c − t: what closing each gate costs of the output, over the cost at the limit of what may be open."""
+        gating, target = self.gating, self.gating.unit.target_rate
+        cost = (hidden * w_down.norm(dim=0)).square()
+        if gating.group_size > 1:
+            cost = cost.unflatten(-1, (-1, gating.group_size)).sum(-1)
+        return cost - _top(cost, 0.5 if target is None else target)
+
+    def add_to(self, regression: GaterRegression, x: Tensor) -> None:
+        """Give the regression these inputs, and as targets of the logits sign(c − t) √|c − t|."""
+        up, down = affine_at(self.owner, self.block.up), affine_at(self.owner, self.block.down)
+        glu = None if self.block.glu is None else affine_at(self.owner, self.block.glu)
+        with torch.no_grad():
+            margin = self.margin(hidden_layer(x, self.block.activation, up, glu), down.weight)
+        regression.add(x, margin.sign() * margin.abs().sqrt())
+
     def losses(self, x: Tensor, y: Tensor, *, gater: bool, error: bool, weights: bool) -> dict[str, Tensor]:
         """Return the gater's loss and the block's normalised error with the gates that it opens now, as asked for."""
         gating, found = self.gating, {}
@@ -222,11 +246,7 @@ class _Student:
         with torch.set_grad_enabled(weights and torch.is_grad_enabled()):
             hidden = hidden_layer(x, self.block.activation, up, glu)
         if gater:
-            with torch.no_grad():
-                cost = (hidden * down.weight.norm(dim=0)).square()
-                if gating.group_size > 1:
-                    cost = cost.unflatten(-1, (-1, gating.group_size)).sum(-1)
-                margin = cost - _top(cost, 0.5 if target is None else target)
+            margin = self.margin(hidden, down.weight)
             stake = margin.abs().sqrt()
             loss = (stake * F.softplus(-logits * margin.sign())).mean()
             found["gater"] = loss / stake.mean().clamp_min(torch.finfo(x.dtype).tiny)
@@ -310,10 +330,36 @@ def _fit(
             for p, value in zip(trained, values, strict=True):
                 p.copy_(value)
 
+    def begin_by_regression() -> dict[str, float]:
+        """Start each gater from least squares where that is better than what it is, and return the errors then."""
+        fits = [GaterRegression(student.gating.gater) for student in students]
+        enough = [TOKENS * student.gating.gater.hidden.in_features for student in students]
+        for index, batch in enumerate(loader):
+            if index >= held_out:
+                recorded(batch)
+                for student, fit in zip(students, fits, strict=True):
+                    student.add_to(fit, student.examples(mask(batch))[0])
+            if all(fit.count >= count for fit, count in zip(fits, enough, strict=True)):
+                break
+        before = state()
+        written = [fit.write() for fit in fits]
+        errors = held_out_errors()
+        better = {
+            id(p)
+            for student, done in zip(students, written, strict=True)
+            if done and errors[student.name] < found.first_errors[student.name]
+            for p in student.gating.gater.parameters()
+        }
+        load([p.detach().clone() if id(p) in better else old for p, old in zip(trained, before, strict=True)])
+        return {name: min(error, found.first_errors[name]) for name, error in errors.items()}
+
     step, looks = 0, 0
     found.first_errors = found.errors = held_out_errors()
+    resumed = checkpoint is not None and checkpoint.exists()
+    if not resumed:
+        found.errors = begin_by_regression()
     best = (sum(found.errors.values()), state(), found.errors)
-    if checkpoint is not None and checkpoint.exists():
+    if checkpoint is not None and resumed:
         saved = torch.load(checkpoint, map_location=gaters[0].device)
         shapes = [tuple(p.shape) for p in trained]
         if [tuple(p.shape) for p in saved["best"]] != shapes or saved["steps"] != steps:
