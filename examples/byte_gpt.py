@@ -175,7 +175,7 @@ def train(name: str, make, steps: int, folder: Path, data: tuple[torch.Tensor, t
     torch.manual_seed(0)
     model = GPT(make)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
-    at, curve, every = 0, [], max(1, steps // 6)
+    at, curve, every = 0, [], max(1, steps // 4)
     if file.exists():
         saved = torch.load(file)
         model.load_state_dict(saved["model"])
