@@ -220,7 +220,7 @@ class _Student:
     def margin(self, hidden: Tensor, w_down: Tensor) -> Tensor:
         """Return c − t: what closing each gate costs of the output, over the cost at the limit of what may be open."""
         gating, target = self.gating, self.gating.unit.target_rate
-        cost = (hidden * w_down.norm(dim=0)).square()
+        cost: Tensor = (hidden * w_down.norm(dim=0)).square()
         if gating.group_size > 1:
             cost = cost.unflatten(-1, (-1, gating.group_size)).sum(-1)
         return cost - _top(cost, 0.5 if target is None else target)

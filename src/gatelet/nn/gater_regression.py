@@ -41,10 +41,10 @@ class GaterRegression:
     def __init__(self, gater: Gater) -> None:
         self.gater = gater
         width, gates = gater.hidden.in_features, gater.gates.out_features
-        like = {"dtype": torch.float64, "device": gater.hidden.weight.device}
+        like = gater.hidden.weight.new_empty(0, dtype=torch.float64)
         self.count = 0
-        self.sum_x, self.sum_y = torch.zeros(width, **like), torch.zeros(gates, **like)
-        self.xx, self.xy = torch.zeros(width, width, **like), torch.zeros(width, gates, **like)
+        self.sum_x, self.sum_y = like.new_zeros(width), like.new_zeros(gates)
+        self.xx, self.xy = like.new_zeros(width, width), like.new_zeros(width, gates)
 
     @torch.no_grad()
     def add(self, x: Float[Tensor, "T D"], y: Float[Tensor, "T G"]) -> None:
