@@ -142,7 +142,7 @@ def train_step(model: GPT, optimizer: torch.optim.Optimizer, data: torch.Tensor,
     x, y = batch(data, step)
     loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
     if any(isinstance(module, gatelet.nn.ConditionalFFN) for module in model.modules()):
-        loss = loss + 0.01 * gatelet.sparsity.penalty(model)
+        loss = loss + 0.1 * gatelet.sparsity.penalty(model)
     loss = loss + 0.01 * sum(module.balance for module in model.modules() if isinstance(module, Experts))
     optimizer.zero_grad()
     loss.backward()
