@@ -3,9 +3,10 @@
 All models see the same bytes in the same order. Bits per byte are of held-out files, gates calibrated. Times are
 medians of single steps, the models taking turns, measured at the end; training time is steps times that.
 
-    python examples/byte_gpt.py [--steps 600] [--dir runs/byte_gpt] [--only train|measure]
+    python examples/byte_gpt.py [--steps 500] [--dir runs/byte_gpt] [--only train]
 
-Called again it continues where it was. Prints a table in Markdown.
+Called again it continues where it was. Prints a table in Markdown; ``table.json`` and, where matplotlib is installed,
+``curves.png`` go to the folder.
 """
 
 import argparse
@@ -24,17 +25,18 @@ from torch.nn import functional as F
 
 import gatelet
 
-WIDTH, LAYERS, HEADS, HIDDEN, CONTEXT, BATCH = 128, 4, 4, 1024, 128, 12
-RATE, BOTTLENECK, EXPERTS = 0.25, 16, 16
+WIDTH, LAYERS, HEADS, HIDDEN, CONTEXT, BATCH = 128, 4, 4, 1024, 128, 8
+RATE, BOTTLENECK, GROUP, EXPERTS = 0.25, 32, 8, 16
 ACTIVE = int(HIDDEN * RATE)
+ESTIMATORS = ("straight_through", "straight_through_open", "noisy_rectifier")
 
 
 def text() -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the bytes to train on and held-out ones, by file."""
+    """Return the bytes to train on and held-out ones: of other files, none of which has a twin in training."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [p for p in sorted(root.glob("*.py")) + sorted(root.glob("[a-z]*/*.py")) if "site-packages" not in p.parts]
     random.Random(0).shuffle(files)
-    data = [p.read_bytes() for p in files]
+    data = list(dict.fromkeys(p.read_bytes() for p in files))  # a file that stands there twice counts once
     parts = b"".join(data[20:]), b"".join(data[:20])
     train, held = (torch.frombuffer(bytearray(each), dtype=torch.uint8).long() for each in parts)
     return train, held
@@ -109,15 +111,13 @@ def dense(hidden: int) -> nn.Module:
 
 
 def conditional(estimator: str) -> nn.Module:
-    return gatelet.nn.ConditionalFFN(WIDTH, HIDDEN, BOTTLENECK, estimator=estimator, target_rate=RATE)
+    return gatelet.nn.ConditionalFFN(WIDTH, HIDDEN, BOTTLENECK, estimator=estimator, target_rate=RATE, group_size=GROUP)
 
 
 MODELS = {
     f"dense {HIDDEN}": lambda: dense(HIDDEN),
     f"dense {ACTIVE}": lambda: dense(ACTIVE),
-    "conditional, straight_through": lambda: conditional("straight_through"),
-    "conditional, reinmax": lambda: conditional("reinmax"),
-    "conditional, noisy_rectifier": lambda: conditional("noisy_rectifier"),
+    **{f"conditional, {each}": lambda each=each: conditional(each) for each in ESTIMATORS},
     f"mixture, top {ACTIVE * EXPERTS // HIDDEN} of {EXPERTS}": Experts,
 }
 
@@ -142,12 +142,18 @@ def train_step(model: GPT, optimizer: torch.optim.Optimizer, data: torch.Tensor,
     x, y = batch(data, step)
     loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
     if any(isinstance(module, gatelet.nn.ConditionalFFN) for module in model.modules()):
-        loss = loss + 0.01 * gatelet.sparsity.penalty(model)
+        loss = loss + 0.1 * gatelet.sparsity.penalty(model)
     loss = loss + 0.01 * sum(module.balance for module in model.modules() if isinstance(module, Experts))
     optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
+
+
+def open_share(model: GPT) -> float | None:
+    """Return the share of open gates in the last forward pass, over the layers."""
+    shares = [float(m.active_fraction) for m in model.modules() if isinstance(m, gatelet.nn.ConditionalFFN)]
+    return statistics.mean(shares) if shares else None
 
 
 def bits_per_byte(model: GPT, train: torch.Tensor, held: torch.Tensor) -> float:
@@ -156,8 +162,8 @@ def bits_per_byte(model: GPT, train: torch.Tensor, held: torch.Tensor) -> float:
     model.eval()
     losses = []
     with torch.no_grad():
-        for number in range(8):
-            x, y = batch(held, number)
+        for number in range(12):
+            x, y = batch(held, number, 16)
             losses.append(F.cross_entropy(model(x).flatten(0, 1), y.flatten()).item())
     model.train()
     return statistics.mean(losses) / math.log(2)
@@ -183,8 +189,10 @@ def train(name: str, make, steps: int, folder: Path, data: tuple[torch.Tensor, t
         at += 1
         if at % every == 0 or at == steps:
             if not curve or curve[-1][0] != at:
-                curve.append((at, bits_per_byte(model, *data)))
-            print(f"{name}: step {at}, {curve[-1][1]:.3f} bits per byte", flush=True)
+                sampled = open_share(model)  # of the training step, gates drawn
+                curve.append((at, bits_per_byte(model, *data), sampled))
+                share = "" if sampled is None else f", {sampled:.1%} open in training"
+                print(f"{name}: step {at}, {curve[-1][1]:.3f} bits per byte{share}", flush=True)
             saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": at, "curve": curve}
             torch.save(saved | {"random": torch.get_rng_state()}, file.with_suffix(".part"))
             os.replace(file.with_suffix(".part"), file)
@@ -214,9 +222,9 @@ def medians(ways: dict, seconds: float) -> dict[str, float]:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--steps", type=int, default=600)
+    options.add_argument("--steps", type=int, default=500)
     options.add_argument("--dir", type=Path, default=Path("runs/byte_gpt"))
-    options.add_argument("--only", choices=("train", "measure"))
+    options.add_argument("--only", choices=("train",))
     options.add_argument("--seconds", type=float, default=20.0, help="of measuring, per kind of measurement")
     given = options.parse_args()
     given.dir.mkdir(parents=True, exist_ok=True)
@@ -224,13 +232,12 @@ def main() -> None:
     done = {name: train(name, make, given.steps, given.dir, data) for name, make in MODELS.items()}
     if given.only == "train":
         return
-    quality = {name: each["curve"] for name, each in done.items()}
-    opened = {}
+    opened, held_open = {}, {}
     for name, each in done.items():
         each["model"].eval()
         with torch.no_grad():
-            each["model"](batch(data[1], 0)[0])
-        opened[name] = ffn_flops(each["model"])
+            each["model"](batch(data[1], 0, 64)[0])
+        opened[name], held_open[name] = ffn_flops(each["model"]), open_share(each["model"])
     ids = batch(data[1], 0, 1)[0]
     decoding = medians({name: lambda m=each["model"]: decode(m, ids) for name, each in done.items()}, given.seconds)
     steps = {}
@@ -238,18 +245,40 @@ def main() -> None:
         each["model"].train()
         steps[name] = lambda each=each: train_step(each["model"], each["optimizer"], data[0], 0)
     stepping = medians(steps, given.seconds)
-    quarter = [step for step, _ in next(iter(quality.values()))]
-    head = " | ".join(f"{step} steps" for step in quarter)
     print(f"\n{torch.get_num_threads()} threads; {len(data[0]) / 1e6:.1f} MB of text, {BATCH * CONTEXT} bytes a step")
-    print(f"\n| model | bits per byte, {head} | FFN kFLOPs per token | training s | decode tokens/s |")
-    print("|---|" + "---|" * (len(quarter) + 3))
+    half = given.steps // 2
+    print(f"\n| model | bits per byte, {half} steps | {given.steps} steps | open, training | open, held-out ", end="")
+    print("| FFN kFLOPs per token | ms per step | training s | decode tokens/s |\n|---|" + "---|" * 8)
     rows = {}
-    for name in MODELS:
-        bits = " | ".join(f"{value:.3f}" for _, value in quality[name])
-        seconds, speed = stepping[name] * quarter[-1], CONTEXT / decoding[name]
-        print(f"| {name} | {bits} | {opened[name] / 1e3:.0f} | {seconds:.0f} | {speed:.0f} |")
-        rows[name] = {"curve": quality[name], "flops": opened[name], "step_s": stepping[name], "decode": speed}
-    (given.dir / "table.json").write_text(json.dumps(rows, indent=1))
+    for name, each in done.items():
+        curve, step, speed = each["curve"], stepping[name], CONTEXT / decoding[name]
+        middle = min(curve, key=lambda point: abs(point[0] - half))[1]
+        shares = " | ".join("" if it is None else f"{it:.1%}" for it in (curve[-1][2], held_open[name]))
+        print(f"| {name} | {middle:.3f} | {curve[-1][1]:.3f} | {shares} | {opened[name] / 1e3:.0f} ", end="")
+        print(f"| {1e3 * step:.0f} | {given.steps * step:.0f} | {speed:.0f} |")
+        rows[name] = {"curve": curve, "open": held_open[name], "ffn_flops": opened[name], "step_s": step}
+        rows[name]["decode_tokens_per_s"] = speed
+    about = {"steps": given.steps, "threads": torch.get_num_threads(), "torch": torch.__version__}
+    (given.dir / "table.json").write_text(json.dumps(about | {"models": rows}, indent=1))
+    plot(rows, given.dir / "curves.png")
+
+
+def plot(rows: dict[str, dict], file: Path) -> None:
+    """Draw bits per byte against training time and, at the end, against active FLOPs."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    time_axis, flops_axis = figure.subplots(1, 2, sharey=True)
+    for name, row in rows.items():
+        steps, bits, _ = zip(*row["curve"], strict=True)
+        time_axis.plot([step * row["step_s"] for step in steps[1:]], bits[1:], label=name)
+        flops_axis.plot(row["ffn_flops"] / 1e3, bits[-1], "o")
+    time_axis.set(xlabel="training time, s", ylabel="bits per byte, held-out files")
+    flops_axis.set(xlabel="kFLOPs per token in the feed-forward layers", xlim=(0, None))
+    time_axis.legend(fontsize=8)
+    figure.savefig(file, dpi=110)
 
 
 if __name__ == "__main__":

