@@ -359,15 +359,29 @@ def test_the_machine_is_measured_once_and_says_something_plausible():
 def test_auto_takes_dense_from_break_even_on(monkeypatch):
     """T = fixed + slope·α of dense: here 0.1 + 2α, which reaches 1 at α = 0.45 (for very many features)."""
     monkeypatch.setattr(_dispatch, "costs", lambda *_: _dispatch.Costs(0.1, 2.0))
-    assert _dispatch.limit("unit", 1 << 20, 1 << 20, torch.float32, False) == pytest.approx(0.45, abs=1e-3)
+    assert _dispatch.limit("unit", 1 << 20, 1 << 20, 1, torch.float32, False) == pytest.approx(0.45, abs=1e-3)
     x, weight = torch.zeros(512, 256), torch.zeros(512, 256)
     below, above = (torch.zeros(512, 512) for _ in range(2))
-    below[:, :100], above[:, :250] = 1, 1  # at D = 256: (1 - 0.1 - 50/256) / (2·(1 + 90/256)) + 8/512 = 0.28
+    below[:, :100], above[:, :250] = 1, 1  # at D = 256: (1 - 0.1 - 50/256) / (2·(1 + 90/256)) = 0.26
     assert explain(x, weight, below).backend == "numba"
     assert explain(x, weight, above).backend == "reference"
-    assert explain(x, weight, above).limit == pytest.approx(0.276, abs=1e-3)
-    assert "under break-even at 28%" in explain(x, weight, below).reason
+    assert explain(x, weight, above).limit == pytest.approx(0.2607, abs=1e-4)
+    assert "under break-even at 26%" in explain(x, weight, below).reason
     assert explain(x[:8], weight, above[:8]).backend == "numba"  # few examples: weights are read by both
+    # Weights of 4 MiB do not stay near: few examples lift break-even by 8/B.
+    near, far = (_dispatch.limit("unit", 64, 256, units, torch.float32, False) for units in (4095, 4096))
+    assert far - near == pytest.approx(8 / 64)
+
+
+def test_auto_takes_the_two_products_of_an_ffn_for_what_they_are(monkeypatch):
+    """Break-even of a pair of products is that of either, not of one with as many features as both."""
+    monkeypatch.setattr(_dispatch, "costs", lambda *_: _dispatch.Costs(0.1, 2.0))
+    seen = []
+    choose = _dispatch.choose
+    monkeypatch.setattr(_dispatch, "choose", lambda *args, **more: seen.append(choose(*args, **more)) or seen[-1])
+    x, w1, w2, gate = torch.zeros(512, 256), torch.zeros(512, 256), torch.zeros(512, 256).t(), torch.zeros(512, 512)
+    OPS[2](x, w1, None, gate, "relu", w2, None)
+    assert seen[0].limit == explain(x, w1, gate).limit
 
 
 def test_errors_name_the_argument():

@@ -63,6 +63,8 @@ PAIR, PLACE = 90, 50
 its sum, bias and gate, for the second its bit in the pattern and the zero in its place."""
 FEW = 8
 """For so few examples the kernels win at any active fraction: dense products are then bound by reading weights too."""
+NEAR = 1 << 22
+"""Bytes of weights that stay in the near caches: dense products do not wait for them, so few examples are no excuse."""
 SAMPLE = 1 << 12
 """Gates that are looked at to measure the active fraction."""
 
@@ -167,7 +169,7 @@ def costs(kernel: Kernel, dtype: torch.dtype) -> Costs:
     return Costs(min(max(fixed - PLACE / width, 0.0), 0.4), min(max(slope / (1 + PAIR / width), 0.5), 3.0))
 
 
-def limit(kernel: Kernel, batch: int, width: int, dtype: torch.dtype, gradients: bool) -> float:
+def limit(kernel: Kernel, batch: int, width: int, units: int, dtype: torch.dtype, gradients: bool) -> float:
     """Return the active fraction below which this kernel is expected to beat dense."""
     if batch <= FEW:
         return 1.0
@@ -175,7 +177,8 @@ def limit(kernel: Kernel, batch: int, width: int, dtype: torch.dtype, gradients:
     cost = costs("unit" if gradients else kernel, dtype)
     # The products of the backward pass form no pattern and finish no pairs, but they write: a weight's gradient is as
     # large as the weight, however few the examples.
-    each, few = (2 * width, 0) if gradients else (width, FEW)
+    each = 2 * width if gradients else width
+    few = FEW if not gradients and units * width * dtype.itemsize >= NEAR else 0
     left = max(1 - cost.fixed - PLACE / each, 0.0)
     return min(1.0, left / (cost.slope * (1 + PAIR / each)) + few / batch)
 
@@ -201,7 +204,7 @@ def choose(
     announce: bool = True,
     declared: float | None = None,
 ) -> Choice:
-    """Decide for gates (B, G), or a sample of ``batch``; D = ``width`` and N = ``units``.
+    """Decide for gates (B, G), or a sample of ``batch``; D = ``width`` and N = ``units``, of each product.
 
     ``declared`` is the active fraction to expect where looking at the gates would make a GPU wait.
     """
@@ -230,7 +233,7 @@ def choose(
         return Choice("reference", "reference", None, 0.0, missing)
     if batch * units * width < SMALL:
         return _known("reference", "reference", None, 0.0, "so small that starting a kernel costs more than it saves")
-    most = limit(kernel, batch, width, dtype, gradients)
+    most = limit(kernel, batch, width, units, dtype, gradients)
     if most == 1.0:
         return _known("numba", kernel, None, most, "the kernel is faster at any active fraction")
     rate = active_fraction(gate)

@@ -66,7 +66,7 @@ def gated_ffn(
     plain = _dispatch.plain(x, w1, b1, gate, w2, b2)
     if plain:
         keep = _dispatch.recording(x, w1, b1, gate, w2, b2)
-        width = w1.shape[1] + w2.shape[0]
+        width = (w1.shape[1] + w2.shape[0]) // 2
         backend = _dispatch.choose(
             backend, flat_gate.detach(), width, w1.shape[0], x.dtype, keep, declared=active_fraction
         ).backend
@@ -88,7 +88,7 @@ def _forward(
     backend: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    width = w1.shape[1] + w2.shape[0]
+    width = (w1.shape[1] + w2.shape[0]) // 2
     choice = _dispatch.choose(backend, gate.detach(), width, w1.shape[0], x.dtype, keep).backend
     if choice == "numba":
         from gatelet.kernels.gated_ffn import _numba
@@ -154,7 +154,7 @@ def _gradients(
     backend: str,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    width = w1.shape[1] + w2.shape[0]
+    width = (w1.shape[1] + w2.shape[0]) // 2
     choice = _dispatch.choose(backend, gate, width, w1.shape[0], x.dtype, True).backend
     if choice == "numba":
         from gatelet.kernels.gated_ffn import _numba
