@@ -60,7 +60,9 @@ class Recipe:
     input_noise: float = 0.0
     """Standard deviation of Gaussian noise on the pixels, in training."""
     adversarial: float = 0.0
-    """Length of a step that moves every training image towards a higher loss, before it is trained on."""
+    """Length of a step that moves training images towards a higher loss, before they are trained on."""
+    adversarial_share: float = 1.0
+    """Share of every batch that is moved so."""
     input_dropout: float = 0.0
     hidden_dropout: float = 0.0
     label_smoothing: float = 0.0
@@ -103,6 +105,8 @@ class Recipe:
             raise ValueError(f"group_size must divide experts: {self.group_size} does not divide {self.experts}")
         if self.target_rate is not None:
             check_rate(self.target_rate)
+        if not 0 < self.adversarial_share <= 1:
+            raise ValueError(f"adversarial_share must lie in (0, 1], not {self.adversarial_share!r}")
         if self.beta_noise is not None and not 1 < self.beta_noise < math.inf:
             raise ValueError(f"beta_noise must be a finite number above 1, not {self.beta_noise!r}")
         for name in ("rate", "gater_rate", "weight_decay", "input_noise", "adversarial"):

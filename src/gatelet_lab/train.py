@@ -158,7 +158,8 @@ class Trainer:
 
     def _step(self, x: Tensor, y: Tensor) -> float:
         if self.recipe.adversarial:
-            x = self._adversary(x, y)
+            moved = math.ceil(self.recipe.adversarial_share * len(x))
+            x = torch.cat([self._adversary(x[:moved], y[:moved]), x[moved:]])
         with gatelet.Tape() as tape:
             smoothing = self.recipe.label_smoothing
             losses = F.cross_entropy(self.model(x), y, reduction="none", label_smoothing=smoothing)

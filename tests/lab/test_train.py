@@ -113,6 +113,15 @@ def test_the_adversary_raises_the_loss_more_than_noise_of_its_length(digits):
     assert loss(moved) - loss(x) > 3 * abs(loss(x + noise) - loss(x))
 
 
+def test_the_adversary_moves_its_share_of_a_batch(digits):
+    trainer = Trainer(small("sigmoid", adversarial=0.5, adversarial_share=0.25, input_dropout=0.0), 0, digits)
+    seen = []
+    trainer.model.layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    x = digits.train_images[:40]
+    trainer._step(x, digits.train_labels[:40])
+    assert (seen[-1] != x).any(1).tolist() == [True] * 10 + [False] * 30
+
+
 def test_a_mixture_computes_the_share_and_balances_its_load(digits):
     recipe = small("straight_through", mixture=True, group_size=6, target_rate=0.2, gate_bias=None)
     trainer = run(Trainer(recipe, 0, digits), 1)
