@@ -114,10 +114,6 @@ def _folded(builder: Any, value: Any, count: int) -> Any:
     return value
 
 
-def _sum(builder: Any, value: Any) -> Any:
-    return builder.extract_element(_folded(builder, value, 1), _I32(0))
-
-
 def _prefetch(builder: Any, address: Any) -> None:
     """Ask for a line of 64 bytes. Any address may be given."""
     pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
@@ -397,11 +393,13 @@ def _tile(units: int, examples: int) -> Any:
             offset = builder.mul(whole, _I64(size))
             # The masked tail reads nothing where D is a multiple of the vector.
             b = [_masked(builder, builder.add(address, offset), rest, vector) for address in right]
+            totals = []
             for u in range(units):
                 a = _masked(builder, builder.add(left[u], offset), rest, vector)
-                for e in range(examples):
-                    total = _sum(builder, _fma(builder, a, b[e], sums[u][e]))
-                    _store(builder, total, result, size * (u * examples + e))
+                totals += [_fma(builder, a, b[e], sums[u][e]) for e in range(examples)]
+            lanes = min(16 // size, len(totals))
+            for first in range(0, len(totals), lanes):
+                _store(builder, _across(builder, totals[first : first + lanes], lanes), result, size * first)
             return context.get_dummy_value()
 
         integers = [types.int64] * 6
