@@ -92,6 +92,18 @@ class Split:
     test_images: Tensor
     test_labels: Tensor
 
+    def with_more_training(self, count: int) -> "Split":
+        """Return the split with the first ``count`` validation images behind the training images instead."""
+        if count >= len(self.valid_labels):
+            raise ValueError(f"more_training must leave some of {len(self.valid_labels)} validation images: {count}")
+        return replace(
+            self,
+            train_images=torch.cat([self.train_images, self.valid_images[:count]]),
+            train_labels=torch.cat([self.train_labels, self.valid_labels[:count]]),
+            valid_images=self.valid_images[count:],
+            valid_labels=self.valid_labels[count:],
+        )
+
     def without_test(self) -> "Split":
         """Return the split with an empty test set, for whoever must not look at it."""
         return replace(self, test_images=self.train_images[:0], test_labels=self.train_labels[:0])

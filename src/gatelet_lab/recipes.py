@@ -87,7 +87,9 @@ class Recipe:
     gater_max_norm: float | None = 2.0
     epochs: int = 100
     patience: int = 20
-    """Stop after this many epochs without a better validation error."""
+    """Stop after this many epochs without a better validation error; not with a cosine, whose last weights count."""
+    more_training: int = 0
+    """So many of the validation images are trained on as well, when everything else has been chosen."""
 
     def __post_init__(self) -> None:
         """Check every number: a run must not fail after an hour, nor train something else than was meant."""
@@ -109,6 +111,8 @@ class Recipe:
             raise ValueError(f"adversarial_share must lie in (0, 1], not {self.adversarial_share!r}")
         if self.beta_noise is not None and not 1 < self.beta_noise < math.inf:
             raise ValueError(f"beta_noise must be a finite number above 1, not {self.beta_noise!r}")
+        if self.more_training < 0:
+            raise ValueError(f"more_training must be at least 0, not {self.more_training}")
         for name in ("rate", "gater_rate", "weight_decay", "input_noise", "adversarial"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number of at least 0, not {getattr(self, name)!r}")

@@ -55,6 +55,7 @@ class Trainer:
     """
 
     def __init__(self, recipe: Recipe, seed: int, split: Split, device: str = "cpu") -> None:
+        split = split.with_more_training(recipe.more_training) if recipe.more_training else split
         self.recipe, self.seed, self.split = recipe, seed, split
         self.device = torch.device(device)
         torch.manual_seed(seed)
@@ -91,7 +92,7 @@ class Trainer:
         return done >= self.recipe.epochs or done - 1 - self.best_epoch >= self.recipe.patience
 
     def step_epoch(self, stop: Callable[[], bool] = lambda: False) -> Epoch:
-        """Train one epoch, calibrate, validate, and remember the weights if they are the best so far."""
+        """Train one epoch, calibrate, validate, and remember the weights if they are the ones to keep so far."""
         began, epoch = time.perf_counter(), len(self.history)
         order = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
         indices = torch.randperm(len(self.train_labels), generator=order).to(self.device)
@@ -120,7 +121,8 @@ class Trainer:
             seconds=time.perf_counter() - began,
         )
         self.history.append(row)
-        if error < self.best_error:
+        # A cosine ends at zero, so that its last weights are the ones: there is no epoch to choose.
+        if error < self.best_error or self.recipe.schedule == "cosine":
             self.best_error, self.best_epoch = error, epoch
             self.best = copy.deepcopy(self.averaged.state_dict())
         return row

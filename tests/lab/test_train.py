@@ -89,6 +89,24 @@ def test_the_cosine_rises_over_an_epoch_and_ends_at_zero(digits):
     assert rates == pytest.approx([0.01, 0.51, 1.0, 0.5, 0.0])
 
 
+def test_a_cosine_keeps_the_last_weights_and_an_exponential_the_best(digits):
+    for schedule in ("cosine", "exponential"):
+        trainer = Trainer(small("sigmoid", schedule=schedule), 0, digits)
+        errors = iter([20.0, 10.0, 30.0])
+        trainer.evaluate = lambda *_, errors=errors: (next(errors), 0.0, 1.0)
+        run(trainer, 3)
+        assert trainer.best_epoch == (2 if schedule == "cosine" else 1)
+
+
+def test_more_training_takes_validation_images(digits):
+    trainer = Trainer(small("sigmoid", more_training=50), 0, digits)
+    assert len(trainer.train_labels) == len(digits.train_labels) + 50
+    torch.testing.assert_close(trainer.train_images[-50:], digits.valid_images[:50])
+    torch.testing.assert_close(trainer.split.valid_images, digits.valid_images[50:])
+    with pytest.raises(ValueError, match="more_training must leave some"):
+        Trainer(small("sigmoid", more_training=len(digits.valid_labels)), 0, digits)
+
+
 def test_the_average_follows_the_weights_with_its_decay(digits):
     trainer = Trainer(small("sigmoid", average=0.75), 0, digits)
     start = trainer.averaged.output.weight.clone()
