@@ -4,7 +4,7 @@ Converts it at 50, 25 and 10 % open, distils on the documentation strings of Pyt
 embeddings and times with the original on held-out sentences. Every rate begins where the one before it ended: fewer
 units open is a smaller step from there than from the dense model. Prints tables in Markdown.
 
-    python examples/sentence_encoder.py [--steps 40] [--finetune 140] [--rates 0.5 0.25 0.1] [--dir DIR]
+    python examples/sentence_encoder.py [--steps 40] [--finetune 160] [--rates 0.5 0.25 0.1] [--dir DIR]
 
 Called again it continues where it was; ``table.json`` goes to the folder.
 """
@@ -189,7 +189,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rates", type=float, nargs="+", default=[0.5, 0.25, 0.1], help="from high to low")
     options.add_argument("--steps", type=int, default=40, help="of fitting the gaters, at every rate")
-    options.add_argument("--finetune", type=int, default=140, help="steps of training the weights, at every rate")
+    options.add_argument("--finetune", type=int, default=160, help="steps of training the weights, at every rate")
     options.add_argument("--lr", type=float, default=3e-4, help="of the weights")
     options.add_argument("--bottleneck", type=int, default=64)
     options.add_argument("--group", type=int, default=1)
