@@ -93,7 +93,7 @@ class Split:
     test_labels: Tensor
 
     def with_more_training(self, count: int) -> "Split":
-        """Return the split with the first ``count`` validation images, at most nine in ten, behind the training images."""
+        """Return the split with ``count`` validation images, at most nine in ten, behind the training images."""
         count = min(count, len(self.valid_labels) * 9 // 10)
         return replace(
             self,
