@@ -210,7 +210,7 @@ class Trainer:
         return 100 * wrong / len(labels), nll / len(labels), share / len(labels)
 
     def result(self) -> dict[str, Any]:
-        """Restore the weights of the best validation error and return the row of ``table.json``."""
+        """Restore the weights that were kept and return the row of ``table.json``."""
         self.averaged.load_state_dict(self.best)
         self.calibrate()
         split, recipe = self.split, self.recipe
