@@ -183,11 +183,13 @@ def smooth_times_stochastic() -> Recipe:
 
 
 def score_function() -> Recipe:
-    """Section 3, with the per-unit minimum-variance baseline; the gater's rate is 100 times smaller.
+    """Section 3, with the per-unit minimum-variance baseline; the gater's rate is 200 times smaller.
 
     The gater starts sharp, with a max-norm of its own: from the paper's start every gate draws almost independently
     of the input for many epochs (21 % validation error after 4 epochs, against 4.5 % after 3). The penalty's weight is
-    the paper's 1 over its batch of 32: the original sums the estimator's gradient over the batch, we average it.
+    the paper's 1 over its batch of 32: the original sums the estimator's gradient over the batch, we average it. The
+    rate is as high as it can be: at 1 the first epoch diverges, at 0.3 the experts, each of which sees a tenth of the
+    images, learn slowly (2.26 % after 30 epochs, against 2.07 %).
     """
     return Recipe(
         row="score_function",
@@ -195,8 +197,8 @@ def score_function() -> Recipe:
         paper=PaperRow(9.9e-3, 1.78, 1.89),
         estimator="score_function",
         kl_weight=0.03,
-        gater_rate=0.01,
-        rate=0.3,
+        gater_rate=0.005,
+        rate=0.6,
         gate_scale=16.0,
         gater_max_norm=6.0,
         gate_bias=-4.7,
