@@ -38,7 +38,8 @@ class Variant(NamedTuple):
 VARIANTS: Mapping[str, Variant] = MappingProxyType(
     {
         "noisy_rectifier": Variant("noisy_rectifier"),
-        "rectifier": Variant("rectifier"),
+        # As the noisy one has them: only noise is to differ.
+        "rectifier": Variant("rectifier", ("input_dropout=0.2", "rate_decay=0.88")),
         "noisy_sigmoid": Variant("noisy_sigmoid"),
         "sigmoid": Variant("sigmoid"),
         "straight_through": Variant("straight_through", ("options.slope=identity",)),
