@@ -41,9 +41,9 @@ _ALL_COLUMNS: Sequence[Column] = (
 _PAPER = (("train_nll", "{:.1e}"), ("valid_error", "{:.2f}"), ("test_error", "{:.2f}"))
 
 LEGEND = (
-    "train: negative log-likelihood; valid, test: error in per cent. Ours: weights of the best validation error "
-    "(with a cosine the last), deterministic thresholded gates; smpl.: gates drawn with noise; open: share of gates ≠ 0 on the test set, "
-    "deterministic. Paper: its single run."
+    "train: negative log-likelihood; valid, test: error in per cent. Ours: weights of the best validation error (with "
+    "a cosine the last), deterministic thresholded gates; smpl.: gates drawn with noise; open: share of gates ≠ 0 on "
+    "the test set, deterministic. Paper: its single run."
 )
 
 
