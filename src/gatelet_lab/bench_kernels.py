@@ -430,12 +430,23 @@ def show_steps(budget: float, patience: float, console: Console) -> None:
     for row in ("noisy_rectifier", "smooth_times_stochastic", "score_function"):
         trainer = Trainer(recipe(row, "paper"), 0, split)
         layer = cast(ConditionalLinear, trainer.model.layer)
-        rate = trainer.recipe.target_rate or RATE
-        torch.nn.init.constant_(layer.gater.gates.bias, layer.unit.estimator.logit_at(rate))
         ways = steps(trainer)
         medians, _ = interleaved(ways, budget, patience)
         times = "".join(f"{1e3 * medians[name]:15.3f}" for name in names)
         console.print(f"{row:24}{float(layer.active_fraction):6.1%}{times}", highlight=False)
+
+
+@torch.no_grad()
+def open_at(layer: ConditionalLinear, x: Tensor, rate: float) -> None:
+    """Shift the gates' biases together until they fire at this rate: where a recipe starts, they may not yet."""
+    logits, low, high = layer.gater(x), -100.0, 100.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        if layer.unit.estimator.fire_probability(logits + middle).mean() < rate:
+            low = middle
+        else:
+            high = middle
+    layer.gater.gates.bias.add_(low)
 
 
 def steps(trainer: Trainer) -> dict[str, Callable[[], Any]]:
@@ -443,6 +454,11 @@ def steps(trainer: Trainer) -> dict[str, Callable[[], Any]]:
     layer = cast(ConditionalLinear, trainer.model.layer)
     x, y = trainer.train_images[: trainer.recipe.batch], trainer.train_labels[: trainer.recipe.batch]
     trainer.model.train()
+    for group in trainer.optimizer.param_groups:
+        group["lr"] = 1e-6  # one batch again and again would be learned by heart, and its gates with it
+    trainer._step(x, y)  # max-norm takes hold
+    images = F.dropout(trainer.train_images[:1000], trainer.recipe.input_dropout)  # as in training
+    open_at(layer, images, trainer.recipe.target_rate or RATE)
     with torch.no_grad():
         gates = layer.unit.estimator.sample(layer.gater(x), torch.rand(len(x), layer.expert.out_features))
     gates.requires_grad_()
