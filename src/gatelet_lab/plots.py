@@ -54,7 +54,7 @@ def gates(results: Sequence[dict[str, Any]], out: Path, path: Path) -> None:
         return
     plt, _ = _matplotlib()
     figure, panels = plt.subplots(
-        len(shown), 1, figsize=(9, 0.6 + 1.7 * len(shown)), layout="constrained", squeeze=False
+        len(shown), 1, figsize=(9, max(3.2, 0.6 + 1.7 * len(shown))), layout="constrained", squeeze=False
     )
     for axes, (row, file) in zip(panels[:, 0], shown.items(), strict=True):
         counts = np.load(file).astype(np.float32)
@@ -64,7 +64,7 @@ def gates(results: Sequence[dict[str, Any]], out: Path, path: Path) -> None:
         axes.set(ylabel="class", yticks=range(0, len(counts), max(1, len(counts) // 5)), xticks=[])
         axes.set_title(titles[row], fontsize=9)
     panels[-1, 0].set_xlabel(f"the {SHOWN_GATES} gates that differ most between classes, sorted by their class")
-    figure.colorbar(image, ax=panels[:, 0].tolist(), label="share of the class's images with the gate open")
+    figure.colorbar(image, ax=panels[:, 0].tolist(), label="share of images with the gate open", aspect=10 * len(shown))
     _save(figure, path)
 
 
