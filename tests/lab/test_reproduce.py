@@ -127,7 +127,7 @@ def test_a_frozen_gater_stays_as_it_was(digits):
     assert all(torch.equal(one, two) for one, two in zip(before, trainer.model.layer.gater.parameters(), strict=True))
 
 
-LONGER = ("reproduce", *SMALL, "--epochs", "12", "--out")
+LONGER = ("reproduce", *SMALL, "--epochs", "30", "--out")  # enough that a busy machine does not miss them
 
 
 @pytest.fixture(scope="module")

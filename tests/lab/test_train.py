@@ -202,7 +202,7 @@ def test_the_gater_has_its_own_rate(digits):
     trainer = Trainer(small("score_function"), 0, digits)
     trainer.step_epoch()
     main, gater = (group["lr"] for group in trainer.optimizer.param_groups)
-    assert gater == pytest.approx(main / 100)
+    assert gater == pytest.approx(main / 200)
     assert rates[0] == main  # the first epoch runs at the full rate
 
 
