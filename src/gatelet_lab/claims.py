@@ -34,6 +34,9 @@ class Variant(NamedTuple):
     settings: tuple[str, ...] = ()
 
 
+# The table's rate of 1 and weak penalty close most gates of a network a quarter as wide for good (12.7 % error).
+_CALM = ("rate=0.3", "gater_rate=1", "kl_weight=0.1", "gate_scale=4", "gate_bias=0")
+
 # What a claim is about is set on both sides, whatever the table's recipes have.
 VARIANTS: Mapping[str, Variant] = MappingProxyType(
     {
@@ -42,8 +45,8 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
         "rectifier": Variant("rectifier", ("input_dropout=0.2", "rate_decay=0.88")),
         "noisy_sigmoid": Variant("noisy_sigmoid"),
         "sigmoid": Variant("sigmoid"),
-        "straight_through": Variant("straight_through", ("options.slope=identity",)),
-        "straight_through_slope": Variant("straight_through", ("options.slope=sigmoid",)),
+        "straight_through": Variant("straight_through", ("options.slope=identity", *_CALM)),
+        "straight_through_slope": Variant("straight_through", ("options.slope=sigmoid", *_CALM)),
         "sts": Variant("smooth_times_stochastic", ("momentum=0.5", "beta_noise=40.1")),
         "sts_no_momentum": Variant("smooth_times_stochastic", ("momentum=0", "beta_noise=40.1")),
         "sts_no_beta_noise": Variant("smooth_times_stochastic", ("momentum=0.5", "beta_noise=none")),
