@@ -89,8 +89,9 @@ def grid(title: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> Ta
 def caveat(results: Sequence[Result], options: "Reproduce") -> str:
     """Return what must be said of this run."""
     if options.preset == "best":
-        cost = results[0]["multiply_adds"]
+        cost, taken = results[0]["multiply_adds"], results[0]["config"]["more_training"]
         return (
+            f"Up to {taken} of the validation images were trained on; valid is of the others. "
             "Thousand multiply-adds per image: "
             + ", ".join(f"{name} {each / 1e3:.0f}" for name, each in cost.items() if name != "dense")
             + f"; a dense network of the same width {cost['dense'] / 1e3:.0f}. "

@@ -66,15 +66,18 @@ def gated_ffn(
     plain = _dispatch.plain(x, w1, b1, gate, w2, b2)
     if plain:
         keep = _dispatch.recording(x, w1, b1, gate, w2, b2)
-        width = (w1.shape[1] + w2.shape[0]) // 2
-        backend = _dispatch.choose(
-            backend, flat_gate.detach(), width, w1.shape[0], x.dtype, keep, declared=active_fraction
-        ).backend
+        backend = _choose(backend, flat_gate.detach(), w1, w2, keep, active_fraction)
     else:
         keep, backend = True, _dispatch.settled(backend, x)
     op = _forward if not keep else _recorded if plain else torch.ops.gatelet.gated_ffn
     out: Tensor = op(flat_x, w1, b1, flat_gate, activation, w2, b2, backend, keep)[0]
     return out.view(*x.shape[:-1], w2.shape[0])
+
+
+def _choose(backend: str, gate: Tensor, w1: Tensor, w2: Tensor, gradients: bool, declared: float | None = None) -> str:
+    """Decide as for one of two products, each with half of both layers' features."""
+    width = (w1.shape[1] + w2.shape[0]) // 2
+    return _dispatch.choose(backend, gate, width, w1.shape[0], w1.dtype, gradients, declared=declared).backend
 
 
 def _forward(
@@ -88,8 +91,7 @@ def _forward(
     backend: str,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    width = (w1.shape[1] + w2.shape[0]) // 2
-    choice = _dispatch.choose(backend, gate.detach(), width, w1.shape[0], x.dtype, keep).backend
+    choice = _choose(backend, gate.detach(), w1, w2, keep)
     if choice == "numba":
         from gatelet.kernels.gated_ffn import _numba
 
@@ -154,8 +156,7 @@ def _gradients(
     backend: str,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    width = (w1.shape[1] + w2.shape[0]) // 2
-    choice = _dispatch.choose(backend, gate, width, w1.shape[0], x.dtype, True).backend
+    choice = _choose(backend, gate, w1, w2, True)
     if choice == "numba":
         from gatelet.kernels.gated_ffn import _numba
 
