@@ -55,6 +55,53 @@ class PaperNet(nn.Module):
         return scores
 
 
+class Ensemble(nn.Module):
+    """Several such networks. Each learns by its own loss; at test time their class probabilities are averaged."""
+
+    def __init__(self, recipe: Recipe, features: int, classes: int) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.members = nn.ModuleList(PaperNet(recipe, features, classes) for _ in range(recipe.members))
+
+    @property
+    def layer(self) -> "Layer":
+        """The first member's first."""
+        return self.layers[0]
+
+    @property
+    def layers(self) -> list["Layer"]:
+        """The conditional layers of all members."""
+        return [layer for member in self.members for layer in cast(PaperNet, member).layers]
+
+    @property
+    def active_fraction(self) -> float:
+        """Share of the units computed in the last forward pass, of all members together."""
+        return sum(cast(PaperNet, member).active_fraction for member in self.members) / len(self.members)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the members' class scores (B, classes, members); in ``eval()`` log mean probabilities (B, classes)."""
+        scores = torch.stack([member(x) for member in self.members], dim=-1)
+        return scores if self.training else scores.log_softmax(1).logsumexp(-1) - math.log(len(self.members))
+
+
+Net = PaperNet | Ensemble
+
+
+def build(recipe: Recipe, features: int, classes: int) -> Net:
+    """Return the network of a recipe, or its several."""
+    return (Ensemble if recipe.members > 1 else PaperNet)(recipe, features, classes)
+
+
+def losses(model: Net, x: Tensor, y: Tensor) -> Tensor:
+    """Return each example's cross-entropy (B,); of an ensemble the sum over its members, for each learns alone."""
+    scores = model(x)
+    if scores.dim() == 2:
+        scores = scores[..., None]
+    targets = y[:, None].expand(-1, scores.shape[-1])
+    each = F.cross_entropy(scores, targets, reduction="none", label_smoothing=model.recipe.label_smoothing)
+    return each.sum(1)
+
+
 def conditional_layer(recipe: Recipe, features: int) -> gatelet.nn.ConditionalLinear:
     """Return a gater and its experts."""
     layer = gatelet.nn.ConditionalLinear(
@@ -158,7 +205,7 @@ def mixture_layer(recipe: Recipe, features: int) -> Mixture:
     return Mixture(features, recipe.experts, groups, chosen)
 
 
-def penalty(model: PaperNet) -> Tensor:
+def penalty(model: Net) -> Tensor:
     """Return what gates or routers add to the loss."""
     if not model.recipe.mixture:
         return gatelet.sparsity.penalty(model)
@@ -169,7 +216,7 @@ def penalty(model: PaperNet) -> Tensor:
 def multiply_adds(recipe: Recipe, features: int, classes: int, open_share: float) -> Mapping[str, int]:
     """Return the multiply-adds per example at test time: of the gaters, the open experts, the output; and if dense.
 
-    A layer above the first reads open units only; so do its experts and its gater.
+    A layer above the first reads open units only; so do its experts and its gater. All members' are counted.
     """
     groups = recipe.experts // recipe.group_size
     gater = experts = 0.0
@@ -181,8 +228,8 @@ def multiply_adds(recipe: Recipe, features: int, classes: int, open_share: float
         dense += (features if layer == 0 else recipe.experts) * recipe.experts
         inputs = recipe.experts * open_share
     return {
-        "gater": round(gater),
-        "experts": round(experts),
-        "output": round(inputs * classes),
-        "dense": dense + recipe.experts * classes,
+        "gater": round(recipe.members * gater),
+        "experts": round(recipe.members * experts),
+        "output": round(recipe.members * inputs * classes),
+        "dense": recipe.members * (dense + recipe.experts * classes),
     }

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import gatelet
 from gatelet_lab.data import Split
-from gatelet_lab.model import PaperNet, multiply_adds, penalty
+from gatelet_lab.model import build, losses, multiply_adds, penalty
 from gatelet_lab.recipes import Recipe
 
 VERSION = 1  # of the checkpoints
@@ -59,7 +59,7 @@ class Trainer:
         self.recipe, self.seed, self.split = recipe, seed, split
         self.device = torch.device(device)
         torch.manual_seed(seed)
-        self.model = PaperNet(recipe, split.train_images.shape[1], split.classes).to(self.device)
+        self.model = build(recipe, split.train_images.shape[1], split.classes).to(self.device)
         # What is validated and tested: the weights themselves, or their moving average.
         self.averaged = copy.deepcopy(self.model) if recipe.average else self.model
         gater = [parameter for layer in self.model.layers for parameter in layer.gater.parameters()]
@@ -154,7 +154,7 @@ class Trainer:
         """
         moved = x.clone().requires_grad_()
         with gatelet.Tape():  # what needs a tape gives no gradient here: only what passes through the gates counts
-            loss = F.cross_entropy(self.model(moved), y, reduction="sum")
+            loss = losses(self.model, moved, y).sum()
         (gradient,) = torch.autograd.grad(loss, moved)
         return x + self.recipe.adversarial * F.normalize(gradient, dim=1)
 
@@ -163,11 +163,10 @@ class Trainer:
             moved = math.ceil(self.recipe.adversarial_share * len(x))
             x = torch.cat([self._adversary(x[:moved], y[:moved]), x[moved:]])
         with gatelet.Tape() as tape:
-            smoothing = self.recipe.label_smoothing
-            losses = F.cross_entropy(self.model(x), y, reduction="none", label_smoothing=smoothing)
-        loss = tape.surrogate(losses).mean() + penalty(self.model)
+            each = losses(self.model, x, y)
+        loss = tape.surrogate(each).mean() + penalty(self.model)
         self.optimizer.zero_grad()
-        value = losses.detach().mean().item()
+        value = each.detach().mean().item() / self.recipe.members
         if not math.isfinite(value):
             raise FloatingPointError(f"training diverged: the loss became {value} in epoch {len(self.history) + 1}")
         loss.backward()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gatelet_lab import data, train
-from gatelet_lab.model import multiply_adds
+from gatelet_lab.model import losses, multiply_adds
 from gatelet_lab.recipes import ROWS, recipe
 from gatelet_lab.train import CheckpointError, Trainer
 
@@ -50,6 +50,7 @@ def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(row, digits, tm
 
 MODERN = {
     "layers": 2,
+    "members": 2,
     "optimizer": "adamw",
     "schedule": "cosine",
     "average": 0.9,
@@ -154,6 +155,21 @@ def test_a_mixture_computes_the_share_and_balances_its_load(digits):
     assert layer.balance >= layer.BALANCE * (1 - 1e-5)  # its minimum, at an even load
 
 
+def test_members_learn_alone_and_are_tested_by_their_mean_probability(digits):
+    model = Trainer(small("sigmoid", members=3, input_dropout=0.0), 0, digits).model
+    x, y = digits.train_images[:40], digits.train_labels[:40]
+    together = losses(model, x, y)
+    alone = sum(torch.nn.functional.cross_entropy(member(x), y, reduction="none") for member in model.members)
+    torch.testing.assert_close(together, alone)
+    weights = [member.layer.expert.weight for member in model.members]
+    assert not torch.equal(weights[0], weights[1])
+    (own,) = torch.autograd.grad(torch.nn.functional.cross_entropy(model.members[1](x), y), weights[1])
+    torch.testing.assert_close(torch.autograd.grad(together.mean(), weights)[1], own)
+    with torch.no_grad():
+        mean = sum(member.softmax(1) for member in [member(x) for member in model.eval().members]) / 3
+        torch.testing.assert_close(model(x).exp(), mean)
+
+
 def test_multiply_adds_are_counted_by_hand():
     recipe = small("straight_through", layers=2)  # 60 experts, 20 gater units
     count = multiply_adds(recipe, 64, 10, 0.1)
@@ -161,6 +177,7 @@ def test_multiply_adds_are_counted_by_hand():
     assert count["experts"] == 64 * 6 + 6 * 6
     assert count["output"] == 6 * 10
     assert count["dense"] == 64 * 60 + 60 * 60 + 60 * 10
+    assert multiply_adds(replace(recipe, members=3), 64, 10, 0.1) == {key: 3 * value for key, value in count.items()}
     mixed = multiply_adds(replace(recipe, layers=1, mixture=True, group_size=6), 64, 10, 0.1)
     assert mixed["gater"] == 64 * 10
 
