@@ -67,7 +67,7 @@ class Job:
     @property
     def cost(self) -> int:
         """Multiply-adds, up to a constant; the longest jobs start first."""
-        return self.recipe.epochs * self.recipe.experts
+        return self.recipe.epochs * self.recipe.experts * self.recipe.members
 
 
 def train(
