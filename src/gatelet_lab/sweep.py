@@ -15,7 +15,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from gatelet._checks import check_choice, check_count
 from gatelet_lab import data, table
@@ -203,8 +203,9 @@ def open_study(options: Sweep, base: Recipe, space: Space) -> optuna.Study:
                 )
                 break
             except (SQLAlchemyError, ImportError, ValueError) as error:
-                # Another process makes the same tables in this moment: they are there at the next look.
-                if not left or "already exists" not in str(error):
+                # Another process makes the same tables, or rows, in this moment: they are there at the next look.
+                made = isinstance(error, IntegrityError) or "already exists" in str(error)
+                if not left or not made:
                     raise ValueError(f"--storage {options.storage}: {str(error).splitlines()[0]}") from error
                 time.sleep(1)
         study = optuna.create_study(
