@@ -18,7 +18,7 @@ from gatelet._checks import check_choice, check_count
 from gatelet.estimators import ALL
 from gatelet_lab import jobs, plots, table
 from gatelet_lab.jobs import Job
-from gatelet_lab.model import PaperNet
+from gatelet_lab.model import build
 from gatelet_lab.recipes import Recipe
 from gatelet_lab.settings import override
 from gatelet_lab.train import write_atomically, write_json
@@ -175,7 +175,7 @@ def measure(options: Frontier, planned: Sequence[Job], console: Console) -> dict
     calls: dict[str, Callable[[Tensor], Tensor]] = {}
     for job in planned:
         if job.seed == 0:
-            model = PaperNet(job.recipe, x.shape[1], split.classes).to(options.device)
+            model = build(job.recipe, x.shape[1], split.classes).to(options.device)
             weights = torch.load(jobs.weights_file(options.out, job), map_location=options.device, weights_only=True)
             model.load_state_dict(weights)
             calls[job.recipe.row] = model.eval()

@@ -189,13 +189,15 @@ class Report:
             return Recommendation(best.name, f"{reason}{least_error} ({_number(error(rival))})")
         # The bias stays however much is averaged, so there is a number of calls beyond which the unbiased one wins.
         rest = rival.variance * rival.cost(self.budget) / best.cost(self.budget)
-        seen = rival.bias > 2 * rival.bias_error
-        turn = f", which wins where a step averages more than {_number((best.variance - rest) / rival.bias**2)} calls"
+        seen, turn = rival.bias > 2 * rival.bias_error, ""
+        if seen:  # a bias that is not seen may well be measured as 0
+            calls = _number((best.variance - rest) / rival.bias**2)
+            turn = f", which wins where a step averages more than {calls} calls"
         return Recommendation(
             rival.name,
             f"biased, but at equal {cost} its mean squared error is clearly smaller: {_number(error(rival))} (of it "
             f"bias² {_number(rival.bias**2 + rival.bias_error**2)}{'' if seen else ' at most'}) against "
-            f"{_number(best.variance)} of {best.name}, the best unbiased one{turn if seen else ''}",
+            f"{_number(best.variance)} of {best.name}, the best unbiased one{turn}",
         )
 
     def to_dataframe(self) -> Any:
