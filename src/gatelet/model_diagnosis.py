@@ -83,8 +83,9 @@ def diagnose_model(
     every call, with the estimators they have, under a Tape; their noise is part of the layer's variance. One whose
     estimator needs several replicas has the same gates from the score function.
 
-    The model runs in the mode it is in, but its units draw their gates in ``eval()`` too. Afterwards everything is as
-    it was, also after an error: estimators, modes, buffers, gradients, torch's random state.
+    The model runs in the mode it is in, but its units draw their gates in ``eval()`` too. In ``train()`` the noise of
+    dropout is part of every estimator's variance, and can hide what the gates' is; ``model.eval()`` leaves it out.
+    Afterwards everything is as it was, also after an error: estimators, modes, buffers, gradients, random state.
 
     Bias and variance: as :func:`gatelet.diagnose`; the reference is exact for a few gates, and a run of leave-one-out
     with 8 replicas otherwise, or where the network draws noise above the layer. Cost: a forward and a backward pass

@@ -323,7 +323,13 @@ def _plot_curves(curves: Mapping[str, Mapping[str, Curve]], path: Path) -> None:
 def _network(options: Diagnose, console: Console) -> str:
     split = data.load(options.dataset, options.data_dir)
     torch.manual_seed(options.seed)
-    recipe = replace(recipes.straight_through(), experts=options.experts, bottleneck=options.bottleneck)
+    recipe = replace(
+        recipes.straight_through(),
+        experts=options.experts,
+        bottleneck=options.bottleneck,
+        input_dropout=0.0,  # noise that is not the gates' would be counted as every estimator's variance
+        hidden_dropout=0.0,
+    )
     model = PaperNet(recipe, split.train_images.shape[1], split.classes)
     batch = split.train_images[: options.batch], split.train_labels[: options.batch]
     report = diagnose_model(
