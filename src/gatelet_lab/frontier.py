@@ -179,7 +179,7 @@ def measure(options: Frontier, planned: Sequence[Job], console: Console) -> dict
             weights = torch.load(jobs.weights_file(options.out, job), map_location=options.device, weights_only=True)
             model.load_state_dict(weights)
             calls[job.recipe.row] = model.eval()
-    width = planned[0].recipe.experts
+    width = planned[0].recipe.experts * planned[0].recipe.members
     reference = nn.Sequential(nn.Linear(x.shape[1], width), nn.ReLU(), nn.Linear(width, split.classes))
     calls["reference"] = reference.to(options.device).eval()
     console.print(f"timing {len(calls)} networks on {len(x)} images, {torch.get_num_threads()} threads")

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from gatelet._checks import check_count
 from gatelet_lab import data, plots
-from gatelet_lab.recipes import Recipe
+from gatelet_lab.recipes import DEFAULTS, Recipe
 from gatelet_lab.train import CheckpointError, Epoch, Trainer, write_atomically, write_json
 
 
@@ -147,11 +147,12 @@ def read_result(out: Path, job: Job) -> dict[str, Any] | None:
         return None
     result = read_json(path)
     wanted = json.loads(json.dumps(asdict(job.recipe)))
-    differing = [key for key, value in result["config"].items() if wanted.get(key, value) != value]
+    found = DEFAULTS | result["config"]  # a field that an older result does not know had its default
+    differing = [key for key in result["config"] | DEFAULTS if key in wanted and found[key] != wanted[key]]
     if differing:
         raise CheckpointError(
             f"{path}: was trained with another "
-            + ", ".join(f"{key} ({result['config'][key]}, not {wanted[key]})" for key in differing)
+            + ", ".join(f"{key} ({found[key]}, not {wanted[key]})" for key in differing)
             + "; name another --out, or remove the file"
         )
     return result

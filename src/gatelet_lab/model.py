@@ -1,4 +1,4 @@
-"""Figure 1: the paper's network, built from a recipe; and a mixture of experts in the gates' place."""
+"""Figure 1: the paper's network, built from a recipe; several that vote; a mixture of experts in the gates' place."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -18,9 +18,9 @@ class PaperNet(nn.Module):
     def __init__(self, recipe: Recipe, features: int, classes: int) -> None:
         super().__init__()
         self.recipe = recipe
-        build: Callable[[Recipe, int], Layer] = mixture_layer if recipe.mixture else conditional_layer
-        self.layer = build(recipe, features)
-        self.above = nn.ModuleList(build(recipe, recipe.experts) for _ in range(recipe.layers - 1))
+        make: Callable[[Recipe, int], Layer] = mixture_layer if recipe.mixture else conditional_layer
+        self.layer = make(recipe, features)
+        self.above = nn.ModuleList(make(recipe, recipe.experts) for _ in range(recipe.layers - 1))
         self.output = nn.Linear(recipe.experts, classes)
         for layer in self.layers:
             if isinstance(layer, gatelet.nn.ConditionalLinear):
@@ -29,6 +29,11 @@ class PaperNet(nn.Module):
         with torch.no_grad():
             self.output.weight.uniform_(-bound, bound)
             self.output.bias.zero_()
+
+    @property
+    def networks(self) -> list["PaperNet"]:
+        """This one alone."""
+        return [self]
 
     @property
     def layers(self) -> list["Layer"]:
@@ -56,12 +61,17 @@ class PaperNet(nn.Module):
 
 
 class Ensemble(nn.Module):
-    """Several such networks. Each learns by its own loss; at test time their class probabilities are averaged."""
+    """Several such networks, whose class probabilities are averaged."""
 
     def __init__(self, recipe: Recipe, features: int, classes: int) -> None:
         super().__init__()
         self.recipe = recipe
         self.members = nn.ModuleList(PaperNet(recipe, features, classes) for _ in range(recipe.members))
+
+    @property
+    def networks(self) -> list[PaperNet]:
+        """The members."""
+        return [cast(PaperNet, member) for member in self.members]
 
     @property
     def layer(self) -> "Layer":
@@ -71,35 +81,22 @@ class Ensemble(nn.Module):
     @property
     def layers(self) -> list["Layer"]:
         """The conditional layers of all members."""
-        return [layer for member in self.members for layer in cast(PaperNet, member).layers]
+        return [layer for network in self.networks for layer in network.layers]
 
     @property
     def active_fraction(self) -> float:
         """Share of the units computed in the last forward pass, of all members together."""
-        return sum(cast(PaperNet, member).active_fraction for member in self.members) / len(self.members)
+        return sum(network.active_fraction for network in self.networks) / len(self.members)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the members' class scores (B, classes, members); in ``eval()`` log mean probabilities (B, classes)."""
-        scores = torch.stack([member(x) for member in self.members], dim=-1)
-        return scores if self.training else scores.log_softmax(1).logsumexp(-1) - math.log(len(self.members))
+        """Return the log of the mean class probability (B, classes)."""
+        scores = torch.stack([network(x) for network in self.networks])
+        return scores.log_softmax(-1).logsumexp(0) - math.log(len(self.members))
 
 
-Net = PaperNet | Ensemble
-
-
-def build(recipe: Recipe, features: int, classes: int) -> Net:
+def build(recipe: Recipe, features: int, classes: int) -> PaperNet | Ensemble:
     """Return the network of a recipe, or its several."""
     return (Ensemble if recipe.members > 1 else PaperNet)(recipe, features, classes)
-
-
-def losses(model: Net, x: Tensor, y: Tensor) -> Tensor:
-    """Return each example's cross-entropy (B,); of an ensemble the sum over its members, for each learns alone."""
-    scores = model(x)
-    if scores.dim() == 2:
-        scores = scores[..., None]
-    targets = y[:, None].expand(-1, scores.shape[-1])
-    each = F.cross_entropy(scores, targets, reduction="none", label_smoothing=model.recipe.label_smoothing)
-    return each.sum(1)
 
 
 def conditional_layer(recipe: Recipe, features: int) -> gatelet.nn.ConditionalLinear:
@@ -205,7 +202,7 @@ def mixture_layer(recipe: Recipe, features: int) -> Mixture:
     return Mixture(features, recipe.experts, groups, chosen)
 
 
-def penalty(model: Net) -> Tensor:
+def penalty(model: PaperNet | Ensemble) -> Tensor:
     """Return what gates or routers add to the loss."""
     if not model.recipe.mixture:
         return gatelet.sparsity.penalty(model)

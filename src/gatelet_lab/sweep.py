@@ -5,7 +5,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +20,7 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 from gatelet._checks import check_choice, check_count
 from gatelet_lab import data, table
 from gatelet_lab.jobs import check_device
-from gatelet_lab.recipes import Preset, Recipe, recipe, rows
+from gatelet_lab.recipes import DEFAULTS, Preset, Recipe, recipe, rows
 from gatelet_lab.settings import number, override, value
 from gatelet_lab.train import Epoch, Trainer
 
@@ -125,6 +125,7 @@ def default_space(base: Recipe) -> list[str]:
     else:
         space = ["rate=0.02:1:log", "momentum=0:0.9"]
         space += ["rate_decay=0.95:1" if base.rate_decay > 0.95 else "rate_decay=0.6:0.99"]
+        space += ["hidden_dropout=0:0.5"] if base.hidden_dropout else []
     if base.gater_rate != 1:
         space += ["gater_rate=0.001:1:log"]
     if base.target_rate is not None:
@@ -218,8 +219,7 @@ def open_study(options: Sweep, base: Recipe, space: Space) -> optuna.Study:
         )
     wanted = _identity(options, base, space)
     if found := study.user_attrs.get("search"):
-        defaults = {each.name: each.default for each in fields(Recipe) if each.default is not MISSING}
-        found = defaults | found  # a field that an older study does not know had its default
+        found = DEFAULTS | found  # a field that an older study does not know had its default
         for key, now in wanted.items():
             if found.get(key) != now:
                 raise ValueError(

@@ -94,7 +94,7 @@ def caveat(results: Sequence[Result], options: "Reproduce") -> str:
             f"Up to {taken} of the validation images were trained on; valid is of the others. "
             "Thousand multiply-adds per image: "
             + ", ".join(f"{name} {each / 1e3:.0f}" for name, each in cost.items() if name != "dense")
-            + f"; a dense network of the same width {cost['dense'] / 1e3:.0f}. "
+            + f"; all units, without gates {cost['dense'] / 1e3:.0f}. "
             "One run's test error has a standard error of about 0.1 points."
         )
     if options.dataset != "mnist":

@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,13 @@ from torch import Tensor, nn
 
 import gatelet
 from gatelet_lab.data import Split
-from gatelet_lab.model import build, losses, multiply_adds, penalty
-from gatelet_lab.recipes import Recipe
+from gatelet_lab.model import build, multiply_adds, penalty
+from gatelet_lab.recipes import DEFAULTS, Recipe
 
 VERSION = 1  # of the checkpoints
 _CALIBRATION = 5000  # training images that set the threshold
 _EVAL_BATCH = 1000
 PROBABILITY_BINS = 100
-_DEFAULTS = {each.name: each.default for each in fields(Recipe) if each.default is not MISSING}
 
 
 class CheckpointError(Exception):
@@ -146,7 +145,7 @@ class Trainer:
                 average.copy_(now)
 
     def _adversary(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the images a step up their loss's gradient, of the same length for each.
+        """Return the images a step up their loss's gradient, of the same length for each; of an ensemble their sum's.
 
         Reference: T. Miyato, A. M. Dai, I. Goodfellow, "Adversarial Training Methods for Semi-Supervised Text
         Classification", 2016, arXiv:1605.07725, eqs. 1 and 4; the idea: Goodfellow, Shlens, Szegedy 2014,
@@ -154,19 +153,23 @@ class Trainer:
         """
         moved = x.clone().requires_grad_()
         with gatelet.Tape():  # what needs a tape gives no gradient here: only what passes through the gates counts
-            loss = losses(self.model, moved, y).sum()
-        (gradient,) = torch.autograd.grad(loss, moved)
+            each = [F.cross_entropy(network(moved), y, reduction="sum") for network in self.model.networks]
+        (gradient,) = torch.autograd.grad(each, moved)
         return x + self.recipe.adversarial * F.normalize(gradient, dim=1)
 
     def _step(self, x: Tensor, y: Tensor) -> float:
         if self.recipe.adversarial:
             moved = math.ceil(self.recipe.adversarial_share * len(x))
             x = torch.cat([self._adversary(x[:moved], y[:moved]), x[moved:]])
-        with gatelet.Tape() as tape:
-            each = losses(self.model, x, y)
-        loss = tape.surrogate(each).mean() + penalty(self.model)
+        total, value = torch.zeros((), device=self.device), 0.0
+        for network in self.model.networks:  # each learns by its own losses: they share no weight, and no tape
+            with gatelet.Tape() as tape:
+                scores = network(x)
+                losses = F.cross_entropy(scores, y, reduction="none", label_smoothing=self.recipe.label_smoothing)
+            total = total + tape.surrogate(losses).mean()
+            value += losses.detach().mean().item() / self.recipe.members
+        loss = total + penalty(self.model)
         self.optimizer.zero_grad()
-        value = each.detach().mean().item() / self.recipe.members
         if not math.isfinite(value):
             raise FloatingPointError(f"training diverged: the loss became {value} in epoch {len(self.history) + 1}")
         loss.backward()
@@ -248,7 +251,7 @@ class Trainer:
 
     @torch.no_grad()
     def gates(self) -> tuple[Tensor, list[float]]:
-        """Return what the first layer's gates do on the validation images.
+        """Return what the first layer's gates do on the validation images; of an ensemble the first network's.
 
         How often each gate is open for each class, (classes, gates); and a histogram of the probabilities with which
         gates fire, as shares in ``PROBABILITY_BINS`` bins from 0 to 1.
@@ -303,7 +306,7 @@ class Trainer:
         except Exception as error:
             raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from error
         wanted = json.loads(self._identity())
-        found = _DEFAULTS | found  # a field that a checkpoint does not know yet had its default
+        found = DEFAULTS | found  # a field that a checkpoint does not know yet had its default
         differing = [key for key in wanted if found.get(key) != wanted[key]]
         if differing:
             told = ", ".join(f"{key} was {found.get(key)!r}, is {wanted[key]!r}" for key in differing)

@@ -1,6 +1,7 @@
 """The claims: counted in pairs of equal seeds, resumable, and the variance is that of the baselines."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -45,6 +46,10 @@ def test_every_claim_names_variants_and_every_variant_has_a_recipe():
     assert recipes["sbn_frozen_gater"].gater_rate == 0
     assert recipes["straight_through_slope"].options == {"slope": "sigmoid"}
     assert {each.epochs for each in recipes.values()} == {1}
+    assert {(each.input_dropout, each.hidden_dropout, each.rate_decay) for each in recipes.values()} == {(0.2, 0, 0.88)}
+    noisy, plain = recipes["noisy_rectifier"], recipes["rectifier"]
+    named = {"row": noisy.row, "title": noisy.title, "paper": noisy.paper, "estimator": noisy.estimator}
+    assert replace(plain, **named) == noisy  # noise is all they differ in
     assert (recipes["sbn"].experts, recipes["sbn"].bottleneck) == (500, 100)
     assert (recipes["sigmoid"].experts, recipes["sigmoid"].bottleneck) == (50, 10)  # still a tenth of the sparse ones
 
@@ -102,6 +107,13 @@ def test_the_command_writes_everything_and_resumes(tmp_path, monkeypatch):
 def test_no_count_of_zero(name, tmp_path):
     with pytest.raises(ValueError, match=name.replace("_", "-")):
         claims.run(claims.Claims(**SMALL | {name: 0}, out=tmp_path / "out"), Console())
+
+
+@pytest.mark.parametrize("setting", ["members=2", "layers=2"])
+def test_no_other_network(setting, tmp_path):
+    with pytest.raises(ValueError, match="--set: members, layers and mixture"):
+        claims.run(claims.Claims(**SMALL, settings=(setting,), out=tmp_path / "out"), Console())
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_width_of_zero(tmp_path):

@@ -2,19 +2,21 @@
 
 import io
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from gatelet_lab import data, reproduce, settings, table
+from gatelet_lab import data, jobs, reproduce, settings, table
 from gatelet_lab.recipes import ROWS, recipe
-from gatelet_lab.train import Trainer
+from gatelet_lab.train import CheckpointError, Trainer
 
 GATELET = str(Path(sys.executable).with_name("gatelet"))
 SMALL = ("--dataset", "digits", "--rows", "sigmoid", "noisy_sigmoid")
@@ -242,3 +244,18 @@ def test_jobs_come_in_the_tables_order():
         "sigmoid-seed1",
     ]
     assert next(iter(ROWS)) == "noisy_rectifier"
+
+
+def test_an_older_result_counts_for_what_it_did_not_know_yet(finished, tmp_path):
+    """It was one network: a row of before there were ensembles must not be taken for one."""
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    for path in (out / "rows").glob("*.json"):
+        row = json.loads(path.read_text())
+        del row["config"]["members"]
+        path.write_text(json.dumps(row))
+    same = gatelet("reproduce", *SMALL, "straight_through", "--epochs", 3, "--out", out, "--resume")
+    assert same.returncode == 0, same.stderr
+    job = jobs.Job(replace(recipe("sigmoid", "quick"), epochs=3, members=2), 0)
+    with pytest.raises(CheckpointError, match=r"members \(1, not 2\)"):
+        jobs.read_result(out, job)

@@ -11,6 +11,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 from rich.console import Console
+from sqlalchemy.exc import IntegrityError
 
 from gatelet_lab import cli, data, sweep
 from gatelet_lab.recipes import rows
@@ -159,6 +160,22 @@ def test_two_processes_share_a_study(tmp_path):
         assert process.returncode == 0, told.decode()
     shared = optuna.load_study(study_name="sigmoid-quick-digits", storage=f"sqlite:///{tmp_path}/study.db")
     assert len(shared.get_trials()) in (4, 5)
+
+
+def test_tables_that_another_process_makes_are_looked_at_again(small, monkeypatch):
+    calls = []
+
+    class Colliding(optuna.storages.RDBStorage):
+        def __init__(self, *args, **kwargs):
+            calls.append(args)
+            if len(calls) == 1:
+                raise IntegrityError("INSERT INTO alembic_version", {}, Exception("UNIQUE constraint failed"))
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(optuna.storages, "RDBStorage", Colliding)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    run(small(trials=1))
+    assert len(calls) == 2
 
 
 BAD = {

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gatelet_lab import data, train
-from gatelet_lab.model import losses, multiply_adds
+from gatelet_lab.model import multiply_adds
 from gatelet_lab.recipes import ROWS, recipe
 from gatelet_lab.train import CheckpointError, Trainer
 
@@ -50,7 +50,6 @@ def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(row, digits, tm
 
 MODERN = {
     "layers": 2,
-    "members": 2,
     "optimizer": "adamw",
     "schedule": "cosine",
     "average": 0.9,
@@ -67,7 +66,10 @@ MODERN = {
 }
 
 
-@pytest.mark.parametrize("changes", [MODERN, MODERN | {"mixture": True, "group_size": 10, "gater_norm": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [MODERN, MODERN | {"members": 2, "layers": 1}, MODERN | {"mixture": True, "group_size": 10, "gater_norm": False}],
+)
 def test_what_the_paper_has_not_is_resumed_too(changes, digits, tmp_path):
     recipe = small("straight_through", **changes)
     whole = run(Trainer(recipe, 3, digits), 3)
@@ -155,19 +157,39 @@ def test_a_mixture_computes_the_share_and_balances_its_load(digits):
     assert layer.balance >= layer.BALANCE * (1 - 1e-5)  # its minimum, at an even load
 
 
-def test_members_learn_alone_and_are_tested_by_their_mean_probability(digits):
-    model = Trainer(small("sigmoid", members=3, input_dropout=0.0), 0, digits).model
-    x, y = digits.train_images[:40], digits.train_labels[:40]
-    together = losses(model, x, y)
-    alone = sum(torch.nn.functional.cross_entropy(member(x), y, reduction="none") for member in model.members)
-    torch.testing.assert_close(together, alone)
-    weights = [member.layer.expert.weight for member in model.members]
-    assert not torch.equal(weights[0], weights[1])
-    (own,) = torch.autograd.grad(torch.nn.functional.cross_entropy(model.members[1](x), y), weights[1])
-    torch.testing.assert_close(torch.autograd.grad(together.mean(), weights)[1], own)
+def test_an_ensemble_gives_its_members_mean_probability(digits):
+    trainer = run(Trainer(small("straight_through", members=3), 0, digits), 1)
+    trainer.evaluate(digits.valid_images, digits.valid_labels)
+    for network in trainer.model.networks:
+        assert network.active_fraction == pytest.approx(0.1, abs=0.02)  # each has a threshold of its own
+    x = digits.test_images[:40]
     with torch.no_grad():
-        mean = sum(member.softmax(1) for member in [member(x) for member in model.eval().members]) / 3
-        torch.testing.assert_close(model(x).exp(), mean)
+        mean = torch.stack([network(x).softmax(-1) for network in trainer.model.eval().networks]).mean(0)
+        torch.testing.assert_close(trainer.model(x).exp(), mean)
+
+
+def test_a_member_learns_by_its_own_loss_alone(digits):
+    """Also where the estimator takes the loss itself: what another member loses must not reach this one's gates."""
+    one, two = (Trainer(small("score_function", members=2), 0, digits) for _ in range(2))
+    with torch.no_grad():
+        two.model.networks[1].output.weight.mul_(3)
+    told = []
+    for trainer in (one, two):
+        torch.manual_seed(1)
+        told.append(trainer._step(digits.train_images[:40], digits.train_labels[:40]))
+    first, second = (trainer.model.networks for trainer in (one, two))
+    for weight, same in zip(first[0].parameters(), second[0].parameters(), strict=True):
+        torch.testing.assert_close(weight, same, rtol=0, atol=0)
+    assert not torch.equal(first[0].layer.expert.weight, first[1].layer.expert.weight)
+    assert told[0] != told[1]
+
+
+def test_a_step_tells_the_mean_of_the_members_losses(digits):
+    trainer = Trainer(small("sigmoid", members=3, input_dropout=0.0), 0, digits)
+    x, y = digits.train_images[:40], digits.train_labels[:40]
+    with torch.no_grad():
+        each = [torch.nn.functional.cross_entropy(network(x), y).item() for network in trainer.model.networks]
+    assert trainer._step(x, y) == pytest.approx(sum(each) / 3)
 
 
 def test_multiply_adds_are_counted_by_hand():
