@@ -84,7 +84,7 @@ def diagnose_model(
     estimator needs several replicas has the same gates from the score function.
 
     The model runs in the mode it is in, but its units draw their gates in ``eval()`` too. In ``train()`` the noise of
-    dropout is part of every estimator's variance, and can hide what the gates' is; ``model.eval()`` leaves it out.
+    dropout is part of every estimator's variance, and can hide that of the gates; ``model.eval()`` leaves it out.
     Afterwards everything is as it was, also after an error: estimators, modes, buffers, gradients, random state.
 
     Bias and variance: as :func:`gatelet.diagnose`; the reference is exact for a few gates, and a run of leave-one-out
