@@ -130,6 +130,7 @@ def point(method: str, share: float, epochs: int) -> Recipe:
         rate=0.004,
         max_norm=None,
         gater_max_norm=None,
+        output_max_norm=None,
         epochs=epochs,
         patience=epochs,
     )

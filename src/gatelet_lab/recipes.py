@@ -87,6 +87,8 @@ class Recipe:
     max_norm: float | None = 2.0
     """Of every unit's incoming weights; None: no limit."""
     gater_max_norm: float | None = 2.0
+    output_max_norm: float | None = 2.0
+    """Of every class's incoming weights, apart from ``max_norm``: a limit on them bounds the class scores."""
     epochs: int = 100
     patience: int = 20
     """Stop after this many epochs without a better validation error; not with a cosine, whose last weights count."""
@@ -112,7 +114,7 @@ class Recipe:
         ):
             if getattr(self, name) is not None:
                 check_count(getattr(self, name), name)
-        for name in ("kl_weight", "l1_weight", "gate_scale", "rate_decay", "max_norm", "gater_max_norm"):
+        for name in ("kl_weight", "l1_weight", "gate_scale", "rate_decay", "max_norm", "gater_max_norm", "output_max_norm"):
             if getattr(self, name) is not None:
                 check_positive(getattr(self, name), name)
         if self.experts % self.group_size:
@@ -174,16 +176,15 @@ def straight_through() -> Recipe:
         title="Straight-through",
         paper=PaperRow(3.3e-3, 1.42, 1.39),
         estimator="straight_through",
-        kl_weight=0.001,
-        gate_scale=8.0,
+        kl_weight=0.01,
+        gate_scale=3.0,
         gate_bias=-2.2,
-        rate=0.5,
-        gater_rate=0.5,
+        rate=0.3,
         input_dropout=0.2,
-        hidden_dropout=0.2,
-        rate_decay=0.9,
-        epochs=34,
-        patience=12,
+        rate_decay=0.923,
+        output_max_norm=None,
+        epochs=44,
+        patience=44,
     )
 
 
@@ -313,6 +314,7 @@ def best() -> Recipe:
         rate=0.004,
         max_norm=None,
         gater_max_norm=None,
+        output_max_norm=None,
         epochs=50,
         more_training=9000,
     )

@@ -70,16 +70,28 @@ class Trainer:
             if recipe.optimizer == "sgd"
             else torch.optim.AdamW(groups, recipe.rate, (0.9, 0.99), weight_decay=recipe.weight_decay, fused=True)
         )
-        limits = (
-            (module.weight, recipe.gater_max_norm if id(module.weight) in known else recipe.max_norm)
-            for module in self.model.modules()
-            if isinstance(module, nn.Linear)
-        )
-        self.limits = [(weight, limit) for weight, limit in limits if limit is not None]
+        self.limits = self._limits(known)
         self.train_images, self.train_labels = self._put(split.train_images), self._put(split.train_labels)
         self.history: list[Epoch] = []
         self.best: dict[str, Any] = {}
         self.best_error, self.best_epoch = math.inf, -1
+
+    def _limits(self, gater: set[int]) -> list[tuple[Tensor, float]]:
+        """Return the weights whose rows' lengths are limited, with the limit."""
+        recipe, outputs = self.recipe, {id(network.output) for network in self.model.networks}
+        limits = (
+            (
+                module.weight,
+                recipe.output_max_norm
+                if id(module) in outputs
+                else recipe.gater_max_norm
+                if id(module.weight) in gater
+                else recipe.max_norm,
+            )
+            for module in self.model.modules()
+            if isinstance(module, nn.Linear)
+        )
+        return [(weight, limit) for weight, limit in limits if limit is not None]
 
     def _put(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device)
