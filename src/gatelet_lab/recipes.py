@@ -114,7 +114,15 @@ class Recipe:
         ):
             if getattr(self, name) is not None:
                 check_count(getattr(self, name), name)
-        for name in ("kl_weight", "l1_weight", "gate_scale", "rate_decay", "max_norm", "gater_max_norm", "output_max_norm"):
+        for name in (
+            "kl_weight",
+            "l1_weight",
+            "gate_scale",
+            "rate_decay",
+            "max_norm",
+            "gater_max_norm",
+            "output_max_norm",
+        ):
             if getattr(self, name) is not None:
                 check_positive(getattr(self, name), name)
         if self.experts % self.group_size:
