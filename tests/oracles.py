@@ -235,7 +235,22 @@ def sigmoid(objective, logits, method):
     return slope_at(objective, p[None])[0] * p * (1 - p)
 
 
+def jump_relu(objective, logits, method):
+    """∂L/∂h_i at h = a·1[a > θ], where a_i > θ."""
+    is_open = (logits > method.theta.detach().double()).double()
+    return slope_at(objective, (logits * is_open)[None])[0] * is_open
+
+
+def top_k(objective, logits, method):
+    """∂L/∂h_i at h = a·1[a_i is among the k largest], where it is."""
+    rank = (logits.unsqueeze(-2) > logits.unsqueeze(-1)).sum(-1)  # how many are larger
+    kept = (rank < method.k).double()
+    return slope_at(objective, (logits * kept)[None])[0] * kept
+
+
 EXACT = {
+    "jump_relu": jump_relu,
+    "top_k": top_k,
     "noisy_rectifier": noisy_rectifier,
     "noisy_sigmoid": noisy_sigmoid,
     "rectifier": rectifier,

@@ -66,6 +66,11 @@ def test_kl_pulls_towards_the_target(name):
         with pytest.raises(ValueError, match=rf"firing probability of {type(estimator).__name__}.*AdaptiveL1"):
             KLRate(0.3).penalty(estimator, logits, logits)
         return
+    if not estimator.rated:  # its threshold is what a rate moves
+        at = estimator.logit_at(0.3) + torch.tensor([[-1.0], [0.0001], [1.0], [2.0]])
+        KLRate(0.3).penalty(estimator, at, at).backward()
+        assert estimator.log_threshold.grad < 0  # three of four are open: the threshold has to rise
+        return
     KLRate(0.3).penalty(estimator, logits, logits).backward()
     assert logits.grad[0, 0] < 0 < logits.grad[0, 1]
     at = torch.full((1, 1), estimator.logit_at(0.3), requires_grad=True)

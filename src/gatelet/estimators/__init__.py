@@ -17,6 +17,7 @@ from gatelet.estimators.enumeration import Enumeration as Enumeration
 from gatelet.estimators.gapped_straight_through import GappedStraightThrough as GappedStraightThrough
 from gatelet.estimators.gumbel_rao import GumbelRao as GumbelRao
 from gatelet.estimators.hard_concrete import HardConcrete as HardConcrete
+from gatelet.estimators.jump_relu import JumpReLU as JumpReLU
 from gatelet.estimators.leave_one_out import LeaveOneOut as LeaveOneOut
 from gatelet.estimators.local_expectation import LocalExpectation as LocalExpectation
 from gatelet.estimators.muprop import MuProp as MuProp
@@ -34,6 +35,7 @@ from gatelet.estimators.sparse_straight_through import StraightThroughOpen as St
 from gatelet.estimators.sparse_straight_through import StraightThroughSampled as StraightThroughSampled
 from gatelet.estimators.straight_through import ClippedStraightThrough as ClippedStraightThrough
 from gatelet.estimators.straight_through import StraightThrough as StraightThrough
+from gatelet.estimators.top_k import TopK as TopK
 from gatelet.estimators.unordered_set import UnorderedSet as UnorderedSet
 from gatelet.estimators.vimco import VIMCO as VIMCO
 
@@ -55,6 +57,9 @@ ALL: Mapping[str, type[Estimator]] = MappingProxyType(
         "straight_through_gumbel": StraightThroughGumbel,
         "gumbel_rao": GumbelRao,
         "gapped_straight_through": GappedStraightThrough,
+        # hard thresholds
+        "jump_relu": JumpReLU,
+        "top_k": TopK,
         # relaxed gates
         "concrete": Concrete,
         "hard_concrete": HardConcrete,

@@ -68,6 +68,8 @@ class Estimator(nn.Module):
     """Whether replicas come in pairs that share their noise, which then has half as many rows."""
     several_layers: ClassVar[bool] = True
     """Whether the estimate stays right where the logits of one stochastic layer depend on another's gates."""
+    rated: ClassVar[bool] = True
+    """Whether a share of open gates can be held and a threshold found; not where the estimator settles which open."""
     kinds: ClassVar[tuple[Kind, ...]] = ("bernoulli",)
     """What units there is a form for. Categorical: the logits' last dimension are classes, a gate is one-hot."""
 

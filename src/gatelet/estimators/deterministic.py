@@ -66,6 +66,7 @@ class Sigmoid(Estimator):
     needs = "path"
     support = "all"
     binary = False
+    rated = False
     law: Law = "none"
     reference = "Bengio, Léonard, Courville 2013, arXiv:1308.3432, section 5"
 

@@ -73,7 +73,7 @@ class Gating(Penalised):
         self.flops_per_unit = flops_per_unit
         self.gater = Gater(in_features, units // group_size, bottleneck, detach_gater_input)
         estimator = resolve(estimator)
-        if estimator.always_open:
+        if not estimator.rated:
             target_rate = None
         self.unit = StochasticUnit(estimator, 0.5 if target_rate is None else None, target_rate)
         if target_rate is not None:  # start at the target: the paper starts at 0, most gates open, and loses epochs
