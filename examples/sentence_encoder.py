@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
 import gatelet
-from gatelet.nn.convert import blocks
+from gatelet.convert import blocks
 
 
 def sentences(limit: int = 40_000) -> list[str]:

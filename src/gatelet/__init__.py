@@ -4,13 +4,13 @@ from gatelet import estimators as estimators
 from gatelet import kernels as kernels
 from gatelet import nn as nn
 from gatelet import sparsity as sparsity
+from gatelet.convert import convert as convert
+from gatelet.convert import distil as distil
+from gatelet.convert import report as report
+from gatelet.convert import revert as revert
 from gatelet.diagnose import diagnose as diagnose
 from gatelet.diagnose import exact_gradient as exact_gradient
 from gatelet.model_diagnosis import diagnose_model as diagnose_model
-from gatelet.nn.convert import convert as convert
-from gatelet.nn.convert import revert as revert
-from gatelet.nn.distil import distil as distil
-from gatelet.nn.report import report as report
 from gatelet.tape import Tape as Tape
 from gatelet.tape import surrogate as surrogate
 from gatelet.units import StochasticUnit as StochasticUnit

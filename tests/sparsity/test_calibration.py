@@ -81,6 +81,31 @@ def test_stacked_layers_in_order(name):
         assert abs(share(net, module.unit, data) - 0.1) <= 1 / (60 * width) + 1e-6
 
 
+def test_passes_over_the_data_do_not_grow_with_depth():
+    """Thirty layers: at most four passes, and every share is right on the data."""
+    net = nn.Sequential(layer(6, 40), *[layer(40, 40) for _ in range(29)])
+    for module in net:
+        module.gater.gates.bias.data.normal_()
+    data, runs = list(torch.randn(8, 50, 6)), 0
+
+    def forward(model, batch):
+        nonlocal runs
+        runs += 1
+        return model(batch)
+
+    calibrate_thresholds(net, data, forward=forward)
+    assert runs <= 4 * len(data)
+    assert [share(net, module.unit, data) for module in net] == pytest.approx([0.1] * 30, abs=2e-3)
+
+
+def test_one_batch_needs_one_pass():
+    net, runs = nn.Sequential(layer(), layer(50, 40), layer(40, 30)), []
+    x = torch.randn(60, 6)
+    calibrate_thresholds(net, [x], forward=lambda model, batch: model(runs.append(batch) or batch))
+    assert len(runs) == 1
+    assert [share(net, module.unit, [x]) for module in net] == pytest.approx([0.1] * 3, abs=1e-3)
+
+
 def test_order_is_that_of_running_not_of_registration():
     class Reversed(nn.Module):
         def __init__(self):
@@ -352,7 +377,7 @@ def test_loader_that_yields_once_only():
             yield from self.data
 
     with pytest.raises(ValueError, match="yielded no batch on a second pass"):
-        calibrate_thresholds(layer(), Once(batches(1)))
+        calibrate_thresholds(nn.Sequential(layer(), layer(50, 40)), Once(batches()))
 
 
 @pytest.mark.usefixtures("as_user")

@@ -1,8 +1,8 @@
 """Supplement A.3: the test-time threshold at which the target share of gates is open."""
 
-from collections import Counter
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,13 @@ from gatelet.estimators._base import wide
 from gatelet.estimators._distributed import is_distributed
 from gatelet.units import StochasticUnit, sampling
 
-_KEPT = 1 << 25  # logits kept per layer; above, a random half is dropped (the quantile's error is then < 1e-4)
+_KEPT = 1 << 20
+"""Logits kept per unit; above, a random half is dropped: the share then errs by some 5e-4 (one standard deviation)."""
+_MOVING = 1 << 16
+"""Of these, so many give the threshold that moves from batch to batch during the first sweep."""
+_SWEEPS = 4
+_SETTLED = 5e-4
+"""Sweeps end when no unit's share moves by more than this."""
 
 
 def calibrate_thresholds(
@@ -24,8 +30,10 @@ def calibrate_thresholds(
     """Set each unit's test-time threshold so that the target share of its gates is open on ``loader``.
 
     Gates open iff their logit exceeds the threshold, so it is the (1 − s)-quantile of the logits (A.3).
-    Units are done in the order in which they run, each with the earlier ones already in their deterministic
-    mode, with one pass over ``loader`` per unit.
+    A unit's logits depend on which gates were open before it. In a first sweep over ``loader`` each unit's threshold is
+    set, by all its logits so far, before its output goes on. Further sweeps take the quantile anew, behind units that
+    stand still, until no share moves; four sweeps are the most, whatever the depth. One is enough for a single unit
+    or a single batch. A bounded random sample of each unit's logits is kept.
 
     Args:
         model: holds stochastic units with a ``target_rate`` (every conditional layer does). It is run in
@@ -67,93 +75,145 @@ def calibrate_thresholds(
     if not units:
         return {}
     modes = [(module, module.training) for module in model.modules()]
+    before = {name: unit.threshold.clone() for name, unit in units.items()}
     model.eval()
     try:
         with torch.no_grad(), sampling(model, on=False):
-            done: dict[str, float] = {}
-            for name, calls in _order(model, units, loader, run).items():
-                logits = _collect(model, units[name], calls, loader, run)
-                rate = target_rate if target_rate is not None else units[name].target_rate
-                assert rate is not None
-                done[name] = _set_threshold(units[name], logits, rate)
-            return done
+            return _settle(model, units, target_rate, loader, run)
+    except BaseException:
+        for name, threshold in before.items():
+            units[name].threshold.copy_(threshold)
+        raise
     finally:
         for module, mode in modes:
             module.training = mode
 
 
+def _settle(
+    model: nn.Module,
+    units: dict[str, StochasticUnit],
+    target_rate: float | None,
+    loader: Iterable[Any],
+    run: Callable[..., Any],
+) -> dict[str, float]:
+    """Sweep until the thresholds stand still; return the shares that they open, in the order of running."""
+    shares: dict[str, float] = {}
+    for sweep in range(_SWEEPS):
+        samples = {name: _Sample(unit, target_rate) for name, unit in units.items()}
+        exact = _sweep(model, samples, loader, run, moving=sweep == 0)
+        order = sorted((name for name in samples if samples[name].place), key=lambda name: samples[name].place)
+        in_force = {name: samples[name].share() for name in order}
+        shares = {name: _set_threshold(units[name], samples[name].logits(), samples[name].rate) for name in order}
+        moved = max(abs(shares[name] - in_force[name]) for name in order)
+        if is_distributed():  # all processes sweep as often
+            most = torch.tensor(moved, device=units[order[0]].threshold.device)
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+            moved = most.item()
+        elif len(order) == 1 or (sweep == 0 and exact):
+            break
+        if sweep > 0 and moved <= _SETTLED:
+            break
+    return shares
+
+
 class _Seen(Exception):  # noqa: N818
-    """Ends a forward pass once the logits of interest were seen."""
+    """Ends a forward pass once all units have run."""
 
 
-def _order(
-    model: nn.Module, units: dict[str, StochasticUnit], loader: Iterable[Any], run: Callable[..., Any]
-) -> Counter[str]:
-    """Return the units' names in the order in which one batch runs them, and how often it runs each."""
-    order: Counter[str] = Counter()
-    hooks = [unit.register_forward_pre_hook(lambda *_, name=name: order.update([name])) for name, unit in units.items()]
+class _Sample:
+    """A bounded random sample of a unit's logits, on the CPU."""
+
+    def __init__(self, unit: StochasticUnit, rate: float | None) -> None:
+        self.unit, self.kept, self.total, self.share_kept = unit, list[Tensor](), 0, 1.0
+        self.rate = rate if rate is not None else cast(float, unit.target_rate)
+        self.generator = torch.Generator().manual_seed(0)
+        self.place, self.calls = 0, 0
+        """In which place of the order the unit runs, from 1 (0: never yet), and how often it ran."""
+
+    def add(self, logits: Tensor) -> None:
+        logits = logits.detach().cpu()
+        check_logits(logits)
+        if self.unit.mask is not None:
+            logits = logits[self.unit.mask.cpu()]
+        self.kept.append(self._thin(logits.to(wide(logits)).flatten(), self.share_kept))
+        self.total += self.kept[-1].numel()
+        if self.total > _KEPT:
+            self.kept = [self._thin(torch.cat(self.kept), 0.5)]
+            self.share_kept, self.total = self.share_kept / 2, self.kept[0].numel()
+
+    def _thin(self, values: Tensor, keep: float) -> Tensor:
+        return values if keep == 1 else values[torch.rand(values.shape, generator=self.generator) < keep]
+
+    def logits(self) -> Tensor:
+        self.kept = [torch.cat(self.kept)]
+        return self.kept[0]
+
+    def share(self) -> float:
+        """Return the share that the threshold in force opens."""
+        return _share(self.unit, self.logits())
+
+    def move(self) -> None:
+        """Set the threshold by what was seen so far; to 0 if that is nothing."""
+        values = self.logits()
+        values = values[:: max(1, values.numel() // _MOVING) | 1]  # an odd step keeps to no unit
+        self.unit.threshold.copy_(_quantile(values, self.rate) if values.numel() else torch.tensor(0.0))
+
+
+def _sweep(
+    model: nn.Module, samples: dict[str, _Sample], loader: Iterable[Any], run: Callable[..., Any], moving: bool
+) -> bool:
+    """Collect the logits of all units; return whether each threshold was set once, by all of them."""
+    ran = wanted = batches = 0
+
+    def see(sample: _Sample, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal ran
+        ran += 1
+        sample.place = sample.place or ran
+        sample.calls += 1
+        sample.add(args[0] if args else kwargs["logits"])
+        if moving:
+            sample.move()
+        if batches > 0 and ran == wanted:
+            raise _Seen
+
+    hooks = [
+        sample.unit.register_forward_pre_hook(
+            lambda _, args, kwargs, sample=sample: see(sample, args, kwargs), with_kwargs=True
+        )
+        for sample in samples.values()
+    ]
     try:
-        with sampling(model):
-            for batch in loader:
+        for batch in loader:
+            ran = 0
+            with contextlib.suppress(_Seen):
                 run(model, batch)
-                if not order:
-                    raise ValueError("model: ran none of its stochastic units with a target_rate on the first batch")
-                return order
+            if not batches and not ran:
+                raise ValueError("model: ran none of its stochastic units with a target_rate on the first batch")
+            wanted, batches = (ran, 1) if not batches else (wanted, batches + 1)
     finally:
         for hook in hooks:
             hook.remove()
-    raise ValueError("loader: yielded no batch")
-
-
-def _collect(
-    model: nn.Module, unit: StochasticUnit, calls: int, loader: Iterable[Any], run: Callable[..., Any]
-) -> Tensor:
-    """Return the unit's logits over the loader, on the CPU; of all its calls on a batch, if there are several."""
-    kept: list[Tensor] = []
-    share, total, seen = 1.0, 0, 0
-    generator = torch.Generator().manual_seed(0)
-
-    def thin(values: Tensor, keep: float) -> Tensor:
-        return values if keep == 1 else values[torch.rand(values.shape, generator=generator) < keep]
-
-    def see(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal share, total, seen
-        logits = (args[0] if args else kwargs["logits"]).detach().cpu()
-        check_logits(logits)
-        if unit.mask is not None:
-            logits = logits[unit.mask.cpu()]
-        kept.append(thin(logits.to(wide(logits)).flatten(), share))
-        total += kept[-1].numel()
-        if total > _KEPT:
-            kept[:] = [thin(torch.cat(kept), 0.5)]
-            share, total = share / 2, kept[0].numel()
-        seen += 1
-        if seen % calls == 0:
-            raise _Seen
-
-    hook = unit.register_forward_pre_hook(see, with_kwargs=True)
-    try:
-        with sampling(unit):  # between its own calls it has no threshold yet
-            for batch in loader:
-                try:
-                    run(model, batch)
-                except _Seen:
-                    continue
-    finally:
-        hook.remove()
-    if not kept:
-        raise ValueError("loader: yielded no batch on a second pass; give a list or a DataLoader, not a generator")
-    return torch.cat(kept)
+    if not batches:
+        again = "" if moving else " on a second pass; give a list or a DataLoader, not a generator"
+        raise ValueError(f"loader: yielded no batch{again}")
+    return batches == 1 and all(sample.calls <= 1 for sample in samples.values())
 
 
 def _set_threshold(unit: StochasticUnit, logits: Tensor, rate: float) -> float:
     """Set the threshold to the (1 − rate)-quantile, and return the share of gates that it opens."""
     if logits.numel() == 0:
         raise ValueError("loader: yielded only empty batches")
-    closed = min(logits.numel(), max(1, round((1 - rate) * logits.numel())))
-    unit.threshold.copy_(logits.kthvalue(closed).values)
+    unit.threshold.copy_(_quantile(logits, rate))
     if is_distributed():  # each process calibrated on its share of the data
         torch.distributed.all_reduce(unit.threshold)
         unit.threshold /= torch.distributed.get_world_size()
+    return _share(unit, logits)
+
+
+def _quantile(logits: Tensor, rate: float) -> Tensor:
+    return logits.kthvalue(min(logits.numel(), max(1, round((1 - rate) * logits.numel())))).values
+
+
+def _share(unit: StochasticUnit, logits: Tensor) -> float:
     gates = unit.estimator.deterministic(logits, unit.threshold.to(logits))
-    return (gates != 0).float().mean().item()
+    return (gates != 0).float().mean().item() if logits.numel() else 0.0

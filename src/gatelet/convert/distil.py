@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gatelet._checks import check_count, check_positive
+from gatelet.convert.block import BlockGating, affine_at
+from gatelet.convert.gater_regression import GaterRegression
+from gatelet.convert.swap import blocks
 from gatelet.nn.conditional_ffn import hidden_layer
-from gatelet.nn.convert import BlockGating, affine_at, blocks
-from gatelet.nn.gater_regression import GaterRegression
 from gatelet.nn.gating import masking
 from gatelet.sparsity import calibrate_thresholds
 
@@ -86,7 +87,7 @@ def distil(
     ‖FFN(x) − FFN_teacher(x)‖² / variance.
 
     It begins at the gater that least squares give to the targets sign(c − t) √|c − t|, an affine map of rank M
-    (:class:`gatelet.nn.gater_regression.GaterRegression`), where that is better than the gater that is there.
+    (:class:`gatelet.convert.gater_regression.GaterRegression`), where that is better than the gater that is there.
 
     The first ``held_out`` batches are kept for the held-out error, which decides about early stopping and about which
     state is kept. At the end the thresholds are calibrated, on the model's own inputs to its blocks.

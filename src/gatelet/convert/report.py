@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gatelet.nn.convert import BlockGating, blocks, run_block
+from gatelet.convert.block import BlockGating
+from gatelet.convert.run import run_block
+from gatelet.convert.swap import blocks
 from gatelet.nn.gating import Gating, fully_open, gatings
 
 

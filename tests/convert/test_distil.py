@@ -10,7 +10,7 @@ from jaxtyping import config
 from torch import nn
 
 import gatelet
-from gatelet.nn.convert import blocks
+from gatelet.convert import blocks
 
 
 @pytest.fixture

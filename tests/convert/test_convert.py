@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import gatelet
+from gatelet.convert import blocks
 from gatelet.nn import fully_open
-from gatelet.nn.convert import blocks
 from gatelet.sparsity import calibrate_thresholds, penalty
 
 IDS = torch.arange(14).view(2, 7) % 11

@@ -1,0 +1,75 @@
+"""A feed-forward block of a model: where its parts lie, and the gating that is put into it."""
+
+import operator
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from gatelet.nn.conditional_ffn import ACTIVATIONS, Affine
+from gatelet.nn.gating import Gating
+
+Kind = Literal["module", "transformer", "bert", "sequential"]
+METHOD = {"module": "forward", "transformer": "_ff_block", "bert": "feed_forward_chunk", "sequential": "forward"}
+"""The method of a block's owner that computes it."""
+KNOWN = f"known: {', '.join(ACTIVATIONS)}"
+NATIVE = (torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Where the parts of a feed-forward block lie in the module that owns it, by attribute path.
+
+    Args:
+        kind: whose computation is replaced (``METHOD``).
+        up, down, glu: the affine maps W1, W2 and, gated, W_g.
+        activation: a name of ``ACTIVATIONS``.
+        inner: the dropout of the hidden layer.
+        outer: the dropout of the output.
+        last: in a Sequential, the name of the block's last module, W2.
+    """
+
+    kind: Kind
+    up: str
+    down: str
+    activation: str
+    glu: str | None = None
+    inner: str | None = None
+    outer: str | None = None
+    last: str | None = None
+
+
+class BlockGating(Gating):
+    """The gating of a converted block; knows where its weights lie."""
+
+    block: Block
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A state_dict of the dense model knows nothing of gaters: they stay as they are. What is put here is seen by
+        # the submodules, which load from the same dictionary next.
+        if not any(key.startswith(prefix) for key in state_dict):
+            state_dict.update({prefix + key: value for key, value in self.state_dict().items()})
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def at(owner: nn.Module, path: str) -> Any:
+    """Return the submodule at this attribute path."""
+    return operator.attrgetter(path)(owner) if "." in path else owner._modules[path]
+
+
+def affine_of(module: nn.Module) -> Affine:
+    """Return weight (N, D) and bias of a Linear, or of a Conv1D, which keeps its weight transposed."""
+    weight = cast(Tensor, module.weight)
+    return Affine(weight.t() if hasattr(module, "nf") else weight, cast(Tensor | None, module.bias))
+
+
+def affine_at(owner: nn.Module, path: str) -> Affine:
+    """Return weight (N, D) and bias of the affine map at this path."""
+    return affine_of(at(owner, path))
+
+
+def dropout_rate(owner: nn.Module, path: str | None) -> float:
+    """Return how much the dropout at this path drops now."""
+    dropout = None if path is None else at(owner, path)
+    return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0

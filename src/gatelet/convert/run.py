@@ -1,0 +1,78 @@
+"""The computation of a converted block: what its owner's class is replaced by."""
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from gatelet.convert.block import METHOD, BlockGating, Kind, affine_at, at, dropout_rate
+from gatelet.nn.conditional_ffn import feed_forward
+
+
+def run_block(owner: nn.Module, gating: BlockGating, x: Tensor) -> Tensor:
+    """Return W2 (hidden ∘ h) + b2 of the owner's block, before any dropout of the output."""
+    block = gating.block
+    glu = None if block.glu is None else affine_at(owner, block.glu)
+    up, down = affine_at(owner, block.up), affine_at(owner, block.down)
+    return feed_forward(x, gating, block.activation, up, down, glu, dropout_rate(owner, block.inner))
+
+
+def _run(owner: nn.Module, x: Tensor) -> Tensor:
+    gating = cast(BlockGating, owner._modules["gating"])
+    out = run_block(owner, gating, x)
+    if gating.block.outer is not None:
+        out = at(owner, gating.block.outer)(out)
+    return out
+
+
+class Swapped(nn.Module):
+    """Marks the classes that :func:`convert` gives to blocks' owners."""
+
+    dense_class: type[nn.Module]
+    kind: Kind
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (self.dense_class, self.kind), self.__getstate__()
+
+
+def _rebuild(dense_class: type[nn.Module], kind: Kind) -> nn.Module:
+    cls = swapped(dense_class, kind)
+    return cls.__new__(cls)
+
+
+_CLASSES: dict[tuple[type[nn.Module], Kind], type[nn.Module]] = {}
+
+
+def swapped(dense_class: type[nn.Module], kind: Kind) -> type[nn.Module]:
+    """Return a subclass that computes the block conditionally; all else, state included, is the class's."""
+    if (dense_class, kind) not in _CLASSES:
+        _CLASSES[dense_class, kind] = _subclass(dense_class, kind)
+    return _CLASSES[dense_class, kind]
+
+
+def _subclass(dense_class: type[nn.Module], kind: Kind) -> type[nn.Module]:
+
+    def compute(self: nn.Module, x: Tensor) -> Tensor:
+        return _run(self, x)
+
+    def compute_bert(self: Any, x: Tensor) -> Tensor:
+        return cast(Tensor, self.output.LayerNorm(_run(self, x) + x))
+
+    def compute_sequential(self: nn.Module, x: Any) -> Any:
+        until: str | None = None
+        for name, module in self._modules.items():
+            if until is not None:
+                until = None if name == until else until
+                continue
+            gating = cast(nn.Module, module)._modules.get("gating")
+            if isinstance(gating, BlockGating) and gating.block.kind == "sequential":
+                x, until = run_block(self, gating, x), gating.block.last
+            else:
+                x = cast(nn.Module, module)(x)
+        return x
+
+    methods = {"bert": compute_bert, "sequential": compute_sequential}
+    body: dict[str, Any] = {METHOD[kind]: methods.get(kind, compute), "dense_class": dense_class, "kind": kind}
+    if kind == "transformer":
+        # torch fuses the whole layer in eval() where it can; that path knows nothing of gates.
+        body["activation_relu_or_gelu"] = property(lambda self: 0, lambda self, value: None)
+    return type(f"Conditional{dense_class.__name__}", (Swapped, dense_class), body)

@@ -1,0 +1,228 @@
+"""Conditional feed-forward blocks put into an existing model, and taken out again."""
+
+import copy
+import fnmatch
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from torch import nn
+
+from gatelet._checks import check_count, check_rate
+from gatelet.convert.block import NATIVE, Block, BlockGating, affine_at, at
+from gatelet.convert.find import find
+from gatelet.convert.run import Swapped, swapped
+from gatelet.estimators import Estimator
+from gatelet.nn.conditional_ffn import by_unit, check_saves
+from gatelet.nn.gating import Gating
+
+Where = str | Iterable[str] | Callable[[str, nn.Module], bool]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What :func:`convert` did; it prints as a list."""
+
+    converted: dict[str, str] = field(default_factory=dict)
+    """Block's name -> what it is."""
+    left: dict[str, str] = field(default_factory=dict)
+    """Block's name -> why it was left dense."""
+
+    def __repr__(self) -> str:
+        """Show both lists."""
+        lines = [f"converted {len(self.converted)}, left {len(self.left)}"]
+        lines += [f"  {name or '(the model)'}: {what}" for name, what in self.converted.items()]
+        lines += [f"  {name or '(the model)'}: left, {why}" for name, why in self.left.items()]
+        return "\n".join(lines)
+
+
+def convert(
+    model: nn.Module,
+    target_rate: float = 0.1,
+    bottleneck: int = 64,
+    where: Where | None = None,
+    estimator: str | Estimator = "straight_through",
+    group_size: int = 1,
+    **options: Any,
+) -> Conversion:
+    """Give a model's feed-forward blocks gates, in place; its weights stay the parameters they are.
+
+    Every block W2 act(W1 x + b1) + b2 becomes W2 (act(W1 x + b1) ∘ h) + b2, gated blocks likewise, h = gate(gater(x)).
+    Found are: ``Linear, activation, Linear`` in a Sequential, with dropout behind the activation or without; modules
+    that compute such a block, whatever they are called, the MLPs of GPT-2 and Llama among them (they are recognised by
+    trying them on an input); ``nn.TransformerEncoderLayer`` and ``DecoderLayer``; layers built as BERT's.
+
+    The blocks' owners change their class to a subclass and get a submodule ``gating`` (in a Sequential, the first
+    Linear gets it), so that a ``state_dict`` of the dense model loads; names, values, dtype and device of weights are
+    as before. In memory W2 is laid out by hidden unit. The gaters are new: next comes :func:`gatelet.distil`.
+
+    Args:
+        model: changed in place.
+        target_rate: the share of gates to be open.
+        bottleneck: M, the width of the gaters' hidden layer.
+        where: which blocks: a name or pattern (``"*.layer.3*"``), several, or a predicate of name and module. All
+            that are found by default.
+        estimator: a name of ``gatelet.estimators.ALL`` or an instance, of which every block gets a copy.
+        group_size: consecutive units that share a gate.
+        options: further ones of :class:`gatelet.nn.ConditionalFFN`: ``sparsity``, ``detach_gater_input``.
+
+    Returns:
+        what was converted, what was left and why; print it.
+
+    Raises:
+        ValueError: if nothing was converted, with the reasons: blocks of unknown shape, a bottleneck that saves
+            nothing, weights in half precision on a CPU, tied weights, blocks already converted, or a ``where`` that
+            names no block.
+
+    >>> import torch, gatelet
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64))
+    >>> gatelet.convert(model, target_rate=0.25, bottleneck=8)
+    converted 1, left 0
+      0: 64 → 256 → 64, gelu
+    >>> _ = gatelet.revert(model)
+    """
+    check_rate(target_rate)
+    check_count(bottleneck, "bottleneck")
+    check_count(group_size, "group_size")
+    report, chosen = Conversion(), _chooser(where)
+    owners: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    gating_parts = {id(part) for each in model.modules() if isinstance(each, Gating) for part in each.modules()}
+    candidates = [
+        (label, module, holder, block)
+        for name, module in model.named_modules()
+        if id(module) not in gating_parts  # a gater looks like a block, too
+        for label, holder, block in find(name, module)
+    ]
+    seen = 0
+    for name, owner, holder, block in candidates:
+        if not chosen(name, owner):
+            continue
+        seen += 1
+        reason = (
+            block if isinstance(block, str) else _why_not(owner, block, target_rate, bottleneck, group_size, owners)
+        )
+        if reason is not None:
+            report.left[name] = reason
+            continue
+        assert isinstance(block, Block)
+        up, down = affine_at(owner, block.up), affine_at(owner, block.down)
+        flops = 2 * ((2 if block.glu else 1) * up.weight.shape[1] + down.weight.shape[0])
+        sizes = (up.weight.shape[1], up.weight.shape[0], bottleneck, flops)
+        gating = BlockGating(*sizes, copy.deepcopy(estimator), target_rate, group_size, **options)
+        gating.block = block
+        gating.to(up.weight).train(owner.training)
+        for path in (block.up, block.down, block.glu):
+            if path is not None:
+                affine = at(owner, path)
+                transposed = hasattr(affine, "nf")
+                by_unit(affine.weight, int((path == block.down) != transposed))
+        holder.add_module("gating", gating)
+        if not isinstance(owner, Swapped):
+            owner.__class__ = swapped(type(owner), block.kind)
+        gated = "gated " if block.glu else ""
+        sizes_shown = " → ".join(map(str, (up.weight.shape[1], up.weight.shape[0], down.weight.shape[0])))
+        report.converted[name] = f"{sizes_shown}, {gated}{block.activation}"
+    if not report.converted:
+        if not seen:
+            names = [name or "(the model)" for name, *_ in candidates]
+            known = f" ({len(names)} blocks were found: {', '.join(names[:8])})" if names else ""
+            raise ValueError(f"{'where: selects' if names else 'model: has'} no feed-forward block{known}")
+        raise ValueError(f"model: no feed-forward block could be converted\n{report!r}")
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, Swapped) for m in module.layers):
+            # Its fused path hands the layers nested tensors, which no kernel reads.
+            if not hasattr(module, "_dense_use_nested_tensor"):
+                module._dense_use_nested_tensor = module.use_nested_tensor  # type: ignore[assignment]
+            module.use_nested_tensor = False
+    return report
+
+
+def _why_not(
+    owner: nn.Module, block: Block, target_rate: float, bottleneck: int, group_size: int, uses: dict[int, int]
+) -> str | None:
+    """Return why this block is to be left dense, None if it can be converted."""
+    up, down = affine_at(owner, block.up), affine_at(owner, block.down)
+    units, width = up.weight.shape
+    paths = [path for path in (block.up, block.down, block.glu) if path is not None]
+    tied = [path for path in paths if uses[id(at(owner, path).weight)] > 1]
+    if tied:
+        return f"its {tied[0]}.weight is tied: what is fitted here would change it in its other place"
+    if up.weight.device.type == "cpu" and up.weight.dtype not in NATIVE:
+        return (
+            f"its weights are {up.weight.dtype} on the CPU, where closed units are skipped in float32 and float64 "
+            "only; model.float() first"
+        )
+    if units % group_size:
+        return f"group_size {group_size} does not divide its {units} units"
+    try:
+        check_saves(width, down.weight.shape[0], units, bottleneck, group_size, target_rate, block.glu is not None)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _chooser(where: Where | None) -> Callable[[str, nn.Module], bool]:
+    if where is None:
+        return lambda name, module: True
+    if callable(where):
+        return where
+    patterns = [where] if isinstance(where, str) else list(where)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError("where must be a name or pattern, several of them, or a predicate of name and module")
+    return lambda name, module: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def blocks(model: nn.Module) -> dict[str, tuple[nn.Module, BlockGating]]:
+    """Return owner and gating of every converted block, by the name of its gating."""
+    found: dict[str, tuple[nn.Module, BlockGating]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Swapped):
+            holders = module.named_children() if isinstance(module, nn.Sequential) else [("", module)]
+            for key, holder in holders:
+                gating = holder._modules.get("gating")
+                if isinstance(gating, BlockGating):
+                    found[".".join(part for part in (name, key, "gating") if part)] = (module, gating)
+    return found
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Take the gates out of a converted model, in place: the dense model, with the weights that it has now.
+
+    Args:
+        model: what :func:`convert` changed.
+
+    Returns:
+        the same model.
+
+    Raises:
+        ValueError: if it holds no converted block.
+
+    >>> import torch, gatelet
+    >>> model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64))
+    >>> _ = gatelet.convert(model, bottleneck=8)
+    >>> gatelet.revert(model)
+    Sequential(
+      (0): Linear(in_features=64, out_features=256, bias=True)
+      (1): GELU(approximate='none')
+      (2): Linear(in_features=256, out_features=64, bias=True)
+    )
+    """
+    found = blocks(model)
+    if not found:
+        raise ValueError("model: holds no converted block")
+    for owner, gating in found.values():
+        for path in (gating.block.up, gating.block.down, gating.block.glu):
+            if path is not None:
+                weight = cast(nn.Parameter, at(owner, path).weight)
+                weight.data = weight.data.contiguous()
+        holder = at(owner, gating.block.up) if gating.block.kind == "sequential" else owner
+        del holder._modules["gating"]
+    for owner in {id(owner): owner for owner, _ in found.values()}.values():
+        owner.__class__ = cast(Swapped, owner).dense_class
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and hasattr(module, "_dense_use_nested_tensor"):
+            module.use_nested_tensor = cast(bool, module._dense_use_nested_tensor)
+            del module._dense_use_nested_tensor
+    return model
