@@ -1,9 +1,7 @@
 """Fitting the gaters of a converted model to the dense model that it came from."""
 
-import contextlib
 import math
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,13 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gatelet._checks import check_count, check_positive
-from gatelet.convert.block import BlockGating, affine_at
+from gatelet.convert.block import BlockGating
 from gatelet.convert.gater_regression import GaterRegression
+from gatelet.convert.progress import Progress
+from gatelet.convert.student import Student, recording
 from gatelet.convert.swap import blocks
-from gatelet.nn.conditional_ffn import hidden_layer
 from gatelet.nn.gating import masking
 from gatelet.sparsity import calibrate_thresholds
 
@@ -102,13 +100,13 @@ def distil(
         held_out: so many of the loader's first batches are not trained on.
         every: steps between two looks at the held-out error.
         patience: stop after so many looks without a better one.
-        calibration: so many of the loader's first batches serve to calibrate the thresholds, one pass per block.
+        calibration: so many of the loader's first batches serve to calibrate the thresholds, in a few passes.
         checkpoint: file to write the state to at every look, atomically, and to continue from if it exists.
         forward: runs a model on a batch; by default ``model(**batch)`` for a mapping, ``model(batch[0])`` for a tuple
             or list, otherwise ``model(batch)``.
         mask: gives a batch's padding mask (true at tokens); by default its ``"attention_mask"`` if it is a mapping
             that has one. Padding is not trained on.
-        progress: show a line of progress on the terminal (none where stderr is not one).
+        progress: show phases and time left: a line on a terminal, elsewhere one every 30 seconds.
 
     Returns:
         held-out errors and open shares; print it.
@@ -127,32 +125,44 @@ def distil(
     >>> found.errors["0.gating"] < found.first_errors["0.gating"]
     True
     """
-    check_count(steps, "steps")
-    check_count(held_out, "held_out")
-    check_count(every, "every")
-    check_count(patience, "patience")
-    check_count(calibration, "calibration")
-    check_positive(lr, "lr")
-    check_positive(weights_lr, "weights_lr")
     if isinstance(loader, Iterator):
         raise ValueError("loader: must allow several passes; give a list or a DataLoader, not a generator")
+    check_count(calibration, "calibration")
+    plan = _Plan(steps, weights, lr, weights_lr, held_out, every, patience)
     run, masked = forward or _default_forward, mask or _default_mask
-    students = [_Student(name, owner, gating, teacher) for name, (owner, gating) in _blocks(model).items()]
+    students = [Student(name, owner, gating, teacher) for name, (owner, gating) in _blocks(model).items()]
     modes = [(module, module.training) for each in (model, teacher) for module in each.modules()]
-    begin = time.perf_counter()
+    shown, begin = Progress(progress), time.perf_counter()
     try:
         model.eval()
         teacher.eval()
-        found = _fit(
-            students, teacher, loader, run, masked, (steps, weights, lr, weights_lr, held_out, every, patience),
-            None if checkpoint is None else Path(checkpoint), progress,
-        )  # fmt: skip
-        found.open_share = _calibrate(model, students, list(_first(loader, calibration)), run, masked)
+        batches = _Batches(teacher, students, loader, run, masked)
+        found = _Fit(students, batches, plan, None if checkpoint is None else Path(checkpoint), shown).run()
+        found.open_share = _calibrate(model, students, list(_first(loader, calibration)), run, masked, shown)
     finally:
         for module, mode in modes:
             module.training = mode
     found.seconds = time.perf_counter() - begin
     return found
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What :func:`distil` was asked for."""
+
+    steps: int
+    weights: bool
+    lr: float
+    weights_lr: float
+    held_out: int
+    every: int
+    patience: int
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "held_out", "every", "patience"):
+            check_count(getattr(self, name), name)
+        check_positive(self.lr, "lr")
+        check_positive(self.weights_lr, "weights_lr")
 
 
 def _blocks(model: nn.Module) -> dict[str, tuple[nn.Module, BlockGating]]:
@@ -172,255 +182,182 @@ def _default_mask(batch: Any) -> Tensor | None:
     return batch.get("attention_mask") if isinstance(batch, Mapping) else None
 
 
-class _Student:
-    """A converted block, and its dense twin in the teacher, whose inputs and outputs it records."""
+class _Batches:
+    """The loader's batches as the teacher's blocks see them."""
 
-    def __init__(self, name: str, owner: nn.Module, gating: BlockGating, teacher: nn.Module) -> None:
-        self.name, self.owner, self.gating, self.block = name, owner, gating, gating.block
-        path = name.removesuffix("gating").rstrip(".")
-        if self.block.kind == "sequential":
-            path = path.removesuffix(self.block.up).rstrip(".")
-        try:
-            twin = teacher.get_submodule(path)
-            self.first = twin.get_submodule(self.block.up)
-            self.last = twin.get_submodule(self.block.down)
-        except AttributeError as error:
-            raise ValueError(f"teacher: has no block {path or '(the model)'!r} as the model has ({error})") from error
-        if blocks(twin):
-            raise ValueError(f"teacher: its block {path or '(the model)'!r} is converted too; give the dense model")
-        self.x: Tensor | None = None
-        self.y: Tensor | None = None
+    def __init__(
+        self, teacher: nn.Module, students: list[Student], loader: Iterable[Any], run: Forward, mask: Mask
+    ) -> None:
+        self.teacher, self.students, self.loader, self.run, self.mask = teacher, students, loader, run, mask
 
-    def weights(self) -> list[nn.Parameter]:
-        paths = (self.block.up, self.block.down, self.block.glu)
-        return [p for path in paths if path is not None for p in self.owner.get_submodule(path).parameters(False)]
+    def examples(self, batch: Any) -> Iterator[tuple[Student, Tensor, Tensor]]:
+        """Yield each student with its twin's inputs and outputs on this batch."""
+        with torch.no_grad(), recording(self.students):
+            self.run(self.teacher, batch)
+        for student in self.students:
+            yield (student, *student.examples(self.mask(batch)))
 
-    def hear(self, _: nn.Module, args: tuple[Any, ...]) -> None:
-        self.x = args[0].detach()
-
-    def see(self, _: nn.Module, __: Any, out: Tensor) -> None:
-        self.y = out.detach()
-
-    def examples(self, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the recorded inputs (T, D) and outputs (T, O) of tokens that are not padding, and forget them."""
-        if self.x is None or self.y is None:
-            raise ValueError(f"teacher: did not run the block {self.name!r} when it is run on a batch")
-        x, y, self.x, self.y = self.x, self.y, None, None
-        if mask is not None and mask.shape == x.shape[:-1]:
-            keep = mask.bool()
-            x, y = x[keep], y[keep]
-        else:
-            x, y = (each.flatten(0, -2) if each.dim() > 1 else each[None] for each in (x, y))
-        if not len(x):
-            raise ValueError(f"loader: a batch holds no token for the block {self.name!r} (or padding only)")
-        if not bool(torch.stack([x.sum(), y.sum()]).isfinite().all()):
-            raise FloatingPointError(f"what the teacher's block of {self.name} takes or gives is not finite")
-        return x, y
-
-    @torch.no_grad()
-    def margin(self, hidden: Tensor, w_down: Tensor) -> Tensor:
-        """Return c − t: what closing each gate costs of the output, over the cost at the limit of what may be open."""
-        gating, target = self.gating, self.gating.unit.target_rate
-        cost: Tensor = (hidden * w_down.norm(dim=0)).square()
-        if gating.group_size > 1:
-            cost = cost.unflatten(-1, (-1, gating.group_size)).sum(-1)
-        return cost - _top(cost, 0.5 if target is None else target)
-
-    def add_to(self, regression: GaterRegression, x: Tensor) -> None:
-        """Give the regression these inputs, and as targets of the logits sign(c − t) √|c − t|."""
-        up, down = affine_at(self.owner, self.block.up), affine_at(self.owner, self.block.down)
-        glu = None if self.block.glu is None else affine_at(self.owner, self.block.glu)
-        with torch.no_grad():
-            margin = self.margin(hidden_layer(x, self.block.activation, up, glu), down.weight)
-        regression.add(x, margin.sign() * margin.abs().sqrt())
-
-    def losses(self, x: Tensor, y: Tensor, *, gater: bool, error: bool, weights: bool) -> dict[str, Tensor]:
-        """Return the gater's loss and the block's normalised error with the gates that it opens now, as asked for."""
-        gating, found = self.gating, {}
-        up, down = affine_at(self.owner, self.block.up), affine_at(self.owner, self.block.down)
-        glu = None if self.block.glu is None else affine_at(self.owner, self.block.glu)
-        target = gating.unit.target_rate
-        with torch.set_grad_enabled(gater and torch.is_grad_enabled()):
-            logits = gating.gater(x)
-            for controller in gating.sparsity:
-                logits = controller.shift(logits)  # type: ignore[operator]
-        with torch.set_grad_enabled(weights and torch.is_grad_enabled()):
-            hidden = hidden_layer(x, self.block.activation, up, glu)
-        if gater:
-            margin = self.margin(hidden, down.weight)
-            stake = margin.abs().sqrt()
-            loss = (stake * F.softplus(-logits * margin.sign())).mean()
-            found["gater"] = loss / stake.mean().clamp_min(torch.finfo(x.dtype).tiny)
-        if error:
-            gates = (logits > (0.0 if target is None else _top(logits, target))).to(x.dtype)
-            if gating.group_size > 1:
-                gates = gates.repeat_interleave(gating.group_size, dim=-1)
-            with torch.set_grad_enabled(weights and torch.is_grad_enabled()):
-                have = F.linear(hidden * gates, down.weight, down.bias)
-                variance = y.var(0, correction=0).mean().clamp_min(torch.finfo(x.dtype).tiny)
-                found["error"] = (have - y).square().mean() / variance
-        return found
-
-
-def _top(values: Tensor, share: float) -> Tensor:
-    """Return the value above which this share of the values lies, from a sample of them."""
-    # An odd step does not keep to the same few units.
-    flat = values.detach().flatten()[:: max(1, values.numel() >> 16) | 1]
-    return flat.kthvalue(min(flat.numel(), max(1, round((1 - share) * flat.numel())))).values
-
-
-@contextlib.contextmanager
-def _recording(students: list[_Student]) -> Iterator[None]:
-    hooks = [student.first.register_forward_pre_hook(student.hear) for student in students]
-    hooks += [student.last.register_forward_hook(student.see) for student in students]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _fit(
-    students: list[_Student],
-    teacher: nn.Module,
-    loader: Iterable[Any],
-    run: Forward,
-    mask: Mask,
-    options: tuple[int, bool, float, float, int, int, int],
-    checkpoint: Path | None,
-    progress: bool,
-) -> Distillation:
-    steps, weights, lr, weights_lr, held_out, every, patience = options
-    gaters = [p for student in students for p in student.gating.gater.parameters()]
-    others = [p for student in students for p in student.weights()] if weights else []
-    trained = gaters + others
-    flags = [(p, p.requires_grad) for p in trained]
-    groups = [{"params": gaters, "lr": lr}] + ([{"params": others, "lr": weights_lr}] if weights else [])
-    optimizer = torch.optim.Adam(groups)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * min(1, t / steps)))
-    )
-    found = Distillation(why_stopped="all steps done")
-
-    def recorded(batch: Any) -> None:
-        with torch.no_grad(), _recording(students):
-            run(teacher, batch)
-
-    def held_out_errors() -> dict[str, float]:
-        sums = dict.fromkeys((student.name for student in students), 0.0)
-        count = 0
-        for batch in _first(loader, held_out):
-            count += 1
-            recorded(batch)
-            for student in students:
+    def held_out_errors(self, count: int) -> dict[str, float]:
+        """Return each student's error on the loader's first batches."""
+        sums = dict.fromkeys((student.name for student in self.students), 0.0)
+        batches = 0
+        for batch in _first(self.loader, count):
+            batches += 1
+            for student, x, y in self.examples(batch):
                 with torch.no_grad():
-                    found = student.losses(*student.examples(mask(batch)), gater=False, error=True, weights=False)
+                    found = student.losses(x, y, gater=False, error=True, weights=False)
                 sums[student.name] += found["error"].item()
-        if not count:
+        if not batches:
             raise ValueError("loader: yielded no batch")
         for name, value in sums.items():
             if not math.isfinite(value):
                 raise FloatingPointError(f"the held-out error of {name} is {value}")
-        return {name: value / count for name, value in sums.items()}
+        return {name: value / batches for name, value in sums.items()}
 
-    def state() -> list[Tensor]:
-        return [p.detach().clone() for p in trained]
 
-    def load(values: list[Tensor]) -> None:
-        with torch.no_grad():
-            for p, value in zip(trained, values, strict=True):
-                p.copy_(value)
+class _Fit:
+    """Steps towards the teacher, with looks at the held-out error, early stopping and checkpoints."""
 
-    def begin_by_regression() -> dict[str, float]:
+    def __init__(
+        self, students: list[Student], batches: _Batches, plan: _Plan, checkpoint: Path | None, progress: Progress
+    ) -> None:
+        self.students, self.batches, self.plan = students, batches, plan
+        self.checkpoint, self.progress = checkpoint, progress
+        gaters = [p for student in students for p in student.gater()]
+        others = [p for student in students for p in student.weights()] if plan.weights else []
+        self.trained = gaters + others
+        self.optimizer = torch.optim.Adam(
+            [{"params": gaters, "lr": plan.lr}, {"params": others, "lr": plan.weights_lr}][: 2 if others else 1]
+        )
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * min(1, t / plan.steps)))
+        )
+        self.found = Distillation(why_stopped="all steps done")
+        self.step, self.looks = 0, 0
+        self.best: list[Tensor] = []
+
+    def run(self) -> Distillation:
+        """Return the errors; the model is then at its best state."""
+        flags = [(p, p.requires_grad) for p in self.trained]
+        self._begin()
+        try:
+            for p in self.trained:
+                p.requires_grad_(True)
+            self._steps()
+        except FloatingPointError as error:
+            self._load(self.best)
+            kept = self.checkpoint is not None and self.checkpoint.exists()
+            raise FloatingPointError(
+                f"distil: {error} at step {self.step + 1}; the model is back at its best state"
+                f"{f', which {self.checkpoint} holds' if kept else ''}"
+            ) from None
+        finally:
+            for p, flag in flags:
+                p.requires_grad_(flag)
+                p.grad = None
+        self._load(self.best)
+        self.found.steps = self.step
+        if self.looks >= self.plan.patience:
+            self.found.why_stopped = f"no better for {self.looks} looks"
+        return self.found
+
+    def _begin(self) -> None:
+        """Start at what least squares give, or where a checkpoint stopped."""
+        self.found.first_errors = self.found.errors = self.batches.held_out_errors(self.plan.held_out)
+        resumed = self.checkpoint is not None and self.checkpoint.exists()
+        if not resumed:
+            self.found.errors = self._begin_by_regression()
+        self.best = self._state()
+        if resumed:
+            self._resume()
+
+    def _steps(self) -> None:
+        plan, batches = self.plan, _endless(self.batches.loader, self.plan.held_out)
+        self.progress.start("distil", plan.steps)
+        loss = math.nan
+        while self.step < plan.steps and self.looks < plan.patience:
+            loss = self._one_step(next(batches))
+            self.step += 1
+            self.progress.step(self.step, f"loss {loss:.4f}")
+            if self.step % plan.every == 0 or self.step == plan.steps:
+                self._look()
+        self.progress.end(self.step, f"loss {loss:.4f}")
+
+    def _one_step(self, batch: Any) -> float:
+        """Return the mean loss of the blocks."""
+        total, weights = 0.0, self.plan.weights
+        for student, x, y in self.batches.examples(batch):
+            terms = student.losses(x, y, gater=True, error=weights, weights=weights)
+            loss = torch.stack(list(terms.values())).sum()
+            if not bool(loss.isfinite()):
+                raise FloatingPointError(f"the loss of {student.name} is {loss.item()}")
+            loss.backward()
+            total += loss.item() / len(self.students)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        return total
+
+    def _look(self) -> None:
+        """Keep the state if it is the best so far, and write the checkpoint."""
+        errors = self.batches.held_out_errors(self.plan.held_out)
+        self.looks += 1
+        if sum(errors.values()) < sum(self.found.errors.values()):
+            self.best, self.found.errors, self.looks = self._state(), errors, 0
+        if self.checkpoint is not None:
+            saved: dict[str, Any] = {"step": self.step, "steps": self.plan.steps, "looks": self.looks}
+            saved |= {"now": self._state(), "best": self.best}
+            saved |= {"errors": self.found.errors, "first_errors": self.found.first_errors}
+            saved |= {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+            write_atomically(saved, self.checkpoint)
+
+    def _resume(self) -> None:
+        assert self.checkpoint is not None
+        saved = torch.load(self.checkpoint, map_location=self.trained[0].device)
+        shapes = [tuple(p.shape) for p in self.trained]
+        if [tuple(p.shape) for p in saved["best"]] != shapes or saved["steps"] != self.plan.steps:
+            raise ValueError(f"checkpoint: {self.checkpoint} is of another model or of other options; remove it")
+        self._load(saved["now"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+        self.step, self.looks, self.best = saved["step"], saved["looks"], saved["best"]
+        self.found.errors, self.found.first_errors = saved["errors"], saved["first_errors"]
+
+    def _begin_by_regression(self) -> dict[str, float]:
         """Start each gater from least squares where that is better than what it is, and return the errors then."""
-        fits = [GaterRegression(student.gating.gater) for student in students]
-        enough = [TOKENS * student.gating.gater.hidden.in_features for student in students]
-        for index, batch in enumerate(loader):
-            if index >= held_out:
-                recorded(batch)
-                for student, fit in zip(students, fits, strict=True):
-                    student.add_to(fit, student.examples(mask(batch))[0])
-            if all(fit.count >= count for fit, count in zip(fits, enough, strict=True)):
+        first, held_out = self.found.first_errors, self.plan.held_out
+        fits = {student.name: GaterRegression(student.gating.gater) for student in self.students}
+        enough = {name: TOKENS * fit.gater.hidden.in_features for name, fit in fits.items()}
+        for batch in self.progress.phase("least squares", _but_first(self.batches.loader, held_out)):
+            for student, x, _ in self.batches.examples(batch):
+                student.add_to(fits[student.name], x)
+            if all(fit.count >= enough[name] for name, fit in fits.items()):
                 break
-        before = state()
-        written = [fit.write() for fit in fits]
-        errors = held_out_errors()
+        before = self._state()
+        written = {name for name, fit in fits.items() if fit.write()}
+        errors = self.batches.held_out_errors(held_out)
         better = {
             id(p)
-            for student, done in zip(students, written, strict=True)
-            if done and errors[student.name] < found.first_errors[student.name]
-            for p in student.gating.gater.parameters()
+            for student in self.students
+            if student.name in written and errors[student.name] < first[student.name]
+            for p in student.gater()
         }
-        load([p.detach().clone() if id(p) in better else old for p, old in zip(trained, before, strict=True)])
-        return {name: min(error, found.first_errors[name]) for name, error in errors.items()}
+        self._load(
+            [p.detach().clone() if id(p) in better else old for p, old in zip(self.trained, before, strict=True)]
+        )
+        return {name: min(error, first[name]) for name, error in errors.items()}
 
-    step, looks = 0, 0
-    found.first_errors = found.errors = held_out_errors()
-    resumed = checkpoint is not None and checkpoint.exists()
-    if not resumed:
-        found.errors = begin_by_regression()
-    best = (sum(found.errors.values()), state(), found.errors)
-    if checkpoint is not None and resumed:
-        saved = torch.load(checkpoint, map_location=gaters[0].device)
-        shapes = [tuple(p.shape) for p in trained]
-        if [tuple(p.shape) for p in saved["best"]] != shapes or saved["steps"] != steps:
-            raise ValueError(f"checkpoint: {checkpoint} is of another model or of other options; remove it")
-        load(saved["now"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scheduler.load_state_dict(saved["scheduler"])
-        step, looks, found.first_errors = saved["step"], saved["looks"], saved["first_errors"]
-        best = (sum(saved["errors"].values()), saved["best"], saved["errors"])
-    shown = _Progress(steps, progress)
-    try:
-        for p in trained:
-            p.requires_grad_(True)
-        batches = _endless(loader, held_out)
-        while step < steps and looks < patience:
-            batch = next(batches)
-            recorded(batch)
-            total = 0.0
-            for student in students:
-                terms = student.losses(*student.examples(mask(batch)), gater=True, error=weights, weights=weights)
-                loss = torch.stack(list(terms.values())).sum()
-                if not bool(loss.isfinite()):
-                    raise FloatingPointError(f"the loss of {student.name} is {loss.item()}")
-                loss.backward()
-                total += loss.item() / len(students)
-            optimizer.step()
-            scheduler.step()
-            optimizer.zero_grad()
-            step += 1
-            shown(step, f"loss {total:.4f}")
-            if step % every == 0 or step == steps:
-                errors = held_out_errors()
-                looks += 1
-                if sum(errors.values()) < best[0]:
-                    best, looks = (sum(errors.values()), state(), errors), 0
-                if checkpoint is not None:
-                    saved = {"step": step, "steps": steps, "looks": looks, "now": state(), "best": best[1]}
-                    saved |= {"errors": best[2], "first_errors": found.first_errors}
-                    saved |= {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-                    _write(saved, checkpoint)
-    except FloatingPointError as error:
-        load(best[1])
-        kept = "" if checkpoint is None or not checkpoint.exists() else f", which {checkpoint} holds"
-        raise FloatingPointError(
-            f"distil: {error} at step {step + 1}; the model is back at its best state{kept}"
-        ) from None
-    finally:
-        shown.close()
-        for p, flag in flags:
-            p.requires_grad_(flag)
-            p.grad = None
-    load(best[1])
-    found.errors, found.steps = best[2], step
-    if looks >= patience:
-        found.why_stopped = f"no better for {looks} looks"
-    return found
+    def _state(self) -> list[Tensor]:
+        return [p.detach().clone() for p in self.trained]
+
+    def _load(self, values: list[Tensor]) -> None:
+        with torch.no_grad():
+            for p, value in zip(self.trained, values, strict=True):
+                p.copy_(value)
 
 
 def _calibrate(
-    model: nn.Module, students: list[_Student], loader: Iterable[Any], run: Forward, mask: Mask
+    model: nn.Module, students: list[Student], loader: list[Any], run: Forward, mask: Mask, progress: Progress
 ) -> dict[str, float]:
     """Calibrate on the student's own inputs, then count what is open, for :func:`gatelet.report`."""
 
@@ -430,16 +367,26 @@ def _calibrate(
 
     shares = {}
     if any(student.gating.unit.target_rate is not None for student in students):
-        calibrate_thresholds(model, loader, forward=masked)
+        calibrate_thresholds(model, _Shown(loader, progress), forward=masked)
     for student in students:
         student.gating.reset_statistics()
     with torch.no_grad():
-        for batch in loader:
+        for batch in progress.phase("count open gates", loader):
             masked(model, batch)
     for student in students:
         gating = student.gating
         shares[student.name] = float(gating.opened.sum()) / max(1, int(gating.tokens) * gating.opened.numel())
     return shares
+
+
+class _Shown:
+    """A list of batches whose passes are shown."""
+
+    def __init__(self, loader: list[Any], progress: Progress) -> None:
+        self.loader, self.progress = loader, progress
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.progress.phase("calibrate", self.loader)
 
 
 def _first(loader: Iterable[Any], count: int) -> Iterator[Any]:
@@ -449,19 +396,22 @@ def _first(loader: Iterable[Any], count: int) -> Iterator[Any]:
         yield batch
 
 
+def _but_first(loader: Iterable[Any], count: int) -> Iterator[Any]:
+    return (batch for index, batch in enumerate(loader) if index >= count)
+
+
 def _endless(loader: Iterable[Any], skip: int) -> Iterator[Any]:
     """Yield the loader's batches again and again, without the first ``skip``."""
     while True:
         any_left = False
-        for index, batch in enumerate(loader):
-            if index >= skip:
-                any_left = True
-                yield batch
+        for batch in _but_first(loader, skip):
+            any_left = True
+            yield batch
         if not any_left:
             raise ValueError(f"loader: must yield more than the {skip} batches that are held out")
 
 
-def _write(saved: Any, path: Path) -> None:
+def write_atomically(saved: Any, path: Path) -> None:
     """Write a checkpoint so that a reader never sees half of it."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
@@ -471,22 +421,3 @@ def _write(saved: Any, path: Path) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
-
-
-class _Progress:
-    """A line on the terminal."""
-
-    def __init__(self, steps: int, on: bool) -> None:
-        self.steps, self.on, self.last = steps, on and sys.stderr.isatty(), 0.0
-        self.begin = time.perf_counter()
-
-    def __call__(self, step: int, what: str) -> None:
-        now = time.perf_counter()
-        if self.on and now - self.last > 0.2:
-            left = (now - self.begin) / step * (self.steps - step)
-            print(f"\rdistil {step}/{self.steps}  {what}  {left:.0f} s left ", end="", file=sys.stderr, flush=True)
-            self.last = now
-
-    def close(self) -> None:
-        if self.on:
-            print(file=sys.stderr)
