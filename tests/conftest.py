@@ -1,6 +1,5 @@
 """What every test runs under: one thread, a fixed seed, poison in uninitialised memory; and on which device."""
 
-import functools
 import os
 
 import pytest
@@ -18,13 +17,25 @@ def pytest_configure(config: pytest.Config) -> None:
     # Triton asks once, when it is imported: its kernels run in its interpreter unless there is a GPU to test on.
     os.environ["TRITON_INTERPRET"] = "1" if device == "cpu" else "0"
     if device != "cpu":
-        torch.set_default_device(device)
+        torch.set_default_device(device)  # for tensors alone: generators are given theirs here
+
+        class Generator(torch.Generator):
+            def __new__(cls, device: str | torch.device = device) -> "Generator":
+                return super().__new__(cls, device)
+
+        torch.Generator = Generator
 
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> str:
     """The device that is tested."""
     return request.config.getoption("--device")
+
+
+@pytest.fixture(autouse=True)
+def _only_on_the_cpu(request: pytest.FixtureRequest, device: str) -> None:
+    if device != "cpu" and request.node.get_closest_marker("cpu"):
+        pytest.skip("this is about the CPU")
 
 
 def _poisoned(allocate):
@@ -39,7 +50,7 @@ def _poisoned(allocate):
 
 
 @pytest.fixture(autouse=True)
-def _poison_and_seed(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+def _poison_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fill what torch.empty returns with NaN, so that a value that was never written is seen; fix the seed."""
     for owner, name in (
         (torch, "empty"),
@@ -47,6 +58,4 @@ def _poison_and_seed(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
         (torch.Tensor, "new_empty"),
     ):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
-    if device != "cpu":  # torch's default device is for tensors alone
-        monkeypatch.setattr(torch, "Generator", functools.partial(torch.Generator, device=device))
     torch.manual_seed(0)

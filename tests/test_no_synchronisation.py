@@ -5,6 +5,9 @@ an error. So a step that runs there looks at no value, and this is seen without 
 not seen; torch's own sync-debug mode sees them where there is a GPU.
 """
 
+import contextlib
+import warnings
+
 import pytest
 import torch
 
@@ -82,6 +85,18 @@ def test_the_ops_look_at_no_value():
 # -------------------------------------------------------------------- with a GPU
 
 
+@contextlib.contextmanager
+def synchronising_is_an_error():
+    torch.cuda.synchronize()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the mode is a prototype
+            torch.cuda.set_sync_debug_mode("error")
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @GPU
 @pytest.mark.parametrize("every_controller", [False, True])
 @pytest.mark.parametrize("name", IN_A_LAYER)
@@ -89,12 +104,15 @@ def test_a_training_step_does_not_synchronise(name, every_controller):
     layer = make(name, every_controller).cuda()
     x = torch.rand(600, 40, device="cuda", requires_grad=True)
     step(layer, x, ALL[name].replicas)  # kernels are loaded, buffers get their sizes
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with synchronising_is_an_error():
         step(layer, x, ALL[name].replicas)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+
+
+@GPU
+def test_a_step_that_synchronises_is_seen():
+    x = torch.rand(6, 40, device="cuda")
+    with synchronising_is_an_error(), pytest.raises(RuntimeError, match="synchronizing"):
+        x.sum().item()
 
 
 @GPU

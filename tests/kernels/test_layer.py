@@ -94,8 +94,8 @@ def test_eval_equals_dense():
     torch.testing.assert_close(layer(x), dense(x, layer.expert.weight, layer.expert.bias, gates))
 
 
-def test_autocast_runs_dense():
+def test_autocast_runs_dense(device):
     layer = gatelet.nn.ConditionalLinear(40, 160, 12).eval()
     layer.unit.threshold.fill_(0.0)
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.no_grad(), torch.autocast(device, dtype=torch.bfloat16):
         assert layer(torch.rand(3, 40)).dtype == torch.bfloat16

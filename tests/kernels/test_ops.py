@@ -356,6 +356,7 @@ def test_the_machine_is_measured_once_and_says_something_plausible():
     assert _dispatch.costs("unit", torch.float32) is cost
 
 
+@pytest.mark.cpu
 def test_auto_takes_dense_from_break_even_on(monkeypatch):
     """T = fixed + slope·α of dense: here 0.1 + 2α, which reaches 1 at α = 0.45 (for very many features)."""
     monkeypatch.setattr(_dispatch, "costs", lambda *_: _dispatch.Costs(0.1, 2.0))

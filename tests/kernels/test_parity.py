@@ -135,6 +135,7 @@ RECORDS = {
 }
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", RECORDS.values(), ids=RECORDS)
 def test_the_limits_of_records_and_tasks(shape, dtype):

@@ -196,10 +196,17 @@ def test_fully_open(gated):
             torch.testing.assert_close(net(x), by_hand(net, x, torch.ones(3, 32)))
             assert penalty(net) == 0
         assert int(net.tokens) == 0
-    with pytest.raises(RuntimeError, match="no test-time threshold"):
-        net(x)
     with pytest.raises(ValueError, match="holds no conditional layer"), fully_open(nn.Linear(2, 2)):
         pass
+
+
+@pytest.mark.cpu
+def test_fully_open_ends_with_the_block():
+    net, x = layer().eval(), torch.randn(3, 8)
+    with fully_open(net):
+        net(x)
+    with pytest.raises(RuntimeError, match="no test-time threshold"):
+        net(x)
 
 
 def test_dropout_is_on_the_hidden_layer():
@@ -232,9 +239,9 @@ def test_default_controllers_and_estimators():
     assert len(layer(estimator="sigmoid").sparsity) == 0
 
 
-def test_autocast_and_bfloat16():
+def test_autocast_and_bfloat16(device):
     net, x = layer(), torch.randn(5, 8)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         y = net(x)
         assert y.dtype == torch.bfloat16
     (y.float().sum() + penalty(net)).backward()
@@ -291,6 +298,7 @@ def test_test_mode_is_the_same_the_short_way_and_the_long_one(shape, estimator, 
     torch.testing.assert_close(net(x).detach(), slow(x).detach())  # with gradients on, there is no short way
 
 
+@pytest.mark.cpu
 @pytest.mark.usefixtures("as_user")
 def test_the_short_way_refuses_what_the_long_one_does():
     net = layer().eval()

@@ -237,7 +237,7 @@ def test_data_loader_of_tuples():
     twin.load_state_dict(net.state_dict())
     calibrate_thresholds(net, loader)
     calibrate_thresholds(twin, [x])
-    assert torch.equal(net.unit.threshold, twin.unit.threshold)
+    torch.testing.assert_close(net.unit.threshold, twin.unit.threshold)
 
 
 @pytest.mark.parametrize(
@@ -387,11 +387,25 @@ def test_bad_rate(bad):
         calibrate_thresholds(layer(), batches(), target_rate=bad)
 
 
+@pytest.mark.cpu
 def test_data_with_nan():
     with pytest.raises(ValueError, match="x holds 1 values that are NaN"):
         calibrate_thresholds(layer(), [torch.tensor([[0.0, 0, 0, 0, 0, math.nan]])])
+
+
+def test_logits_with_nan():
     unit = StochasticUnit("straight_through", threshold=None, target_rate=0.1)
     good, bad = torch.randn(5, 10), torch.full((5, 10), math.nan)
     with pytest.raises(ValueError, match="logits holds 50 values"):
         calibrate_thresholds(unit, [good, bad])
     assert unit.threshold.isnan()
+
+
+def test_the_default_device_is_not_asked(monkeypatch):
+    monkeypatch.setattr(calibration, "_KEPT", 100)
+    unit, twin = (StochasticUnit("straight_through", target_rate=0.1) for _ in range(2))
+    data = [torch.randn(10, 10) for _ in range(4)]
+    calibrate_thresholds(twin, data)
+    with torch.device("meta"):
+        calibrate_thresholds(unit, data)
+    assert torch.equal(unit.threshold, twin.threshold)

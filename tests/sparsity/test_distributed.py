@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import gatelet
@@ -45,6 +46,7 @@ def main(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.cpu
 def test_two_processes_hold_the_state_of_the_whole_batch(tmp_path):
     path = os.pathsep.join(str(folder) for folder in (Path(__file__).parent, Path(gatelet.__file__).parents[1]))
     processes = [

@@ -28,6 +28,11 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     return units, width
 
 
+def _inputs(*shape: int) -> Tensor:
+    """Return inputs to find out with what a module computes: always the same, whatever torch's default device is."""
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+
+
 def which_activation(function: Callable[[Tensor], Any]) -> str | None:
     """Return the name of the activation that a function or module computes, None if it is none that is known."""
     grid = torch.linspace(-6, 6, 241)
@@ -95,7 +100,7 @@ def _bert(module: Any) -> Block | str:
     if activation is None:
         return f"its activation intermediate.intermediate_act_fn is unknown ({KNOWN})"
     first, last = affine_of(cast(nn.Module, first)), affine_of(cast(nn.Module, last))
-    x = torch.randn(1, 3, first.weight.shape[1], generator=torch.Generator().manual_seed(0)).to(last.weight)
+    x = _inputs(1, 3, first.weight.shape[1]).to(last.weight)
     with _evaluated(module):
         try:
             have = module.feed_forward_chunk(x)
@@ -169,8 +174,7 @@ def _probe(module: nn.Module, up: str, down: str, glu: str | None) -> Block | st
     gate = None if glu is None else affine_at(module, glu)
     if first.weight.is_meta:
         return "its weights are on the meta device"
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(2, 3, first.weight.shape[1], generator=generator).to(first.weight)
+    x = _inputs(2, 3, first.weight.shape[1]).to(first.weight)
     seen: dict[str, Tensor] = {}
     drops = {key: child for key, child in module.named_children() if isinstance(child, nn.Dropout)}
     hooks = [

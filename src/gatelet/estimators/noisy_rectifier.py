@@ -63,7 +63,7 @@ class NoisyRectifier(Estimator):
         """Return s times the quantile of the noise."""
         if self.law == "logistic":
             return self.std * super().logit_at(probability)
-        return self.std * float(torch.special.ndtri(torch.tensor(probability, dtype=torch.float64)))
+        return self.std * float(torch.special.ndtri(torch.tensor(probability, dtype=torch.float64, device="cpu")))
 
     def open_value(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
         """Return E[h]: the noise is integrated out, so a unit at or below zero still has a value when open."""

@@ -126,7 +126,7 @@ class _Sample:
     def __init__(self, unit: StochasticUnit, rate: float | None) -> None:
         self.unit, self.kept, self.total, self.share_kept = unit, list[Tensor](), 0, 1.0
         self.rate = rate if rate is not None else cast(float, unit.target_rate)
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator("cpu").manual_seed(0)
         self.place, self.calls = 0, 0
         """In which place of the order the unit runs, from 1 (0: never yet), and how often it ran."""
 
@@ -142,7 +142,9 @@ class _Sample:
             self.share_kept, self.total = self.share_kept / 2, self.kept[0].numel()
 
     def _thin(self, values: Tensor, keep: float) -> Tensor:
-        return values if keep == 1 else values[torch.rand(values.shape, generator=self.generator) < keep]
+        if keep == 1:
+            return values
+        return values[torch.rand(values.shape, generator=self.generator, device="cpu") < keep]
 
     def logits(self) -> Tensor:
         self.kept = [torch.cat(self.kept)]
