@@ -1,0 +1,242 @@
+"""Vector microkernels over rows that a list of indices names, and what such kernels begin with.
+
+Like :mod:`vector`'s, but rows may lie anywhere in a table: each is addressed by an int64 of the list, and the rows that
+the list names later are asked for meanwhile, for no processor foresees them.
+"""
+
+import ctypes
+import dis
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import cfunc, types
+from numba.extending import intrinsic as _intrinsic
+
+from gatelet.kernels import _team as team
+from gatelet.kernels import _vector as v
+
+VECTOR, MOST = v.VECTOR, v.MOST
+_I64 = ir.IntType(64)
+
+
+def _index(builder: Any, indices: Any, e: int) -> Any:
+    return builder.load(v._at(builder, indices, 8 * e, _I64), align=8)
+
+
+def _rows(builder: Any, table: Any, pitch: Any, indices: Any, k: int) -> list[Any]:
+    """Return the addresses of the rows that the next k indices name."""
+    return [builder.add(table, builder.mul(pitch, _index(builder, indices, e))) for e in range(k)]
+
+
+@v.intrinsic
+def gather_dots(
+    typing: Any,
+    size: Any,
+    indices: Any,
+    later: Any,
+    table: Any,
+    pitch: Any,
+    row: Any,
+    length: Any,
+    rest: Any,
+    result: Any,
+    one: Any,
+) -> Any:
+    """Write ⟨row, table[i]⟩ to ``result`` for the ``size`` indices i (at most MOST) at an address.
+
+    Rows of the table are ``pitch`` bytes apart: ``length`` bytes of whole vectors, then ``rest`` numbers. The rows that
+    the indices at ``later`` name are asked for.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        size, indices, later, table, pitch, row, length, rest, result, _ = args
+        vector = v._vector(context, signature.args[9])
+        lanes = 16 // vector.element_size
+
+        def body(k: int) -> None:
+            rows = _rows(builder, table, pitch, indices, k)
+            ahead = _rows(builder, table, pitch, later, k)
+            step = v._Loop(builder, length, VECTOR)
+            chains = [step.carry(ir.Constant(vector, None)) for _ in range(k)]
+            step.open()
+            own = v._load(builder, builder.add(row, step.index), 0, vector)
+            following = []
+            for each, chain, far in zip(rows, chains, ahead, strict=True):
+                v._prefetch(builder, builder.add(far, step.index))
+                read = v._load(builder, builder.add(each, step.index), 0, vector)
+                following.append(v._fma(builder, own, read, chain))
+            step.close(following)
+            own = v._masked(builder, builder.add(row, length), rest, vector)
+            totals = [
+                v._fma(builder, own, v._masked(builder, builder.add(each, length), rest, vector), chain)
+                for each, chain in zip(rows, chains, strict=True)
+            ]
+            for first in range(0, k, lanes):
+                part = totals[first : first + lanes]
+                found = v._across(builder, part, lanes)
+                for lane in range(len(part)):
+                    value = builder.extract_element(found, ir.IntType(32)(lane))
+                    v._store(builder, value, result, (first + lane) * vector.element_size)
+
+        v._by_size(builder, size, body)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 9, one), generate
+
+
+@v.intrinsic
+def gather_axpy(
+    typing: Any,
+    size: Any,
+    indices: Any,
+    later: Any,
+    scales: Any,
+    table: Any,
+    pitch: Any,
+    target: Any,
+    length: Any,
+    rest: Any,
+    fresh: Any,
+    one: Any,
+) -> Any:
+    """Add Σ_e scale[e] · table[i[e]] to the target's row; if ``fresh``, write it, whatever was there.
+
+    Arguments are as in ``gather_dots``.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        size, indices, later, scales, table, pitch, target, length, rest, fresh, _ = args
+        vector = v._vector(context, signature.args[10])
+        zero = ir.Constant(vector, None)
+        fresh = v._splat(builder, builder.icmp_signed("!=", fresh, _I64(0)), vector.count)
+        some = builder.icmp_signed("!=", rest, _I64(0))
+
+        def body(k: int) -> None:
+            rows = _rows(builder, table, pitch, indices, k)
+            ahead = _rows(builder, table, pitch, later, k)
+            each = [v._load(builder, scales, e * vector.element_size, vector.element) for e in range(k)]
+            each = [v._splat(builder, scale, vector.count) for scale in each]
+            step = v._Loop(builder, length, VECTOR)
+            step.open()
+            total = v._load(builder, builder.add(target, step.index), 0, vector)
+            total = builder.select(fresh, zero, total)
+            for scale, place, far in zip(each, rows, ahead, strict=True):
+                v._prefetch(builder, builder.add(far, step.index))
+                total = v._fma(builder, scale, v._load(builder, builder.add(place, step.index), 0, vector), total)
+            v._store(builder, total, builder.add(target, step.index), 0)
+            step.close([])
+            masked, end = builder.append_basic_block("masked"), builder.append_basic_block("end")
+            builder.cbranch(some, masked, end)
+            builder.position_at_end(masked)
+            total = v._masked(builder, builder.add(target, length), rest, vector)
+            total = builder.select(fresh, zero, total)
+            for scale, place in zip(each, rows, strict=True):
+                total = v._fma(builder, scale, v._masked(builder, builder.add(place, length), rest, vector), total)
+            v._masked_store(builder, total, builder.add(target, length), rest)
+            builder.branch(end)
+            builder.position_at_end(end)
+
+        v._by_size(builder, size, body)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 10, one), generate
+
+
+@v.intrinsic
+def above(typing: Any, address: Any, shift: Any, count: Any, floor: Any, one: Any) -> Any:
+    """Return a word whose bit i says that number i plus shift i is not at most ``floor``, for ``count`` ≤ 64."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address, shift, count, floor, _ = args
+        vector = v._vector(context, signature.args[4])
+        floor = v._splat(builder, floor, vector.count)
+
+        def found(load: Any) -> Any:
+            word: Any = _I64(0)
+            for part in range(64 // vector.count):
+                first = part * vector.count
+                value = builder.fadd(load(address, first), load(shift, first))
+                # Unordered: NaN is above everything, and everything above a floor of NaN.
+                flags = builder.fcmp_unordered(">", value, floor)
+                flags = builder.zext(builder.bitcast(flags, ir.IntType(vector.count)), _I64)
+                word = builder.or_(word, builder.shl(flags, _I64(first)))
+            return word
+
+        def masked(base: Any, first: int) -> Any:
+            at = builder.add(base, _I64(first * vector.element_size))
+            return v._masked(builder, at, builder.sub(count, _I64(first)), vector)
+
+        whole, part, end = (builder.append_basic_block(f"above.{name}") for name in ("whole", "part", "end"))
+        builder.cbranch(builder.icmp_signed("==", count, _I64(64)), whole, part)
+        builder.position_at_end(whole)
+        all_bits = found(lambda base, first: v._load(builder, base, first * vector.element_size, vector))
+        builder.branch(end)
+        builder.position_at_end(part)
+        bits = found(masked)
+        kept = builder.sub(builder.shl(_I64(1), builder.and_(count, _I64(63))), _I64(1))
+        bits = builder.and_(bits, kept)
+        builder.branch(end)
+        builder.position_at_end(end)
+        word = builder.phi(_I64)
+        word.add_incoming(all_bits, whole)
+        word.add_incoming(bits, part)
+        return word
+
+    return types.int64(types.int64, types.int64, types.int64, one, one), generate
+
+
+# -------------------------------------------------------------------- how a kernel gets its arguments
+
+
+def _arguments(typing: Any, p: Any, count: Any) -> Any:
+    """Return the address of a kernel's counters and the int64 arguments behind them, ``count`` words in all."""
+    if not isinstance(count, types.IntegerLiteral):
+        return None
+    result = types.UniTuple(types.int64, count.literal_value)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address = builder.ptrtoint(args[0], _I64)
+        places = range(team.RESERVED, team.RESERVED + len(result) - 1)
+        words = [address, *(builder.load(v._at(builder, address, 8 * place, _I64), align=8) for place in places)]
+        return context.make_tuple(builder, result, words)
+
+    return result(p, count), generate
+
+
+arguments = _intrinsic(prefer_literal=True)(inspect.unwrap(_arguments))
+
+
+def slots(kernel: Any) -> tuple[str, ...]:
+    """Return the names of a kernel's arguments: what its first line unpacks from ``arguments``, behind the counters."""
+    unpacked = next(each.argval for each in dis.get_instructions(kernel) if each.opname == "UNPACK_SEQUENCE")
+    # Local names are numbered in the order in which they are first bound; the first is the kernel's own argument.
+    return tuple(kernel.__code__.co_varnames[2 : 1 + unpacked])
+
+
+class Kernels:
+    """Kernels that are compiled when they first run, for float32 or float64 numbers.
+
+    Args:
+        make: returns the functions, by name, for numbers of the type of its argument.
+    """
+
+    def __init__(self, make: Callable[[Any], dict[str, Any]]) -> None:
+        self.make = inspect.unwrap(make)
+        self.find = functools.cache(self._find)
+
+    def _find(self, name: str, bits: int) -> tuple[Any, tuple[str, ...]]:
+        function = inspect.unwrap(self.make(np.float32(1) if bits == 32 else np.float64(1))[name])
+        built = cfunc(types.void(types.voidptr), cache=True, error_model="numpy")(function)
+        return built, slots(function)
+
+    def run(self, name: str, bits: int, threads: int, /, **args: int) -> None:
+        """Run a kernel with arguments by name: integers, or the addresses of tensors."""
+        built, names = self.find(name, bits)
+        if len(args) != len(names):
+            raise TypeError(f"{name} takes {names}, not {tuple(args)}")
+        address = ctypes.cast(built.ctypes, ctypes.c_void_p).value or 0
+        team.run(address, [args[each] for each in names], threads)

@@ -1,0 +1,389 @@
+"""The products over lists of open units, compiled by Numba. Import this module only to run them.
+
+A pair costs a row of the table, wherever it lies, and little else. So rows are asked for before they are used, eight at
+a time, and where the order is free, pairs go by unit: the large matrix, the weights, is then read or written once and
+in order, while the small one, the examples, stays near.
+
+All lists are int64. Arguments named like tensors are addresses, 0 where there is none.
+"""
+
+import math
+from typing import Any
+
+from gatelet.kernels import _vector as v
+from gatelet.kernels._products import compiled, type_as
+from gatelet.kernels.backends.numba import gather as g
+
+VECTOR, MOST = v.VECTOR, v.MOST
+PAIR = 16
+"""Bytes of a pair while lists are turned around: unit and example, 32 bits each, and its place in the list."""
+AHEAD = 2 * v.MOST
+"""So many pairs ahead, rows are asked for."""
+# Module globals of this module itself, as Numba's cache wants them.
+arguments, gather_dots, gather_axpy = g.arguments, g.gather_dots, g.gather_axpy
+above = g.above
+take, lowest, prefetch = v.take, v.lowest, v.prefetch
+read, write, read_word, write_word = v.read, v.write, v.read_word, v.write_word
+clear, copy = v.clear, v.copy
+
+
+@compiled
+def bounded(value: Any) -> Any:  # pragma: no cover (compiled)
+    """Return a number that is ordered as NaN is here: as infinity."""
+    return value if value == value else math.inf
+
+
+@compiled
+def kth(near: Any, have: Any, most: Any, size: Any, one: Any) -> Any:  # pragma: no cover (compiled)
+    """Return the ``most``-th largest of ``have`` numbers, which are moved about: Hoare's selection."""
+    low, high, wanted = 0, have - 1, most - 1
+    while low < high:
+        pivot = read(near + (low + high) // 2 * size, one)
+        i, j = low, high
+        while i <= j:
+            while read(near + i * size, one) > pivot:
+                i += 1
+            while read(near + j * size, one) < pivot:
+                j -= 1
+            if i <= j:
+                moved = read(near + i * size, one)
+                write(near + i * size, read(near + j * size, one))
+                write(near + j * size, moved)
+                i += 1
+                j -= 1
+        if wanted <= j:
+            high = j
+        elif wanted >= i:
+            low = i
+        else:
+            break
+    return read(near + wanted * size, one)
+
+
+@compiled
+def cut(
+    values: Any, names: Any, have: Any, most: Any, near: Any, size: Any, one: Any
+) -> Any:  # pragma: no cover (compiled)
+    """Leave the ``most`` largest of ``have`` numbers in a list, in order, of equals the first; return the least."""
+    for i in range(have):
+        write(near + i * size, type_as(bounded(read(values + i * size, one)), one))
+    least = kth(near, have, most, size, one)
+    equals = most
+    for i in range(have):
+        equals -= 1 if bounded(read(values + i * size, one)) > least else 0
+    at = 0
+    for i in range(have):
+        z = read(values + i * size, one)
+        keeps = bounded(z) > least
+        if not keeps and equals > 0 and bounded(z) == least:
+            keeps = True
+            equals -= 1
+        if keeps:
+            write(values + at * size, z)
+            write_word(names + at * 8, read_word(names + i * 8))
+            at += 1
+    return least
+
+
+def _make(one: Any) -> dict[str, Any]:
+    """Return the kernels, not yet compiled, for numbers of the type of ``one``."""
+    size = one.itemsize
+    lanes = VECTOR // size
+    zero = one * 0
+
+    def dots(p: Any) -> None:
+        """values[i] = ⟨x[b], weight[n]⟩ + bias[n] for the pairs (b, n) of the lists; a task is ``span`` examples."""
+        counter, x, weight, bias, starts, units, values, examples, width, span, pairs = arguments(p, 11)
+        length, rest, pitch = width // lanes * VECTOR, width % lanes, width * size
+        while True:
+            first = take(counter) * span
+            if first >= examples:
+                break
+            for b in range(first, min(first + span, examples)):
+                i, end = read_word(starts + 8 * b), read_word(starts + 8 * b + 8)
+                while i < end:
+                    k = min(end - i, MOST)
+                    at, later = units + 8 * i, units + 8 * min(i + AHEAD, pairs - k)
+                    gather_dots(k, at, later, weight, pitch, x + b * pitch, length, rest, values + i * size, one)
+                    if bias != 0:
+                        for e in range(i, i + k):
+                            shift = read(bias + read_word(units + 8 * e) * size, one)
+                            write(values + e * size, read(values + e * size, one) + shift)
+                    i += k
+
+    def by_example(p: Any) -> None:
+        """out[b] = bias + Σ values[i] · weight[n] over the list of b; a task is ``span`` examples."""
+        counter, values, weight, bias, starts, units, out, examples, width, span, pairs = arguments(p, 11)
+        length, rest, pitch = width // lanes * VECTOR, width % lanes, width * size
+        while True:
+            first = take(counter) * span
+            if first >= examples:
+                break
+            for b in range(first, min(first + span, examples)):
+                i, end = read_word(starts + 8 * b), read_word(starts + 8 * b + 8)
+                target, fresh = out + b * pitch, 1
+                if bias != 0:
+                    copy(target, bias, pitch)
+                    fresh = 0
+                elif i == end:
+                    clear(target, pitch)
+                while i < end:
+                    k = min(end - i, MOST)
+                    at, later = units + 8 * i, units + 8 * min(i + AHEAD, pairs - k)
+                    scales = values + i * size
+                    gather_axpy(k, at, later, scales, weight, pitch, target, length, rest, fresh, one)
+                    fresh = 0
+                    i += k
+
+    def by_unit(p: Any) -> None:
+        """Σ values[i] · table[b] to sums, Σ values[i] to total, ⟨weight[n], table[b]⟩ to products, over units n.
+
+        A task is ``span`` touched units. ``dense``: sums and total have a row for every unit, cleared where
+        nothing is added; else one for every touched unit.
+        """
+        (
+            counter,
+            values,
+            table,
+            weight,
+            touched,
+            starts,
+            examples,
+            places,
+            sums,
+            total,
+            products,
+            count,
+            units,
+            width,
+            dense,
+            scratch,
+            stride,
+            span,
+            pairs,
+        ) = arguments(p, 19)
+        near = scratch + take(counter + 8) * stride
+        length, rest, pitch = width // lanes * VECTOR, width % lanes, width * size
+        while True:
+            first = take(counter) * span
+            if first >= count:
+                break
+            for t in range(first, min(first + span, count)):
+                n, row = read_word(touched + 8 * t), t
+                if products != 0:
+                    soon = weight + read_word(touched + 8 * min(t + 4, count - 1)) * pitch
+                    for line in range(0, pitch, 64):
+                        prefetch(soon + line)
+                if dense != 0:
+                    row = n
+                    begin = read_word(touched + 8 * t - 8) + 1 if t != 0 else 0
+                    if sums != 0:
+                        clear(sums + begin * pitch, (n - begin) * pitch)
+                    if total != 0:
+                        clear(total + begin * size, (n - begin) * size)
+                    if t == count - 1 and sums != 0:
+                        clear(sums + (n + 1) * pitch, (units - n - 1) * pitch)
+                    if t == count - 1 and total != 0:
+                        clear(total + (n + 1) * size, (units - n - 1) * size)
+                i, end, fresh, whole = read_word(starts + 8 * t), read_word(starts + 8 * t + 8), 1, zero
+                while i < end:
+                    k = min(end - i, MOST)
+                    at, later = examples + 8 * i, examples + 8 * min(i + AHEAD, pairs - k)
+                    if products != 0:
+                        gather_dots(k, at, later, table, pitch, weight + n * pitch, length, rest, near, one)
+                        for e in range(k):
+                            write(products + read_word(places + 8 * (i + e)) * size, read(near + e * size, one))
+                    if values != 0:
+                        for e in range(k):
+                            scale = read(values + read_word(places + 8 * (i + e)) * size, one)
+                            whole += scale
+                            write(near + e * size, scale)
+                    if sums != 0:
+                        target = sums + row * pitch
+                        gather_axpy(k, at, later, near, table, pitch, target, length, rest, fresh, one)
+                    fresh = 0
+                    i += k
+                if total != 0:
+                    write(total + row * size, whole)
+
+    def add_rows(p: Any) -> None:
+        """weight[touched[t]] += scale · rows[t]; a task is ``span`` rows. ``scale`` is an address, too."""
+        counter, rows, touched, weight, scale, order, count, width, span = arguments(p, 9)
+        length, rest, pitch = width // lanes * VECTOR, width % lanes, width * size
+        while True:
+            first = take(counter) * span
+            if first >= count:
+                break
+            for t in range(first, min(first + span, count)):
+                soon = weight + read_word(touched + 8 * min(t + 4, count - 1)) * pitch
+                for line in range(0, pitch, 64):
+                    prefetch(soon + line)
+                target, at = weight + read_word(touched + 8 * t) * pitch, order + 8 * t
+                gather_axpy(1, at, at, scale, rows, pitch, target, length, rest, 0, one)
+
+    def select(p: Any) -> None:
+        """Keep the ``most`` largest of an example's numbers, of which ``width`` more have come; ties: the first ones.
+
+        ``room`` numbers fit into an example's list; a full one is cut down to ``most``, in order, and nothing below
+        the smallest of them enters any more. ``last``: cut the lists at the end. NaN counts as infinity.
+        """
+        (
+            counter,
+            block,
+            bias,
+            values,
+            units,
+            counts,
+            floors,
+            examples,
+            width,
+            first,
+            most,
+            room,
+            last,
+            scratch,
+            stride,
+        ) = arguments(p, 15)
+        near = scratch + take(counter + 8) * stride
+        while True:
+            start = take(counter) * 8
+            if start >= examples:
+                break
+            for b in range(start, min(start + 8, examples)):
+                row, mine, names = block + b * width * size, values + b * room * size, units + b * room * 8
+                have, floor = read_word(counts + 8 * b), read(floors + b * size, one)
+                n = 0
+                while n < width:
+                    wide = min(64, width - n)
+                    bits = above(row + n * size, bias + n * size, wide, floor, one)
+                    while bits != 0:
+                        place = n + lowest(bits)
+                        bits &= bits - 1
+                        z = read(row + place * size, one) + read(bias + place * size, one)
+                        if z <= floor:
+                            continue
+                        write(mine + have * size, z)
+                        write_word(names + have * 8, first + place)
+                        have += 1
+                        if have == room:
+                            floor = cut(mine, names, have, most, near, size, one)
+                            have = most
+                    n += wide
+                if last != 0 and have > most:
+                    cut(mine, names, have, most, near, size, one)
+                    have = most
+                write_word(counts + 8 * b, have)
+                write(floors + b * size, floor)
+
+    made = (dots, by_example, by_unit, add_rows, select)
+    return {kernel.__name__: kernel for kernel in made}
+
+
+def _make_turning(one: Any) -> dict[str, Any]:
+    """Return the kernels that turn lists by example into lists by unit: a radix sort, whose tasks are parts of pairs.
+
+    ``counters`` has a row of 2^bits for each part: how many pairs of a part have a digit, then where they go.
+    """
+
+    def pairs_of(p: Any) -> None:
+        """Write a record for every pair; a task is ``span`` examples."""
+        counter, starts, units, records, examples, span = arguments(p, 6)
+        while True:
+            first = take(counter) * span
+            if first >= examples:
+                break
+            for b in range(first, min(first + span, examples)):
+                for i in range(read_word(starts + 8 * b), read_word(starts + 8 * b + 8)):
+                    write_word(records + PAIR * i, read_word(units + 8 * i) | (b << 32))
+                    write_word(records + PAIR * i + 8, i)
+
+    def count(p: Any) -> None:
+        counter, records, counters, pairs, parts, shift, bits = arguments(p, 7)
+        digits = 1 << bits
+        while True:
+            part = take(counter)
+            if part >= parts:
+                break
+            mine = counters + part * digits * 8
+            clear(mine, digits * 8)
+            for i in range(part * pairs // parts, (part + 1) * pairs // parts):
+                at = mine + 8 * (((read_word(records + PAIR * i) & 0xFFFFFFFF) >> shift) & (digits - 1))
+                write_word(at, read_word(at) + 1)
+
+    def place(p: Any) -> None:
+        """Turn how many into where; one task."""
+        counter, counters, parts, bits = arguments(p, 4)
+        if take(counter) == 0:
+            before = 0
+            for digit in range(1 << bits):
+                for part in range(parts):
+                    at = counters + ((part << bits) + digit) * 8
+                    have = read_word(at)
+                    write_word(at, before)
+                    before += have
+
+    def scatter(p: Any) -> None:
+        counter, records, sorted_records, counters, pairs, parts, shift, bits = arguments(p, 8)
+        digits = 1 << bits
+        while True:
+            part = take(counter)
+            if part >= parts:
+                break
+            mine = counters + part * digits * 8
+            for i in range(part * pairs // parts, (part + 1) * pairs // parts):
+                word = read_word(records + PAIR * i)
+                at = mine + 8 * (((word & 0xFFFFFFFF) >> shift) & (digits - 1))
+                to = read_word(at)
+                write_word(at, to + 1)
+                write_word(sorted_records + PAIR * to, word)
+                write_word(sorted_records + PAIR * to + 8, read_word(records + PAIR * i + 8))
+
+    def heads(p: Any) -> None:
+        """Count the units that begin in each part, or, with ``touched``, write the lists."""
+        counter, records, counters, touched, starts, examples, places, pairs, parts = arguments(p, 9)
+        while True:
+            part = take(counter)
+            if part >= parts:
+                break
+            first = part * pairs // parts
+            before = read_word(records + PAIR * (first - 1)) & 0xFFFFFFFF if first != 0 else -1
+            at = read_word(counters + 8 * part) if touched != 0 else 0
+            for i in range(first, (part + 1) * pairs // parts):
+                word = read_word(records + PAIR * i)
+                n = word & 0xFFFFFFFF
+                if touched != 0:
+                    write_word(examples + 8 * i, word >> 32)
+                    write_word(places + 8 * i, read_word(records + PAIR * i + 8))
+                if n != before:
+                    if touched != 0:
+                        write_word(touched + 8 * at, n)
+                        write_word(starts + 8 * at, i)
+                    at += 1
+                    before = n
+            if touched == 0:
+                write_word(counters + 8 * part, at)
+            elif part == parts - 1:
+                write_word(starts + 8 * at, pairs)
+
+    def check(p: Any) -> None:
+        """Set ``wrong``: 1 an index out of range, 2 unsorted or repeated within an example; a task is 64 examples."""
+        counter, starts, units, count, examples, wrong = arguments(p, 6)
+        while True:
+            first = take(counter) * 64
+            if first >= examples:
+                break
+            for b in range(first, min(first + 64, examples)):
+                before = -1
+                for i in range(read_word(starts + 8 * b), read_word(starts + 8 * b + 8)):
+                    n = read_word(units + 8 * i)
+                    if n < 0 or n >= count:
+                        write_word(wrong, 1)
+                    elif n <= before:
+                        write_word(wrong + 8, 1)
+                    before = n
+
+    made = (pairs_of, count, place, scatter, heads, check)
+    return {kernel.__name__: kernel for kernel in made}
+
+
+products, turning = g.Kernels(_make), g.Kernels(_make_turning)

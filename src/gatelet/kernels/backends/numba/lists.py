@@ -1,0 +1,344 @@
+"""The products over lists of open units, as functions of tensors. No tensor of examples × units exists.
+
+Lists by example are two int64 tensors, those of CSR: example b has ``units[starts[b]:starts[b + 1]]`` open, and whatever
+belongs to a pair (values, coefficients, their gradients) has its place in a tensor (pairs,). For (B, K) indices, ``fixed_starts(B, K)`` are the starts and ``indices.flatten()`` the units.
+
+A decoder, y[b] = Σ values · W[n] + bias, is ``by_example``. Its backward pass, for the gradient g (B, D) of y, is
+``backward(g, weight, values, turned(starts, units, N))``, which gives the gradients of the values and, of the weights,
+the rows that were touched. An encoder whose indices are given, z = ⟨x[b], W[n]⟩ + bias, is ``dots``; from the gradient
+c (pairs,) of its values, the gradient of x is ``by_example(c, weight, None, starts, units)``, that of the weight and
+bias ``by_unit(c, x, turned(…))``. An encoder that finds the indices itself is ``top_k``.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gatelet.kernels import _team as team
+from gatelet.kernels.backends.numba.list_kernels import PAIR, products, turning
+
+TASK = 256
+"""About so many pairs make a task."""
+DIGIT = 11
+"""Bits of a unit's number that one pass of the sort looks at, at most: 2048 counters stay near."""
+
+
+class Turned(NamedTuple):
+    """Lists by unit, of the units that are open for any example, in order.
+
+    Attributes:
+        touched: their numbers, (U,).
+        starts: (U + 1,): the pairs of ``touched[t]`` are ``starts[t]`` to ``starts[t + 1]``.
+        examples: the example of each pair, (pairs,), ascending within a unit.
+        places: where each pair stands in the lists by example.
+        units: N.
+    """
+
+    touched: Tensor
+    starts: Tensor
+    examples: Tensor
+    places: Tensor
+    units: int
+
+
+def fixed_starts(batch: int, most: int) -> Tensor:
+    """Return the starts of lists of ``most`` units for each of ``batch`` examples."""
+    return torch.arange(0, batch * most + 1, max(most, 1)) if most else torch.zeros(batch + 1, dtype=torch.int64)
+
+
+def check_lists(starts: Tensor, units: Tensor, count: int, name: str = "indices") -> None:
+    """Raise unless every example's list is sorted, without repeats, and of units 0 … ``count`` − 1.
+
+    Raises:
+        ValueError: naming ``name``.
+    """
+    wrong = (torch.zeros(2, dtype=torch.int64)).contiguous()
+    batch = len(starts) - 1
+    turning.run(
+        *("check", 32, team.threads(len(units))),
+        starts=starts.data_ptr(),
+        units=units.data_ptr(),
+        count=count,
+        examples=batch,
+        wrong=wrong.data_ptr(),
+    )
+    outside, unsorted = wrong.tolist()
+    if outside:
+        raise ValueError(f"{name} must be at least 0 and below the number of units, {count}")
+    if unsorted:
+        raise ValueError(f"{name} must be sorted, without repeats, within each example")
+
+
+def dots(x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor, units: Tensor) -> Tensor:
+    """Return ⟨x[b], weight[n]⟩ + bias[n] for every pair (b, n) of the lists.
+
+    Args:
+        x: (B, D).
+        weight: (N, D).
+        bias: (N,).
+        starts: (B + 1,) int64.
+        units: (pairs,) int64, in range (``check_lists``); the order within an example is free.
+
+    Returns:
+        (pairs,).
+    """
+    (batch, width), pairs = x.shape, len(units)
+    values = x.new_empty(pairs)
+    if not pairs:
+        return values
+    products.run(
+        *("dots", _bits(x), team.threads(pairs * width)),
+        x=x.data_ptr(),
+        weight=weight.data_ptr(),
+        bias=_address(bias),
+        starts=starts.data_ptr(),
+        units=units.data_ptr(),
+        values=values.data_ptr(),
+        examples=batch,
+        width=width,
+        span=_span(batch, pairs),
+        pairs=pairs,
+    )
+    return values
+
+
+def by_example(values: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor, units: Tensor) -> Tensor:
+    """Return y (B, D), y[b] = bias + Σ values · weight[n] over the list of b.
+
+    Args:
+        values: (pairs,), as the lists order them.
+        weight: (N, D).
+        bias: (D,).
+        starts: (B + 1,) int64.
+        units: (pairs,) int64, in range (``check_lists``); the order within an example is free.
+
+    Returns:
+        (B, D).
+    """
+    batch, width, pairs = len(starts) - 1, weight.shape[1], len(units)
+    out = weight.new_empty((batch, width))
+    if not out.numel():
+        return out
+    products.run(
+        *("by_example", _bits(weight), team.threads(pairs * width)),
+        values=values.data_ptr(),
+        weight=weight.data_ptr(),
+        bias=_address(bias),
+        starts=starts.data_ptr(),
+        units=units.data_ptr(),
+        out=out.data_ptr(),
+        examples=batch,
+        width=width,
+        span=_span(batch, pairs),
+        pairs=pairs,
+    )
+    return out
+
+
+def turned(starts: Tensor, units: Tensor, count: int) -> Turned:
+    """Return the lists by unit: a stable radix sort, which takes time for pairs, not for units.
+
+    Args:
+        starts: (B + 1,) int64.
+        units: (pairs,) int64, in range (``check_lists``).
+        count: N, below 2³¹.
+    """
+    pairs, batch = len(units), len(starts) - 1
+    examples, places = torch.empty_like(units), torch.empty_like(units)
+    if not pairs:
+        return Turned(units, units.new_zeros(1), examples, places, count)
+    threads = team.threads(8 * pairs)
+    parts = max(min(threads, pairs), 1)
+    length = max((count - 1).bit_length(), 1)
+    passes = -(-length // DIGIT)
+    bits = -(-length // passes)
+    records, other = units.new_empty(pairs * PAIR // 8), units.new_empty(pairs * PAIR // 8)
+    counters = units.new_empty(parts << bits)
+    lists = {"starts": starts.data_ptr(), "units": units.data_ptr()}
+    span = _span(batch, pairs)
+    turning.run("pairs_of", 32, threads, **lists, records=records.data_ptr(), examples=batch, span=span)
+    for k in range(passes):
+        digit = {"shift": k * bits, "bits": bits, "parts": parts, "pairs": pairs, "counters": counters.data_ptr()}
+        turning.run("count", 32, threads, records=records.data_ptr(), **digit)
+        turning.run("place", 32, 1, counters=counters.data_ptr(), parts=parts, bits=bits)
+        turning.run("scatter", 32, threads, records=records.data_ptr(), sorted_records=other.data_ptr(), **digit)
+        records, other = other, records
+    args = {"records": records.data_ptr(), "counters": counters.data_ptr(), "pairs": pairs, "parts": parts}
+    turning.run("heads", 32, threads, touched=0, starts=0, examples=0, places=0, **args)
+    found = counters[:parts]
+    touched = units.new_empty(int(found.sum()))
+    first = units.new_empty(len(touched) + 1)
+    found.copy_(found.cumsum(0) - found)
+    into = {"touched": touched.data_ptr(), "starts": first.data_ptr()}
+    turning.run("heads", 32, threads, **into, examples=examples.data_ptr(), places=places.data_ptr(), **args)
+    return Turned(touched, first, examples, places, count)
+
+
+def by_unit(
+    values: Tensor | None,
+    table: Tensor,
+    lists: Turned,
+    *,
+    weight: Tensor | None = None,
+    dense: bool = False,
+    need_rows: bool = True,
+    need_total: bool = True,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return Σ values · table[b] and Σ values over the pairs of each unit, and ⟨weight[n], table[b]⟩ of each pair.
+
+    Args:
+        values: (pairs,), in the order of the lists by example; None if only the products with ``weight`` are wanted.
+        table: (B, D), the examples.
+        lists: from ``turned``.
+        weight: (N, D), or None.
+        dense: give the sums of all N units, zero where none is open, not only those touched.
+        need_rows: whether the first is wanted.
+        need_total: whether the second is wanted.
+
+    Returns:
+        (U, D) or (N, D), (U,) or (N,), (pairs,); None for what is not wanted.
+    """
+    width, pairs, count = table.shape[1], len(lists.places), len(lists.touched)
+    rows = lists.units if dense else count
+    sums = table.new_empty((rows, width)) if values is not None and need_rows else None
+    total = table.new_empty(rows) if values is not None and need_total else None
+    found = None if weight is None else table.new_empty(pairs)
+    if not pairs:
+        return (None if sums is None else sums.zero_()), (None if total is None else total.zero_()), found
+    threads = team.threads(pairs * width)
+    scratch = table.new_empty(threads * 128)
+    products.run(
+        *("by_unit", _bits(table), threads),
+        values=_address(values),
+        table=table.data_ptr(),
+        weight=_address(weight),
+        touched=lists.touched.data_ptr(),
+        starts=lists.starts.data_ptr(),
+        examples=lists.examples.data_ptr(),
+        places=lists.places.data_ptr(),
+        sums=_address(sums),
+        total=_address(total),
+        products=_address(found),
+        count=count,
+        units=lists.units,
+        width=width,
+        dense=int(dense),
+        scratch=scratch.data_ptr(),
+        stride=128 * table.element_size(),
+        span=_span(count, pairs),
+        pairs=pairs,
+    )
+    return sums, total, found
+
+
+def backward(grad: Tensor, weight: Tensor, values: Tensor, lists: Turned, dense: bool = False) -> tuple[Tensor, Tensor]:
+    """Return the gradients of ``by_example``'s values (pairs,) and weights, those of touched rows unless ``dense``.
+
+    One pass by unit does both, so that each row of the weights is read once and in order.
+
+    Args:
+        grad: (B, D), the gradient of y.
+        weight: (N, D).
+        values: (pairs,).
+        lists: from ``turned``.
+        dense: give the weights' gradient (N, D), not only the rows touched, (U, D).
+    """
+    sums, _, found = by_unit(values, grad, lists, weight=weight, dense=dense, need_total=False)
+    assert sums is not None
+    assert found is not None
+    return found, sums
+
+
+def as_sparse(rows: Tensor, lists: Turned) -> Tensor:
+    """Return rows (U, …) of touched units as a coalesced sparse COO tensor (N, …), which torch.optim takes."""
+    shape = (lists.units, *rows.shape[1:])
+    return torch.sparse_coo_tensor(lists.touched[None], rows, shape, is_coalesced=True, check_invariants=False)
+
+
+def add_rows(weight: Tensor, rows: Tensor, lists: Turned, scale: float) -> None:
+    """Add scale · rows[t] to weight[touched[t]], in place: a step of gradient descent that costs what was touched."""
+    count, width = rows.shape
+    if not rows.numel():
+        return
+    factor, order = torch.full((1,), scale, dtype=rows.dtype), torch.arange(count)
+    products.run(
+        *("add_rows", _bits(rows), team.threads(rows.numel())),
+        rows=rows.data_ptr(),
+        touched=lists.touched.data_ptr(),
+        weight=weight.data_ptr(),
+        scale=factor.data_ptr(),
+        order=order.data_ptr(),
+        count=count,
+        width=width,
+        span=TASK,
+    )
+
+
+BLOCK, CHUNK = 1024, 256
+"""Latents and examples of a block of an encoder's product: a megabyte of float32, which stays in the near caches."""
+
+
+def top_k(x: Tensor, weight: Tensor, bias: Tensor | None, most: int) -> tuple[Tensor, Tensor]:
+    """Return each example's ``most`` largest of x Wᵀ + b, and where they are, in the order of the units.
+
+    The product is taken in blocks, of which an example keeps what may yet be among its largest: no (B, N) tensor
+    exists. Among equals the first units count. NaN counts as infinity.
+
+    Args:
+        x: (B, D).
+        weight: (N, D).
+        bias: (N,).
+        most: K, at most N.
+
+    Returns:
+        values (B, K) and indices (B, K), sorted by index.
+    """
+    batch, units = len(x), len(weight)
+    if not 1 <= most <= units:
+        raise ValueError(f"most must be between 1 and the number of units, {units}, not {most}")
+    # A list is cut when it is full: more room, fewer cuts.
+    room = 2 * most + 32
+    bias = weight.new_zeros(units) if bias is None else bias
+    values, names = x.new_empty((batch, room)), torch.empty((batch, room), dtype=torch.int64)
+    counts, floors = torch.zeros(batch, dtype=torch.int64), x.new_full((batch,), torch.nan)
+    buffer = x.new_empty(min(batch, CHUNK) * min(units, BLOCK))
+    threads = team.threads(len(buffer))
+    scratch = x.new_empty(threads * (room + 32))
+    for b in range(0, batch, CHUNK):
+        rows = min(CHUNK, batch - b)
+        for n in range(0, units, BLOCK):
+            width = min(BLOCK, units - n)
+            block = buffer[: rows * width].view(rows, width)
+            torch.mm(x[b : b + rows], weight[n : n + width].t(), out=block)
+            products.run(
+                *("select", _bits(x), threads),
+                block=block.data_ptr(),
+                bias=bias.data_ptr() + n * x.element_size(),
+                values=values[b].data_ptr(),
+                units=names[b].data_ptr(),
+                counts=counts[b:].data_ptr(),
+                floors=floors[b:].data_ptr(),
+                examples=rows,
+                width=width,
+                first=n,
+                most=most,
+                room=room,
+                last=int(n + width == units),
+                scratch=scratch.data_ptr(),
+                stride=(room + 32) * x.element_size(),
+            )
+    return values[:, :most].contiguous(), names[:, :most].contiguous()
+
+
+def _bits(tensor: Tensor) -> int:
+    return 8 * tensor.element_size()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _span(lists: int, pairs: int) -> int:
+    """Return how many lists make a task."""
+    return max(1, TASK * lists // max(pairs, 1))
