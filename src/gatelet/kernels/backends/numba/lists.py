@@ -1,7 +1,8 @@
 """The products over lists of open units, as functions of tensors. No tensor of examples × units exists.
 
-Lists by example are two int64 tensors, those of CSR: example b has ``units[starts[b]:starts[b + 1]]`` open, and whatever
-belongs to a pair (values, coefficients, their gradients) has its place in a tensor (pairs,). For (B, K) indices, ``fixed_starts(B, K)`` are the starts and ``indices.flatten()`` the units.
+Lists by example are two int64 tensors, those of CSR: example b has ``units[starts[b]:starts[b + 1]]`` open, and what
+belongs to a pair (values, coefficients, their gradients) has its place in a tensor (pairs,). For (B, K) indices,
+``fixed_starts(B, K)`` are the starts and ``indices.flatten()`` the units.
 
 A decoder, y[b] = Σ values · W[n] + bias, is ``by_example``. Its backward pass, for the gradient g (B, D) of y, is
 ``backward(g, weight, values, turned(starts, units, N))``, which gives the gradients of the values and, of the weights,
