@@ -9,7 +9,7 @@ from torch import nn
 import gatelet
 from gatelet.convert import blocks
 from gatelet.convert.gater_regression import RIDGE, SPREAD, GaterRegression
-from gatelet.nn.gater import Gater
+from gatelet.nn.gaters import Gater
 
 
 def problem(tokens=400, width=6, gates=15, noise=0.5):

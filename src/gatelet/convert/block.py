@@ -1,12 +1,14 @@
 """A feed-forward block of a model: where its parts lie, and the gating that is put into it."""
 
+import copy
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from gatelet.estimators import Estimator
 from gatelet.nn.conditional_ffn import ACTIVATIONS, Affine
 from gatelet.nn.gating import Gating
 
@@ -40,10 +42,31 @@ class Block:
     last: str | None = None
 
 
+@dataclass(frozen=True)
+class Options:
+    """With what a block was converted: the arguments of :func:`gatelet.convert`."""
+
+    target_rate: float
+    bottleneck: int
+    estimator: str | Estimator
+    group_size: int
+    gater: str
+    further: dict[str, Any] = field(default_factory=dict)
+
+    def gating(self, width: int, units: int, flops_per_unit: int) -> "BlockGating":
+        """Return new gates for a block of these sizes."""
+        estimator = copy.deepcopy(self.estimator)
+        sizes = (width, units, self.bottleneck, flops_per_unit)
+        made = BlockGating(*sizes, estimator, self.target_rate, self.group_size, gater=self.gater, **self.further)
+        made.options = self
+        return made
+
+
 class BlockGating(Gating):
-    """The gating of a converted block; knows where its weights lie."""
+    """The gating of a converted block; knows where its weights lie, and how it was made."""
 
     block: Block
+    options: Options
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A state_dict of the dense model knows nothing of gaters: they stay as they are. What is put here is seen by

@@ -14,15 +14,11 @@ from torch import Tensor, nn
 
 from gatelet._checks import check_count, check_positive
 from gatelet.convert.block import BlockGating
-from gatelet.convert.gater_regression import GaterRegression
 from gatelet.convert.progress import Progress
 from gatelet.convert.student import Student, recording
 from gatelet.convert.swap import blocks
 from gatelet.nn.gating import masking
 from gatelet.sparsity import calibrate_thresholds
-
-TOKENS = 32
-"""Tokens per input feature that the regression looks at, if the loader has so many."""
 
 Forward = Callable[[nn.Module, Any], Any]
 Mask = Callable[[Any], Tensor | None]
@@ -226,9 +222,8 @@ class _Fit:
         gaters = [p for student in students for p in student.gater()]
         others = [p for student in students for p in student.weights()] if plan.weights else []
         self.trained = gaters + others
-        self.optimizer = torch.optim.Adam(
-            [{"params": gaters, "lr": plan.lr}, {"params": others, "lr": plan.weights_lr}][: 2 if others else 1]
-        )
+        groups = [{"params": gaters, "lr": plan.lr}, {"params": others, "lr": plan.weights_lr}]
+        self.optimizer = torch.optim.Adam([group for group in groups if group["params"]] or groups)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * min(1, t / plan.steps)))
         )
@@ -266,13 +261,16 @@ class _Fit:
         self.found.first_errors = self.found.errors = self.batches.held_out_errors(self.plan.held_out)
         resumed = self.checkpoint is not None and self.checkpoint.exists()
         if not resumed:
-            self.found.errors = self._begin_by_regression()
+            self.found.errors = self._begin_gaters()
         self.best = self._state()
         if resumed:
             self._resume()
 
     def _steps(self) -> None:
         plan, batches = self.plan, _endless(self.batches.loader, self.plan.held_out)
+        if not self.trained:
+            self.found.why_stopped = "no steps: these gates have no weights"
+            return
         self.progress.start("distil", plan.steps)
         loss = math.nan
         while self.step < plan.steps and self.looks < plan.patience:
@@ -287,7 +285,7 @@ class _Fit:
         """Return the mean loss of the blocks."""
         total, weights = 0.0, self.plan.weights
         for student, x, y in self.batches.examples(batch):
-            terms = student.losses(x, y, gater=True, error=weights, weights=weights)
+            terms = student.losses(x, y, gater=bool(student.gater()), error=weights, weights=weights)
             loss = torch.stack(list(terms.values())).sum()
             if not bool(loss.isfinite()):
                 raise FloatingPointError(f"the loss of {student.name} is {loss.item()}")
@@ -323,28 +321,20 @@ class _Fit:
         self.step, self.looks, self.best = saved["step"], saved["looks"], saved["best"]
         self.found.errors, self.found.first_errors = saved["errors"], saved["first_errors"]
 
-    def _begin_by_regression(self) -> dict[str, float]:
-        """Start each gater from least squares where that is better than what it is, and return the errors then."""
+    def _begin_gaters(self) -> dict[str, float]:
+        """Start each gater where no step is needed, if that is better than what it is; return the errors then."""
         first, held_out = self.found.first_errors, self.plan.held_out
-        fits = {student.name: GaterRegression(student.gating.gater) for student in self.students}
-        enough = {name: TOKENS * fit.gater.hidden.in_features for name, fit in fits.items()}
-        for batch in self.progress.phase("least squares", _but_first(self.batches.loader, held_out)):
+        fits = {student: student.beginning() for student in self.students}
+        for batch in self.progress.phase("begin", _but_first(self.batches.loader, held_out)):
             for student, x, _ in self.batches.examples(batch):
-                student.add_to(fits[student.name], x)
-            if all(fit.count >= enough[name] for name, fit in fits.items()):
+                student.add_to(fits[student], x)
+            if all(fit.enough for fit in fits.values()):
                 break
-        before = self._state()
-        written = {name for name, fit in fits.items() if fit.write()}
+        written = [(student, fit) for student, fit in fits.items() if fit.write()]
         errors = self.batches.held_out_errors(held_out)
-        better = {
-            id(p)
-            for student in self.students
-            if student.name in written and errors[student.name] < first[student.name]
-            for p in student.gater()
-        }
-        self._load(
-            [p.detach().clone() if id(p) in better else old for p, old in zip(self.trained, before, strict=True)]
-        )
+        for student, fit in written:
+            if not errors[student.name] < first[student.name]:
+                fit.undo()
         return {name: min(error, first[name]) for name, error in errors.items()}
 
     def _state(self) -> list[Tensor]:

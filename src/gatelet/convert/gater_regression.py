@@ -1,10 +1,10 @@
-"""A gater by least squares: where the fitting of gaters begins."""
+"""Where the fitting of gaters begins: a gater by least squares, the scale of one that decides by itself."""
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gatelet.nn.gater import Gater
+from gatelet.nn.gaters import Gater, SelfGater
 
 RIDGE = 1e-3
 """Of the inputs' mean variance."""
@@ -12,6 +12,8 @@ LINEAR = 0.2
 """Standard deviation in front of tanh, which is nearly linear there."""
 SPREAD = 2.0
 """Standard deviation of the logits, over tokens and gates."""
+TOKENS = 32
+"""So many inputs per feature are enough."""
 
 
 class GaterRegression:
@@ -45,6 +47,12 @@ class GaterRegression:
         self.count = 0
         self.sum_x, self.sum_y = like.new_zeros(width), like.new_zeros(gates)
         self.xx, self.xy = like.new_zeros(width, width), like.new_zeros(width, gates)
+        self.before = [parameter.detach().clone() for parameter in gater.parameters()]
+
+    @property
+    def enough(self) -> bool:
+        """Whether more inputs would hardly change what is written."""
+        return self.count >= TOKENS * len(self.sum_x)
 
     @torch.no_grad()
     def add(self, x: Float[Tensor, "T D"], y: Float[Tensor, "T G"]) -> None:
@@ -82,3 +90,53 @@ class GaterRegression:
         gates.weight[:, : len(into)] = (loadings * (SPREAD / spread / LINEAR)).to(gates.weight)
         gates.bias.copy_(mean_y * (SPREAD / spread))
         return True
+
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Give the gater the weights that it had."""
+        for parameter, value in zip(self.gater.parameters(), self.before, strict=True):
+            parameter.copy_(value)
+
+
+class ScaleFit:
+    """The scale of a :class:`gatelet.nn.SelfGater`: what its units' activations are multiplied by on average.
+
+    s_n = ‖W2 column n‖ · √mean (W1 x + b1)²_n; without W_g, s_n = ‖W2 column n‖.
+
+    >>> import torch
+    >>> fitted = ScaleFit(gater := SelfGater(2, 2))
+    >>> fitted.add(torch.tensor([[3.0, 0.0], [3.0, 2.0]]), torch.tensor([[1.0, 2.0]]))
+    >>> fitted.write()
+    True
+    >>> gater.scale
+    tensor([3.0000, 2.8284])
+    """
+
+    def __init__(self, gater: SelfGater) -> None:
+        self.gater, self.before = gater, gater.scale.clone()
+        self.count, self.sum = 0, torch.zeros_like(gater.scale, dtype=torch.float64)
+        self.norms = torch.ones_like(gater.scale)
+
+    @property
+    def enough(self) -> bool:
+        """Whether more inputs would hardly change what is written."""
+        return self.count >= 4096
+
+    @torch.no_grad()
+    def add(self, factor: Float[Tensor, "T N"], w_down: Float[Tensor, "O N"]) -> None:
+        """Take in what the activations are multiplied by, and W2."""
+        self.count += len(factor)
+        self.sum += factor.square().sum(0)
+        self.norms = w_down.norm(dim=0)
+
+    def write(self) -> bool:
+        """Set the scale; False, and nothing is set, where it would be zero throughout or not finite."""
+        scale = (self.sum / max(1, self.count)).sqrt().to(self.norms) * self.norms
+        if not bool(scale.isfinite().all() & (scale > 0).any()):
+            return False
+        self.gater.scale.copy_(scale)
+        return True
+
+    def undo(self) -> None:
+        """Give the gater the scale that it had."""
+        self.gater.scale.copy_(self.before)

@@ -134,7 +134,6 @@ def _row(name: str, layer: Gating, times: tuple[float, float] | None) -> LayerRe
     tokens, groups, dense = int(layer.tokens), layer.opened.numel(), layer.units * layer.flops_per_unit
     opened = layer.opened.cpu()
     share = None if not tokens else float(opened.sum()) / (tokens * groups)
-    width, bottleneck = layer.gater.hidden.in_features, layer.gater.hidden.out_features
     return LayerReport(
         name,
         layer.units,
@@ -144,8 +143,8 @@ def _row(name: str, layer: Gating, times: tuple[float, float] | None) -> LayerRe
         None if share is None else int((opened == 0).sum()),
         None if share is None else int((opened == tokens).sum()),
         dense,
-        None if share is None else share * dense,
-        2 * bottleneck * (width + groups),
+        None if share is None else share * layer.units * layer.flops_open,
+        layer.flops_gater,
         None if times is None else times[0],
         None if times is None else times[1],
     )

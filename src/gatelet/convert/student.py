@@ -2,16 +2,17 @@
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gatelet.convert.block import BlockGating, affine_at
-from gatelet.convert.gater_regression import GaterRegression
+from gatelet.convert.gater_regression import GaterRegression, ScaleFit
 from gatelet.convert.swap import blocks
-from gatelet.nn.conditional_ffn import hidden_layer
+from gatelet.nn.conditional_ffn import ACTIVATIONS, hidden_layer
+from gatelet.nn.gaters import SelfGater
 
 
 class Student:
@@ -66,6 +67,14 @@ class Student:
             raise FloatingPointError(f"what the teacher's block of {self.name} takes or gives is not finite")
         return x, y
 
+    def logits(self, x: Tensor) -> Tensor:
+        """Return what the gates are decided by, before the controllers."""
+        gater, block = self.gating.gater, self.block
+        if not isinstance(gater, SelfGater):
+            return cast(Tensor, gater(x))
+        first = affine_at(self.owner, block.glu or block.up)
+        return cast(Tensor, gater(x, ACTIVATIONS[block.activation](F.linear(x, *first))))
+
     @torch.no_grad()
     def margin(self, hidden: Tensor, w_down: Tensor) -> Tensor:
         """Return c − t: what closing each gate costs of the output, over the cost at the limit of what may be open."""
@@ -75,13 +84,21 @@ class Student:
             cost = cost.unflatten(-1, (-1, gating.group_size)).sum(-1)
         return cost - top(cost, 0.5 if target is None else target)
 
-    def add_to(self, regression: GaterRegression, x: Tensor) -> None:
-        """Give the regression these inputs, and as targets of the logits sign(c − t) √|c − t|."""
+    def beginning(self) -> GaterRegression | ScaleFit:
+        """Return what finds a first state of this gater."""
+        gater = self.gating.gater
+        return ScaleFit(gater) if isinstance(gater, SelfGater) else GaterRegression(gater)
+
+    @torch.no_grad()
+    def add_to(self, fit: GaterRegression | ScaleFit, x: Tensor) -> None:
+        """Give it these inputs, and what the gater should know of them."""
         up, down = affine_at(self.owner, self.block.up), affine_at(self.owner, self.block.down)
         glu = None if self.block.glu is None else affine_at(self.owner, self.block.glu)
-        with torch.no_grad():
-            margin = self.margin(hidden_layer(x, self.block.activation, up, glu), down.weight)
-        regression.add(x, margin.sign() * margin.abs().sqrt())
+        if isinstance(fit, ScaleFit):
+            fit.add(x.new_ones(1, down.weight.shape[1]) if glu is None else F.linear(x, *up), down.weight)
+            return
+        margin = self.margin(hidden_layer(x, self.block.activation, up, glu), down.weight)
+        fit.add(x, margin.sign() * margin.abs().sqrt())  # targets of the logits: sign(c − t) √|c − t|
 
     def losses(self, x: Tensor, y: Tensor, *, gater: bool, error: bool, weights: bool) -> dict[str, Tensor]:
         """Return the gater's loss and the block's normalised error with the gates that it opens now, as asked for."""
@@ -90,7 +107,7 @@ class Student:
         glu = None if self.block.glu is None else affine_at(self.owner, self.block.glu)
         target = gating.unit.target_rate
         with torch.set_grad_enabled(gater and torch.is_grad_enabled()):
-            logits = gating.gater(x)
+            logits = self.logits(x)
             for controller in gating.sparsity:
                 logits = controller.shift(logits)  # type: ignore[operator]
         with torch.set_grad_enabled(weights and torch.is_grad_enabled()):

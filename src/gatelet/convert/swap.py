@@ -1,6 +1,5 @@
 """Conditional feed-forward blocks put into an existing model, and taken out again."""
 
-import copy
 import fnmatch
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -8,12 +7,13 @@ from typing import Any, cast
 
 from torch import nn
 
-from gatelet._checks import check_count, check_rate
-from gatelet.convert.block import NATIVE, Block, BlockGating, affine_at, at
+from gatelet._checks import check_choice, check_count, check_rate
+from gatelet.convert.block import NATIVE, Block, BlockGating, Options, affine_at, at
 from gatelet.convert.find import find
 from gatelet.convert.run import Swapped, swapped
 from gatelet.estimators import Estimator
 from gatelet.nn.conditional_ffn import by_unit, check_saves
+from gatelet.nn.gaters import NAMES
 from gatelet.nn.gating import Gating
 
 Where = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -43,6 +43,7 @@ def convert(
     where: Where | None = None,
     estimator: str | Estimator = "straight_through",
     group_size: int = 1,
+    gater: str = "mlp",
     **options: Any,
 ) -> Conversion:
     """Give a model's feed-forward blocks gates, in place; its weights stay the parameters they are.
@@ -64,6 +65,9 @@ def convert(
             that are found by default.
         estimator: a name of ``gatelet.estimators.ALL`` or an instance, of which every block gets a copy.
         group_size: consecutive units that share a gate.
+        gater: ``"mlp"``, or ``"self"``: the block's own activation decides, by a threshold, and nothing is to be
+            fitted; next comes :func:`gatelet.sparsity.calibrate_thresholds`, or ``distil``, which calibrates too
+            (:class:`gatelet.nn.ConditionalFFN`).
         options: further ones of :class:`gatelet.nn.ConditionalFFN`: ``sparsity``, ``detach_gater_input``.
 
     Returns:
@@ -84,64 +88,78 @@ def convert(
     check_rate(target_rate)
     check_count(bottleneck, "bottleneck")
     check_count(group_size, "group_size")
+    check_choice(gater, NAMES, "gater")
+    made = Options(target_rate, bottleneck, estimator, group_size, gater, options)
     report, chosen = Conversion(), _chooser(where)
-    owners: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        owners[id(parameter)] = owners.get(id(parameter), 0) + 1
-    gating_parts = {id(part) for each in model.modules() if isinstance(each, Gating) for part in each.modules()}
-    candidates = [
-        (label, module, holder, block)
-        for name, module in model.named_modules()
-        if id(module) not in gating_parts  # a gater looks like a block, too
-        for label, holder, block in find(name, module)
-    ]
+    uses = _uses(model)
+    candidates = _candidates(model)
     seen = 0
     for name, owner, holder, block in candidates:
         if not chosen(name, owner):
             continue
         seen += 1
-        reason = (
-            block if isinstance(block, str) else _why_not(owner, block, target_rate, bottleneck, group_size, owners)
-        )
-        if reason is not None:
-            report.left[name] = reason
-            continue
-        assert isinstance(block, Block)
-        up, down = affine_at(owner, block.up), affine_at(owner, block.down)
-        flops = 2 * ((2 if block.glu else 1) * up.weight.shape[1] + down.weight.shape[0])
-        sizes = (up.weight.shape[1], up.weight.shape[0], bottleneck, flops)
-        gating = BlockGating(*sizes, copy.deepcopy(estimator), target_rate, group_size, **options)
-        gating.block = block
-        gating.to(up.weight).train(owner.training)
-        for path in (block.up, block.down, block.glu):
-            if path is not None:
-                affine = at(owner, path)
-                transposed = hasattr(affine, "nf")
-                by_unit(affine.weight, int((path == block.down) != transposed))
-        holder.add_module("gating", gating)
-        if not isinstance(owner, Swapped):
-            owner.__class__ = swapped(type(owner), block.kind)
-        gated = "gated " if block.glu else ""
-        sizes_shown = " → ".join(map(str, (up.weight.shape[1], up.weight.shape[0], down.weight.shape[0])))
-        report.converted[name] = f"{sizes_shown}, {gated}{block.activation}"
+        reason = block if isinstance(block, str) else _why_not(owner, block, made, uses)
+        if isinstance(block, str) or reason is not None:
+            report.left[name] = str(reason)
+        else:
+            report.converted[name] = _swap(owner, holder, block, made)
     if not report.converted:
         if not seen:
             names = [name or "(the model)" for name, *_ in candidates]
             known = f" ({len(names)} blocks were found: {', '.join(names[:8])})" if names else ""
             raise ValueError(f"{'where: selects' if names else 'model: has'} no feed-forward block{known}")
         raise ValueError(f"model: no feed-forward block could be converted\n{report!r}")
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, Swapped) for m in module.layers):
-            # Its fused path hands the layers nested tensors, which no kernel reads.
-            if not hasattr(module, "_dense_use_nested_tensor"):
-                module._dense_use_nested_tensor = module.use_nested_tensor  # type: ignore[assignment]
-            module.use_nested_tensor = False
+    _without_nested_tensors(model)
     return report
 
 
-def _why_not(
-    owner: nn.Module, block: Block, target_rate: float, bottleneck: int, group_size: int, uses: dict[int, int]
-) -> str | None:
+def _uses(model: nn.Module) -> dict[int, int]:
+    """Return in how many places each parameter stands, by its id."""
+    found: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        found[id(parameter)] = found.get(id(parameter), 0) + 1
+    return found
+
+
+def _candidates(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module, Block | str]]:
+    """Return the blocks: name, owner, the module that gets the gating, and the block or why it is none."""
+    gating_parts = {id(part) for each in model.modules() if isinstance(each, Gating) for part in each.modules()}
+    return [
+        (label, module, holder, block)
+        for name, module in model.named_modules()
+        if id(module) not in gating_parts  # a gater looks like a block, too
+        for label, holder, block in find(name, module)
+    ]
+
+
+def _swap(owner: nn.Module, holder: nn.Module, block: Block, made: Options) -> str:
+    """Give one block its gates, and return what it is."""
+    up, down = affine_at(owner, block.up), affine_at(owner, block.down)
+    units, width = up.weight.shape
+    gating = made.gating(width, units, 2 * ((2 if block.glu else 1) * width + down.weight.shape[0]))
+    gating.block = block
+    gating.to(up.weight).train(owner.training)
+    for path in (block.up, block.down, block.glu):
+        if path is not None:
+            affine = at(owner, path)
+            by_unit(affine.weight, int((path == block.down) != hasattr(affine, "nf")))
+    holder.add_module("gating", gating)
+    if not isinstance(owner, Swapped):
+        owner.__class__ = swapped(type(owner), block.kind)
+    sizes = " → ".join(map(str, (width, units, down.weight.shape[0])))
+    return f"{sizes}, {'gated ' if block.glu else ''}{block.activation}"
+
+
+def _without_nested_tensors(model: nn.Module) -> None:
+    """Keep encoders from their fused path: it hands the layers nested tensors, which no kernel reads."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, Swapped) for m in module.layers):
+            if not hasattr(module, "_dense_use_nested_tensor"):
+                module._dense_use_nested_tensor = module.use_nested_tensor  # type: ignore[assignment]
+            module.use_nested_tensor = False
+
+
+def _why_not(owner: nn.Module, block: Block, made: Options, uses: dict[int, int]) -> str | None:
     """Return why this block is to be left dense, None if it can be converted."""
     up, down = affine_at(owner, block.up), affine_at(owner, block.down)
     units, width = up.weight.shape
@@ -154,10 +172,12 @@ def _why_not(
             f"its weights are {up.weight.dtype} on the CPU, where closed units are skipped in float32 and float64 "
             "only; model.float() first"
         )
-    if units % group_size:
-        return f"group_size {group_size} does not divide its {units} units"
+    if units % made.group_size:
+        return f"group_size {made.group_size} does not divide its {units} units"
+    sizes = (width, down.weight.shape[0], units, made.bottleneck, made.group_size, made.target_rate)
     try:
-        check_saves(width, down.weight.shape[0], units, bottleneck, group_size, target_rate, block.glu is not None)
+        if made.gater != "self":
+            check_saves(*sizes, block.glu is not None)
     except ValueError as error:
         return str(error)
     return None

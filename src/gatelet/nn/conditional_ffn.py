@@ -13,6 +13,7 @@ from gatelet._checks import check_choice, check_count
 from gatelet.estimators import Estimator
 from gatelet.kernels import gated_ffn, gated_linear, linear_gated, open_pattern
 from gatelet.kernels.gated_ffn import ACTIVATIONS as FUSED
+from gatelet.nn.gaters import SelfGater
 from gatelet.nn.gating import Gating
 from gatelet.sparsity._controller import Controller
 
@@ -62,6 +63,8 @@ def feed_forward(
     if gating.fully_open:
         gating.gates(x)
         return F.linear(F.dropout(hidden_layer(x, activation, up, glu), dropout, dropout > 0), *down)
+    if isinstance(gating.gater, SelfGater):
+        return _by_itself(x, gating, activation, up, down, glu, dropout, mask)
     gates, support = gating.gates(x, mask, noise, generator)
     if gating.needs_dense(x, gates):
         each = gates.repeat_interleave(gating.group_size, dim=-1) if gating.group_size > 1 else gates
@@ -74,6 +77,73 @@ def feed_forward(
         found: Tensor = torch.ops.gatelet.conditional_ffn(x, *args)
         return found
     return _sparse(x, *args, dropout=dropout, support=support)
+
+
+def _by_itself(
+    x: Tensor,
+    gating: Gating,
+    activation: str,
+    up: Affine,
+    down: Affine,
+    glu: Affine | None,
+    dropout: float,
+    mask: Tensor | None,
+) -> Tensor:
+    """Return the output where the first map, W_g or without it W1, is computed in full and opens the others' rows."""
+    first = ACTIVATIONS[activation](F.linear(x, *(up if glu is None else glu)))
+    gates, _ = gating.gates(x, mask, activation=first)
+    rate = gating.unit.target_rate
+    if gating.needs_dense(x, gates):
+        hidden = first * gates if glu is None else first * gates * F.linear(x, *up)
+        return F.linear(F.dropout(hidden, dropout, dropout > 0), *down)
+    up_or_none: tuple[Tensor | None, Tensor | None] = (None, None) if glu is None else up
+    args = (x, first, gates, *up_or_none, *down, rate)
+    if not dropout and torch.compiler.is_compiling() and (torch.compiler.is_exporting() or not _recording(*args)):
+        found: Tensor = torch.ops.gatelet.self_gated_ffn(*args)
+        return found
+    return _rest(*args, dropout=dropout)
+
+
+def _rest(
+    x: Tensor,
+    first: Tensor,
+    gates: Tensor,
+    w_up: Tensor | None,
+    b_up: Tensor | None,
+    w_down: Tensor,
+    b_down: Tensor | None,
+    rate: float | None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Return W2 (first ∘ gates ∘ (W1 x + b1)) + b2 at open units only; without W1, W2 (first ∘ gates) + b2."""
+    pattern = open_pattern(gates, 1)
+    hidden = first * gates
+    if w_up is not None:
+        hidden = hidden * gated_linear(x, w_up, b_up, gates, pattern=pattern, active_fraction=rate)
+    return linear_gated(F.dropout(hidden, dropout, dropout > 0), pattern, w_down, b_down)
+
+
+_rest_op = torch.library.custom_op(
+    "gatelet::self_gated_ffn",
+    _rest,
+    mutates_args=(),
+    schema="(Tensor x, Tensor first, Tensor gates, Tensor? w_up, Tensor? b_up, Tensor w_down, Tensor? b_down, "
+    "float? rate) -> Tensor",
+)
+
+
+@_rest_op.register_fake
+def _(
+    x: Tensor,
+    first: Tensor,
+    gates: Tensor,
+    w_up: Tensor | None,
+    b_up: Tensor | None,
+    w_down: Tensor,
+    b_down: Tensor | None,
+    rate: float | None,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], w_down.shape[0]))
 
 
 def _recording(*values: object) -> bool:
@@ -182,6 +252,10 @@ class ConditionalFFN(Gating):
         detach_gater_input: let no gradient pass from the gates into the input.
         dropout: on the hidden layer, in training.
         bias: with b1, b2 and b_g.
+        gater: ``"mlp"``, or ``"self"``: act(W_g x + b_g) (or, without W_g, act(W1 x + b1)) is computed in full, and
+            open are the units where its absolute value exceeds a threshold, which
+            :func:`gatelet.sparsity.calibrate_thresholds` sets before the first call. Nothing is trained; neither
+            ``bottleneck`` nor ``estimator`` counts.
 
     Attributes:
         active_fraction: the share of gates ≠ 0 in the last forward pass, over the tokens that are not padding.
@@ -214,11 +288,13 @@ class ConditionalFFN(Gating):
         detach_gater_input: bool = False,
         dropout: float = 0.0,
         bias: bool = True,
+        gater: str = "mlp",
     ) -> None:
         flops = 2 * check_count(d_model, "d_model") * (3 if gated else 2)
         gating = (estimator, target_rate, group_size, sparsity, detach_gater_input)
-        super().__init__(d_model, d_ff, bottleneck, flops, *gating, units_name="d_ff")
-        check_saves(d_model, d_model, d_ff, bottleneck, group_size, target_rate, gated)
+        super().__init__(d_model, d_ff, bottleneck, flops, *gating, gater, units_name="d_ff")
+        if gater != "self":
+            check_saves(d_model, d_model, d_ff, bottleneck, group_size, target_rate, gated)
         self.activation = check_choice(activation, ACTIVATIONS, "activation")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), not {dropout!r}")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gatelet._checks import check_count
 from gatelet.estimators import Estimator
 from gatelet.kernels import gated_linear
-from gatelet.nn.gater import glorot_
+from gatelet.nn.gaters import glorot_
 from gatelet.nn.gating import Gating
 from gatelet.sparsity._controller import Controller
 

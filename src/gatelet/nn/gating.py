@@ -10,9 +10,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gatelet._checks import check_count, check_rate, is_transformed
+from gatelet._checks import check_choice, check_count, check_rate, is_transformed
 from gatelet.estimators import Estimator, resolve
-from gatelet.nn.gater import Gater
+from gatelet.nn.gaters import NAMES, Gater, SelfGater, ThresholdUnit
 from gatelet.sparsity._controller import Controller, Penalised
 from gatelet.sparsity.adaptive_l1 import AdaptiveL1
 from gatelet.sparsity.kl_rate import KLRate
@@ -31,6 +31,8 @@ class Gating(Penalised):
         bottleneck: M, the width of the gater's hidden layer.
         flops_per_unit: what a token spends on an open unit, for :func:`gatelet.report`.
         estimator, target_rate, group_size, sparsity, detach_gater_input: as for :class:`ConditionalLinear`.
+        gater: ``"mlp"``, a network with a bottleneck (:class:`Gater`), or ``"self"``, the layer's own activation
+            (:class:`SelfGater`), for which neither ``bottleneck`` nor ``estimator`` counts.
 
     Attributes:
         active_fraction: the share of gates ≠ 0 in the last forward pass, a tensor (reading it may synchronise).
@@ -46,6 +48,8 @@ class Gating(Penalised):
     torch.Size([3, 32])
     """
 
+    gater: Any  # Gater or SelfGater
+    unit: StochasticUnit
     opened: Tensor
     tokens: int | Tensor
 
@@ -60,6 +64,7 @@ class Gating(Penalised):
         group_size: int = 1,
         sparsity: Sequence[Controller] | None = None,
         detach_gater_input: bool = False,
+        gater: str = "mlp",
         *,
         units_name: str = "units",
     ) -> None:
@@ -69,23 +74,48 @@ class Gating(Penalised):
             raise ValueError(f"group_size must divide {units_name}: {group_size} does not divide {units}")
         if target_rate is not None:
             check_rate(target_rate)
-        self.group_size = group_size
+        self.in_features, self.group_size = in_features, group_size
         self.flops_per_unit = flops_per_unit
-        self.gater = Gater(in_features, units // group_size, bottleneck, detach_gater_input)
-        estimator = resolve(estimator)
-        if not estimator.rated:
-            target_rate = None
-        self.unit = StochasticUnit(estimator, 0.5 if target_rate is None else None, target_rate)
-        if target_rate is not None:  # start at the target: the paper starts at 0, most gates open, and loses epochs
-            nn.init.constant_(self.gater.gates.bias, estimator.logit_at(target_rate))
-        if sparsity is None:
-            sparsity = [] if target_rate is None else [self._default_controller(target_rate)]
-        self.sparsity = nn.ModuleList(sparsity)
+        if check_choice(gater, NAMES, "gater") == "self":
+            self._gate_by_itself(in_features, units, target_rate, sparsity)
+        else:
+            shape = (in_features, units // group_size, bottleneck)
+            self._gate_by_network(shape, estimator, target_rate, sparsity, detach_gater_input)
         self.fully_open = False
         self.mask: Tensor | None = None
         self.register_buffer("opened", torch.zeros(units // group_size, dtype=torch.int64), persistent=False)
         self.tokens = 0
         self._last: tuple[Tensor, Any] | None = None  # counts and tokens of the last forward pass
+
+    def _gate_by_network(
+        self,
+        shape: tuple[int, int, int],
+        estimator: str | Estimator,
+        target_rate: float | None,
+        sparsity: Sequence[Controller] | None,
+        detach_input: bool,
+    ) -> None:
+        self.gater = gater = Gater(*shape, detach_input)
+        estimator = resolve(estimator)
+        if not estimator.rated:
+            target_rate = None
+        self.unit = StochasticUnit(estimator, 0.5 if target_rate is None else None, target_rate)
+        if target_rate is not None:  # start at the target: the paper starts at 0, most gates open, and loses epochs
+            nn.init.constant_(gater.gates.bias, estimator.logit_at(target_rate))
+        if sparsity is None:
+            sparsity = [] if target_rate is None else [self._default_controller(target_rate)]
+        self.sparsity = nn.ModuleList(sparsity)
+
+    def _gate_by_itself(
+        self, in_features: int, units: int, target_rate: float | None, sparsity: Sequence[Controller] | None
+    ) -> None:
+        if self.group_size > 1:
+            raise ValueError(f"group_size must be 1 with gater='self', where each unit decides, not {self.group_size}")
+        if target_rate is None:
+            raise ValueError("target_rate: gater='self' needs one; its threshold is calibrated to it")
+        self.gater = SelfGater(in_features, units)
+        self.unit = ThresholdUnit(target_rate)
+        self.sparsity = nn.ModuleList(sparsity or [])
 
     def _default_controller(self, target_rate: float) -> Controller:
         probe = torch.zeros(1, requires_grad=True)
@@ -93,9 +123,21 @@ class Gating(Penalised):
         return KLRate(target_rate) if smooth else AdaptiveL1(target_rate)
 
     @property
+    def flops_gater(self) -> int:
+        """What a token spends on the gates: for ``"self"`` the map that is computed in full."""
+        if isinstance(self.gater, Gater):
+            return 2 * self.gater.hidden.out_features * (self.in_features + self.gater.gates.out_features)
+        return 2 * self.in_features * self.units
+
+    @property
+    def flops_open(self) -> int:
+        """What a token spends on an open unit besides."""
+        return self.flops_per_unit - (0 if isinstance(self.gater, Gater) else 2 * self.in_features)
+
+    @property
     def units(self) -> int:
         """N."""
-        return self.gater.gates.out_features * self.group_size
+        return int(self.gater.num_gates * self.group_size)
 
     def forward(
         self,
@@ -114,6 +156,7 @@ class Gating(Penalised):
         mask: Tensor | None = None,
         noise: Tensor | None = None,
         generator: torch.Generator | None = None,
+        activation: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the gates (..., N / group_size), count them, and in training keep the penalty of their rate.
 
@@ -121,15 +164,16 @@ class Gating(Penalised):
         otherwise None.
 
         Tokens where ``mask`` is false (padding) have all gates closed and count nowhere: not in the statistics, not
-        in the penalty, and their logits receive no gradient.
+        in the penalty, and their logits receive no gradient. ``activation`` (..., N) is what a
+        :class:`gatelet.nn.SelfGater` decides by.
         """
         mask = self.mask if mask is None else mask
         if self.fully_open:
             self._penalty = x.new_zeros(())
-            return x.new_ones((*x.shape[:-1], self.gater.gates.out_features)), None
+            return x.new_ones((*x.shape[:-1], self.gater.num_gates)), None
         if mask is None and noise is None and not self.training and (settled := self._settled(x)) is not None:
             return settled, None
-        logits = self.gater(x)
+        logits: Tensor = self.gater(x) if activation is None else self.gater(x, activation)
         controllers = cast(list[Controller], list(self.sparsity))
         for controller in controllers:
             logits = controller.shift(logits, generator=generator)
@@ -237,7 +281,7 @@ class Gating(Penalised):
 
     def extra_repr(self) -> str:
         """Show the sizes."""
-        return f"{self.gater.hidden.in_features}, {self.units}, group_size={self.group_size}"
+        return f"{self.in_features}, {self.units}, group_size={self.group_size}"
 
 
 def _as_mask(mask: Tensor, x: Tensor) -> Tensor:

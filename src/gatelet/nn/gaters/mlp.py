@@ -43,6 +43,11 @@ class Gater(nn.Module):
             glorot_(self.hidden)
             glorot_(self.gates, gain=4.0)
 
+    @property
+    def num_gates(self) -> int:
+        """N."""
+        return self.gates.out_features
+
     def forward(self, x: Float[Tensor, "*lead D"]) -> Float[Tensor, "*lead N"]:
         """Return the logits, (..., N); raise for an input that is not floating and finite, or of another width."""
         check_input(x, self.hidden.weight)
