@@ -7,3 +7,6 @@ from gatelet.nn.gaters import SelfGater as SelfGater
 from gatelet.nn.gating import Gating as Gating
 from gatelet.nn.gating import fully_open as fully_open
 from gatelet.nn.gating import masking as masking
+from gatelet.nn.sparse_autoencoder import SAELoss as SAELoss
+from gatelet.nn.sparse_autoencoder import SparseAutoencoder as SparseAutoencoder
+from gatelet.nn.sparse_code import SparseCode as SparseCode

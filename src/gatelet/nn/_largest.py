@@ -1,0 +1,47 @@
+"""The k largest of a linear map's outputs, per example, without keeping all of them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NUMBERS = 1 << 22
+"""So many outputs are formed at once: they are searched while they are near."""
+
+
+def largest(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return values and indices (B, k) of the k largest of W x + b, in no order.
+
+    Args:
+        x: (B, D).
+        weight: W (N, D).
+        bias: b (N,).
+        k: at most N.
+    """
+    rows = max(1, NUMBERS // len(weight))
+    found = [F.linear(part, weight, bias).topk(k, dim=-1, sorted=False) for part in x.split(max(rows, 256))]
+    return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
+
+
+def largest_in_groups(
+    x: Tensor, weight: Tensor, bias: Tensor, k: int, opened: Tensor, groups: int
+) -> tuple[Tensor, Tensor]:
+    """Return the same of the units of each example's open groups, the only ones that are computed.
+
+    Args:
+        x: (B, D).
+        weight: W (N, D), groups of N / E consecutive units.
+        bias: b (N,).
+        k: at most the units of e groups.
+        opened: (B, e), each example's groups.
+        groups: E.
+    """
+    batch, count = opened.shape
+    flat, size = opened.reshape(-1), len(weight) // groups
+    order = flat.argsort(stable=True)
+    parts = torch.bincount(flat, minlength=groups).tolist()
+    z = x.new_empty((batch * count, size))
+    for group, places in enumerate(order.split(parts)):
+        span = slice(group * size, (group + 1) * size)
+        z[places] = F.linear(x[places // count], weight[span], bias[span])
+    values, at = z.view(batch, count * size).topk(k, dim=-1, sorted=False)
+    return values, opened.gather(1, at // size) * size + at % size

@@ -1,0 +1,166 @@
+"""Products on lists of open (example, latent) pairs, by PyTorch's own operators.
+
+Three products, with x (B, D), W (N, D) and a number c per pair (b, n):
+
+``dots``         ⟨x[b], W[n]⟩ of each pair;
+``by_example``   y[b] = Σ c W[n] over the example's pairs;
+``by_unit``      V[n] = Σ c x[b] over the latent's pairs, of the latents that any pair names.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Lists:
+    """Open latents of each example: ``indices[offsets[b]:offsets[b + 1]]`` are those of example b.
+
+    Args:
+        offsets: (B + 1,), int64.
+        indices: (P,), int64, no latent twice in an example.
+        latents: N.
+    """
+
+    def __init__(self, offsets: Tensor, indices: Tensor, latents: int) -> None:
+        self.offsets, self.indices, self.latents = offsets, indices, latents
+        self._examples: Tensor | None = None
+        self._columns: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return len(self.offsets) - 1
+
+    @property
+    def examples(self) -> Tensor:
+        """The example of each pair, (P,)."""
+        if self._examples is None:
+            every = torch.arange(self.batch, device=self.offsets.device)
+            self._examples = every.repeat_interleave(self.offsets.diff(), output_size=len(self.indices))
+        return self._examples
+
+    @property
+    def columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The pairs by latent: latents (R,), their offsets (R + 1,), the order (P,) of the pairs, their examples."""
+        if self._columns is None:
+            ordered, order = self.indices.sort(stable=True)
+            latents, counts = torch.unique_consecutive(ordered, return_counts=True)
+            self._columns = latents, F.pad(counts.cumsum(0), (1, 0)), order, self.examples[order]
+        return self._columns
+
+
+def dots(x: Tensor, weight: Tensor, lists: Lists) -> Tensor:
+    """Return ⟨x[b], W[n]⟩ of each pair, (P,).
+
+    It is the gradient of :func:`by_example` in its coefficients, for which PyTorch has an operator.
+    """
+    if not len(lists.indices):
+        return x.new_zeros(0)
+    found: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        x.contiguous(), weight, lists.indices, lists.offsets, lists.examples, 0
+    )
+    return found
+
+
+def by_example(values: Tensor, weight: Tensor, lists: Lists) -> Tensor:
+    """Return y (B, D), the sum of the open latents' rows."""
+    return F.embedding_bag(
+        lists.indices, weight, lists.offsets, mode="sum", per_sample_weights=values, include_last_offset=True
+    )
+
+
+def by_unit(values: Tensor, x: Tensor, lists: Lists) -> tuple[Tensor, Tensor]:
+    """Return the latents that are open somewhere (R,), ascending, and the sums of their examples' rows (R, D)."""
+    latents, offsets, order, examples = lists.columns
+    rows = F.embedding_bag(examples, x, offsets, mode="sum", per_sample_weights=values[order], include_last_offset=True)
+    return latents, rows
+
+
+def rows_as_gradient(latents: Tensor, rows: Tensor, like: Tensor, sparse: bool) -> Tensor:
+    """Return rows of a matrix as a gradient of it: a coalesced sparse tensor, or a dense one with zeros elsewhere."""
+    if sparse:
+        return torch.sparse_coo_tensor(latents[None], rows, like.shape, is_coalesced=True, check_invariants=False)
+    return torch.zeros_like(like).index_copy_(0, latents, rows)
+
+
+class ListedLinear(torch.autograd.Function):
+    """z = ⟨x[b], W[n]⟩ + bias[n] at the listed pairs, whose values are known already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, values: Tensor, lists: Lists, sparse: bool
+    ) -> Tensor:
+        """Return the values."""
+        ctx.save_for_backward(x, weight)
+        ctx.lists, ctx.sparse = lists, sparse
+        return values.view_as(values)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, weight and bias, from the pairs alone."""
+        x, weight = ctx.saved_tensors
+        lists, (for_x, for_weight, for_bias) = ctx.lists, ctx.needs_input_grad[:3]
+        slope = slope.contiguous()
+        found_x = by_example(slope, weight, lists) if for_x else None
+        found_weight = rows_as_gradient(*by_unit(slope, x, lists), weight, ctx.sparse) if for_weight else None
+        found_bias = weight.new_zeros(lists.latents).index_add_(0, lists.indices, slope) if for_bias else None
+        return found_x, found_weight, found_bias, None, None, None
+
+
+class ListedSum(torch.autograd.Function):
+    """y[b] = Σ value · W[n] over the listed pairs; of unit rows the gradient's parallel part can be taken off."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor, lists: Lists, sparse: bool, unit_rows: bool) -> Tensor:
+        """Return y."""
+        ctx.save_for_backward(values, weight)
+        ctx.lists, ctx.sparse, ctx.unit_rows = lists, sparse, unit_rows
+        return by_example(values, weight, lists)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of values and weight, from the pairs alone."""
+        values, weight = ctx.saved_tensors
+        lists, (for_values, for_weight) = ctx.lists, ctx.needs_input_grad[:2]
+        slope = slope.contiguous()
+        found_values = dots(slope, weight, lists) if for_values else None
+        if not for_weight:
+            return found_values, None, None, None, None
+        latents, rows = by_unit(values, slope, lists)
+        if ctx.unit_rows:
+            tangent_(rows, weight[latents])
+        return found_values, rows_as_gradient(latents, rows, weight, ctx.sparse), None, None, None
+
+
+def tangent_(gradient: Tensor, rows: Tensor) -> Tensor:
+    """Take the part of each row of the gradient that is parallel to the row off, in place."""
+    share = torch.linalg.vecdot(gradient, rows) / torch.linalg.vecdot(rows, rows)
+    return gradient.addcmul_(rows, share[:, None], value=-1)
+
+
+class UnitRows(torch.autograd.Function):
+    """A matrix whose rows keep their length: it is itself, and its gradient is without the rows' parallel parts."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight: Tensor) -> Tensor:
+        """Return the matrix."""
+        return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Keep the rows."""
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        """Return the tangent part."""
+        (weight,) = ctx.saved_tensors
+        share = (slope * weight).sum(-1, keepdim=True) / (weight * weight).sum(-1, keepdim=True)
+        tangent: Tensor = slope - share * weight
+        return tangent
