@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from gatelet.kernels import Choice, _dispatch, explain, gated_ffn, gated_linear
 from gatelet.nn import ConditionalLinear, conditional_linear
 from gatelet_lab import data
+from gatelet_lab.bench_busy import show_busy
 from gatelet_lab.recipes import recipe
 from gatelet_lab.train import Trainer, write_atomically, write_json
 
@@ -45,6 +46,8 @@ class BenchKernels:
     """Instead of the table: how far backend="auto" is from the faster of its choices, over a grid of layers."""
     step: bool = False
     """Instead of the table: where the time of a training step of the paper's network goes."""
+    busy: int | None = None
+    """Instead of the table: how long single calls take beside so many processes that never wait."""
     plot: Path | None = None
     """Directory for the sweeps' plot and the numbers as JSON."""
     patience: float = 10.0
@@ -92,6 +95,11 @@ def run(options: BenchKernels, console: Console) -> None:
     about = machine()
     console.print(", ".join(f"{key} {value}" for key, value in about.items()), highlight=False)
     budget = 0.2 if options.quick else 1.0
+    if options.busy is not None:
+        if options.busy < 0:
+            raise ValueError(f"--busy {options.busy}: a number of processes is at least 0")
+        show_busy(options.busy, RATE, 2.0 if options.quick else 8.0, console)
+        return
     if options.step:
         show_steps(budget, options.patience, console)
         return

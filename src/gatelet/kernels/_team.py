@@ -1,17 +1,28 @@
-"""The threads that run a kernel: those of torch's own OpenMP pool.
+"""The threads that run a kernel: those of torch's own OpenMP pool, as long as they come when called.
 
 Numba's ``prange`` brings a second pool of threads; while torch's idle threads still spin, the two fight for
 the cores, and its ``workqueue`` layer dies when two Python threads enter it. So kernels here are compiled as plain
 functions that share out tasks through an atomic counter, and the OpenMP runtime that torch is linked with starts
 them: one pool, ``torch.set_num_threads`` respected, any number of Python threads at once.
+
+OpenMP ends a region when all of its threads have been there, though the others may have done all the work before the
+system started the last one: on a busy machine a call of 50 µs then takes milliseconds. So regions tell when their first
+thread ran out of tasks. What passed after that was waiting; a region that was mostly waiting shows that the cores are
+taken, and for a while, in proportion to what was lost, kernels run on the calling thread alone.
 """
 
 import ctypes
+import functools
+import inspect
 import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from numba import carray, cfunc, types
+
+from gatelet.kernels import _vector
 
 RESERVED = 2
 """Leading arguments of every kernel: the counter of tasks and the counter of threads."""
@@ -19,8 +30,22 @@ RESERVED = 2
 FEW = 1 << 15
 """Passing over fewer numbers than this takes less time than waking a thread."""
 
+WAITED = 0.75
+"""A region that was waiting for more than this share of its time lost by having threads,"""
+SLACK = 100_000
+"""unless it waited for less than this, in nanoseconds: threads are woken, and tasks differ."""
+LEAST, MOST, GROWTH, DECAY = 2.0, 256.0, 4.0, 0.95
+"""Kernels then run alone for a multiple of what was lost. It grows with every loss, up to where trying whether cores
+are free costs under half a percent, and shrinks with every region that did not lose: a quiet machine is forgiven its
+interruptions while they are under 4 % of the regions."""
+
+call, note_time = _vector.call, _vector.note_time
 _Kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+CLOCK = getattr(time, "CLOCK_MONOTONIC", None)
+HEAD = 4
+"""Words before a kernel's own arguments: its address, whether a thread has left, and when (seconds, nanoseconds)."""
 _forked = False
+_alone_until, _multiple = 0, LEAST
 
 
 def _find_parallel() -> Any:
@@ -35,7 +60,7 @@ def _find_parallel() -> Any:
     return found
 
 
-_parallel = _find_parallel()
+_parallel = None if CLOCK is None else _find_parallel()
 
 
 def _after_fork() -> None:
@@ -51,13 +76,42 @@ if hasattr(os, "register_at_fork"):
 def threads(numbers: int | None = None) -> int:
     """Return how many threads a kernel may use now; one where it only passes over a few ``numbers``."""
     few = numbers is not None and numbers < FEW
-    return 1 if few or _forked or _parallel is None else torch.get_num_threads()
+    if few or _forked or _parallel is None or (_alone_until and time.monotonic_ns() < _alone_until):
+        return 1
+    return torch.get_num_threads()
 
 
 def run(kernel: int, args: Sequence[int], team: int) -> None:
     """Call the kernel at this address with these arguments, on ``team`` threads at once."""
-    packed = (ctypes.c_int64 * (RESERVED + len(args)))(0, 0, *args)
-    if team > 1 and _parallel is not None:
-        _parallel(kernel, ctypes.addressof(packed), team, 0)
+    packed = (ctypes.c_int64 * (HEAD + RESERVED + len(args)))(kernel, 0, 0, 0, 0, 0, *args)
+    if team == 1 or _parallel is None:
+        _Kernel(kernel)(ctypes.addressof(packed) + 8 * HEAD)
+        return
+    begin = time.monotonic_ns()
+    _parallel(_timed()[1], ctypes.addressof(packed), team, 0)
+    _judge(begin, packed[2] * 1_000_000_000 + packed[3], time.monotonic_ns())
+
+
+def _judge(begin: int, left: int, end: int) -> None:
+    """Decide, after a region whose first thread left at a time, whether the next ones run alone."""
+    global _alone_until, _multiple
+    waited = end - left
+    if waited > SLACK and waited > WAITED * (end - begin):
+        _alone_until = end + int(_multiple * waited)
+        _multiple = min(MOST, GROWTH * _multiple)
     else:
-        _Kernel(kernel)(ctypes.addressof(packed))
+        _alone_until, _multiple = 0, max(LEAST, DECAY * _multiple)
+
+
+def _run_timed(p: Any) -> None:  # pragma: no cover (compiled)
+    """Run a region's kernel, and note when the first thread is through."""
+    head = carray(p, (HEAD,), types.int64)
+    call(head[0], head.ctypes.data + 8 * HEAD)
+    note_time(head.ctypes.data + 8, CLOCK)
+
+
+@functools.cache
+def _timed() -> tuple[Any, int]:
+    """Return ``_run_timed``, compiled, and its address."""
+    built = cfunc(types.void(types.voidptr), cache=True)(inspect.unwrap(_run_timed))
+    return built, ctypes.cast(built.ctypes, ctypes.c_void_p).value or 0

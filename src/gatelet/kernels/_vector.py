@@ -586,3 +586,30 @@ def ones(typing: Any, word: Any) -> Any:
         return _call(builder, "llvm.ctpop.i64", _I64, [args[0]])
 
     return types.int64(types.int64), generate
+
+
+@intrinsic
+def call(typing: Any, function: Any, argument: Any) -> Any:
+    """Call the function at an address with an address."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer()])
+        function = builder.inttoptr(args[0], kind.as_pointer())
+        builder.call(function, [builder.inttoptr(args[1], ir.IntType(8).as_pointer())])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
+def note_time(typing: Any, address: Any, clock: Any) -> Any:
+    """Write 1 and what a clock of the system shows, seconds and nanoseconds, unless the word at ``address`` is 1."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        first = builder.atomic_rmw("xchg", _at(builder, args[0], 0, _I64), _I64(1), "monotonic")
+        with builder.if_then(builder.icmp_signed("==", first, _I64(0))):
+            into = builder.inttoptr(builder.add(args[0], _I64(8)), ir.IntType(8).as_pointer())
+            _call(builder, "clock_gettime", _I32, [builder.trunc(args[1], _I32), into])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
