@@ -6,8 +6,10 @@ from gatelet import nn as nn
 from gatelet import sparsity as sparsity
 from gatelet.convert import convert as convert
 from gatelet.convert import distil as distil
+from gatelet.convert import load as load
 from gatelet.convert import report as report
 from gatelet.convert import revert as revert
+from gatelet.convert import save as save
 from gatelet.diagnose import diagnose as diagnose
 from gatelet.diagnose import exact_gradient as exact_gradient
 from gatelet.model_diagnosis import diagnose_model as diagnose_model

@@ -1,13 +1,17 @@
 """An existing model made conditional, fitted to what it was, and reported on.
 
-``block`` (where a block's parts lie) ← ``run`` (what computes it) ← ``find`` ← ``swap`` ← ``distil``, ``report``.
+``block`` (where a block's parts lie) ← ``run`` (what computes it) ← ``find`` ← ``place``
+← ``swap`` ← ``distil``, ``report``, ``save``
+(``describe``: what was converted, as plain data; ``hugging_face``: ``from_pretrained`` of a converted model).
 """
 
 from gatelet.convert.distil import Distillation as Distillation
 from gatelet.convert.distil import distil as distil
+from gatelet.convert.place import blocks as blocks
 from gatelet.convert.report import Report as Report
 from gatelet.convert.report import report as report
+from gatelet.convert.save import load as load
+from gatelet.convert.save import save as save
 from gatelet.convert.swap import Conversion as Conversion
-from gatelet.convert.swap import blocks as blocks
 from gatelet.convert.swap import convert as convert
 from gatelet.convert.swap import revert as revert

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gatelet.estimators import Estimator
-from gatelet.nn.conditional_ffn import ACTIVATIONS, Affine
+from gatelet.nn.conditional_ffn import ACTIVATIONS, Affine, by_unit
 from gatelet.nn.gating import Gating
 
 Kind = Literal["module", "transformer", "bert", "sequential"]
@@ -90,6 +90,14 @@ def affine_of(module: nn.Module) -> Affine:
 def affine_at(owner: nn.Module, path: str) -> Affine:
     """Return weight (N, D) and bias of the affine map at this path."""
     return affine_of(at(owner, path))
+
+
+def lay_by_unit(owner: nn.Module, block: Block) -> None:
+    """Lay the block's weights out by hidden unit, as the kernels read them."""
+    for path in (block.up, block.down, block.glu):
+        if path is not None:
+            affine = at(owner, path)
+            by_unit(affine.weight, int((path == block.down) != hasattr(affine, "nf")))
 
 
 def dropout_rate(owner: nn.Module, path: str | None) -> float:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from gatelet._checks import check_count, check_positive
 from gatelet.convert.block import BlockGating
+from gatelet.convert.place import blocks
 from gatelet.convert.progress import Progress
 from gatelet.convert.student import Student, recording
-from gatelet.convert.swap import blocks
 from gatelet.nn.gating import masking
 from gatelet.sparsity import calibrate_thresholds
 

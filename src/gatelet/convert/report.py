@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from gatelet.convert.block import BlockGating
+from gatelet.convert.place import blocks
 from gatelet.convert.run import run_block
-from gatelet.convert.swap import blocks
 from gatelet.nn.gating import Gating, fully_open, gatings
 
 

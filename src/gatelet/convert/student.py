@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from gatelet.convert.block import BlockGating, affine_at
 from gatelet.convert.gater_regression import GaterRegression, ScaleFit
-from gatelet.convert.swap import blocks
+from gatelet.convert.place import blocks
 from gatelet.nn.conditional_ffn import ACTIVATIONS, hidden_layer
 from gatelet.nn.gaters import SelfGater
 

@@ -8,11 +8,13 @@ from typing import Any, cast
 from torch import nn
 
 from gatelet._checks import check_choice, check_count, check_rate
-from gatelet.convert.block import NATIVE, Block, BlockGating, Options, affine_at, at
+from gatelet.convert.block import NATIVE, Block, Options, affine_at, at
+from gatelet.convert.describe import note
 from gatelet.convert.find import find
-from gatelet.convert.run import Swapped, swapped
+from gatelet.convert.place import blocks, put, without_nested_tensors
+from gatelet.convert.run import Swapped
 from gatelet.estimators import Estimator
-from gatelet.nn.conditional_ffn import by_unit, check_saves
+from gatelet.nn.conditional_ffn import check_saves
 from gatelet.nn.gaters import NAMES
 from gatelet.nn.gating import Gating
 
@@ -102,14 +104,15 @@ def convert(
         if isinstance(block, str) or reason is not None:
             report.left[name] = str(reason)
         else:
-            report.converted[name] = _swap(owner, holder, block, made)
+            report.converted[name] = put(owner, holder, block, made)
     if not report.converted:
         if not seen:
             names = [name or "(the model)" for name, *_ in candidates]
             known = f" ({len(names)} blocks were found: {', '.join(names[:8])})" if names else ""
             raise ValueError(f"{'where: selects' if names else 'model: has'} no feed-forward block{known}")
         raise ValueError(f"model: no feed-forward block could be converted\n{report!r}")
-    _without_nested_tensors(model)
+    without_nested_tensors(model)
+    note(model)
     return report
 
 
@@ -130,33 +133,6 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module, Block
         if id(module) not in gating_parts  # a gater looks like a block, too
         for label, holder, block in find(name, module)
     ]
-
-
-def _swap(owner: nn.Module, holder: nn.Module, block: Block, made: Options) -> str:
-    """Give one block its gates, and return what it is."""
-    up, down = affine_at(owner, block.up), affine_at(owner, block.down)
-    units, width = up.weight.shape
-    gating = made.gating(width, units, 2 * ((2 if block.glu else 1) * width + down.weight.shape[0]))
-    gating.block = block
-    gating.to(up.weight).train(owner.training)
-    for path in (block.up, block.down, block.glu):
-        if path is not None:
-            affine = at(owner, path)
-            by_unit(affine.weight, int((path == block.down) != hasattr(affine, "nf")))
-    holder.add_module("gating", gating)
-    if not isinstance(owner, Swapped):
-        owner.__class__ = swapped(type(owner), block.kind)
-    sizes = " → ".join(map(str, (width, units, down.weight.shape[0])))
-    return f"{sizes}, {'gated ' if block.glu else ''}{block.activation}"
-
-
-def _without_nested_tensors(model: nn.Module) -> None:
-    """Keep encoders from their fused path: it hands the layers nested tensors, which no kernel reads."""
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, Swapped) for m in module.layers):
-            if not hasattr(module, "_dense_use_nested_tensor"):
-                module._dense_use_nested_tensor = module.use_nested_tensor  # type: ignore[assignment]
-            module.use_nested_tensor = False
 
 
 def _why_not(owner: nn.Module, block: Block, made: Options, uses: dict[int, int]) -> str | None:
@@ -194,19 +170,6 @@ def _chooser(where: Where | None) -> Callable[[str, nn.Module], bool]:
     return lambda name, module: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def blocks(model: nn.Module) -> dict[str, tuple[nn.Module, BlockGating]]:
-    """Return owner and gating of every converted block, by the name of its gating."""
-    found: dict[str, tuple[nn.Module, BlockGating]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, Swapped):
-            holders = module.named_children() if isinstance(module, nn.Sequential) else [("", module)]
-            for key, holder in holders:
-                gating = holder._modules.get("gating")
-                if isinstance(gating, BlockGating):
-                    found[".".join(part for part in (name, key, "gating") if part)] = (module, gating)
-    return found
-
-
 def revert(model: nn.Module) -> nn.Module:
     """Take the gates out of a converted model, in place: the dense model, with the weights that it has now.
 
@@ -241,6 +204,7 @@ def revert(model: nn.Module) -> nn.Module:
         del holder._modules["gating"]
     for owner in {id(owner): owner for owner, _ in found.values()}.values():
         owner.__class__ = cast(Swapped, owner).dense_class
+    note(model)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and hasattr(module, "_dense_use_nested_tensor"):
             module.use_nested_tensor = cast(bool, module._dense_use_nested_tensor)

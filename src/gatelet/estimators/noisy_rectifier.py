@@ -48,6 +48,7 @@ class NoisyRectifier(Estimator):
     def __init__(self, noise: Literal["gaussian", "logistic"] = "gaussian", std: float = 1.0) -> None:
         super().__init__()
         self.law = "gaussian" if check_choice(noise, ("gaussian", "logistic"), "noise") == "gaussian" else "logistic"
+        self.noise: str = noise
         self.std = check_positive(std, "std")
 
     def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:

@@ -57,7 +57,7 @@ class NVIL(Estimator):
 
     def __init__(self, hidden: int = 64, units: int | None = None) -> None:
         super().__init__()
-        self.hidden = check_count(hidden, "hidden")
+        self.hidden, self.units = check_count(hidden, "hidden"), units
         self.weight = nn.Parameter(torch.zeros(hidden, 0))
         self.bias = nn.Parameter(torch.zeros(hidden))
         self.out = nn.Parameter(torch.zeros(hidden))

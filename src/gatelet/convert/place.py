@@ -1,0 +1,54 @@
+"""Gates in the place where they belong: put into a block's owner, and found again."""
+
+import sys
+from typing import Any, TypeGuard
+
+import torch
+from torch import nn
+
+from gatelet.convert.block import Block, BlockGating, Options, affine_at, lay_by_unit
+from gatelet.convert.run import Swapped, swapped
+
+
+def put(owner: nn.Module, holder: nn.Module, block: Block, made: Options) -> str:
+    """Give one block its gates, and return what it is."""
+    up, down = affine_at(owner, block.up), affine_at(owner, block.down)
+    units, width = up.weight.shape
+    with torch.device("meta" if up.weight.is_meta else "cpu"):  # inside from_pretrained another is the default
+        gating = made.gating(width, units, 2 * ((2 if block.glu else 1) * width + down.weight.shape[0]))
+    gating.block = block
+    gating.to(up.weight).train(owner.training)
+    lay_by_unit(owner, block)
+    holder.add_module("gating", gating)
+    if not isinstance(owner, Swapped):
+        owner.__class__ = swapped(type(owner), block.kind)
+    sizes = " → ".join(map(str, (width, units, down.weight.shape[0])))
+    return f"{sizes}, {'gated ' if block.glu else ''}{block.activation}"
+
+
+def blocks(model: nn.Module) -> dict[str, tuple[nn.Module, BlockGating]]:
+    """Return owner and gating of every converted block, by the name of its gating."""
+    found: dict[str, tuple[nn.Module, BlockGating]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Swapped):
+            holders = module.named_children() if isinstance(module, nn.Sequential) else [("", module)]
+            for key, holder in holders:
+                gating = holder._modules.get("gating")
+                if isinstance(gating, BlockGating):
+                    found[".".join(part for part in (name, key, "gating") if part)] = (module, gating)
+    return found
+
+
+def without_nested_tensors(model: nn.Module) -> None:
+    """Keep encoders from their fused path: it hands the layers nested tensors, which no kernel reads."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, Swapped) for m in module.layers):
+            if not hasattr(module, "_dense_use_nested_tensor"):
+                module._dense_use_nested_tensor = module.use_nested_tensor  # type: ignore[assignment]
+            module.use_nested_tensor = False
+
+
+def is_hugging_face(model: nn.Module) -> TypeGuard[Any]:
+    """Whether this is a model of transformers, which describes itself in ``config.json``."""
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
