@@ -7,3 +7,4 @@ from gatelet.sparsity.beta_noise import BetaNoise as BetaNoise
 from gatelet.sparsity.calibration import calibrate_thresholds as calibrate_thresholds
 from gatelet.sparsity.firing_rate_bias import FiringRateBias as FiringRateBias
 from gatelet.sparsity.kl_rate import KLRate as KLRate
+from gatelet.sparsity.statistical_top_k import StatisticalTopK as StatisticalTopK
