@@ -38,7 +38,7 @@ def test_every_token_opens_about_as_many(gater, within):
         layer = gatelet.nn.ConditionalFFN(32, 512, **options, activation="gelu", sparsity=sparsity).eval()
         assert calibrate_thresholds(layer, [x])["unit"] == pytest.approx(0.2, abs=1e-3)
         gates = []
-        layer.unit.register_forward_hook(lambda *args: gates.append(args[2]))
+        layer.unit.register_forward_hook(lambda *args, gates=gates: gates.append(args[2]))
         layer(x)
         spread[name] = (gates[0] != 0).float().mean(-1).std().item()
     assert spread["held"] < 0.5 * spread["free"]

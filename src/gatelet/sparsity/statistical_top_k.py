@@ -26,7 +26,8 @@ class StatisticalTopK(Controller):
 
     >>> import torch
     >>> logits = torch.randn(3, 10_000, generator=torch.Generator().manual_seed(0))
-    >>> (StatisticalTopK(0.1).shift(logits * torch.tensor([[1.0], [5.0], [9.0]]) + 3) > 0).float().mean(-1).round(decimals=2)
+    >>> logits = logits * torch.tensor([[1.0], [5.0], [9.0]]) + 3
+    >>> (StatisticalTopK(0.1).shift(logits) > 0).float().mean(-1).round(decimals=2)
     tensor([0.1000, 0.1000, 0.1000])
 
     Reference: C. You, K. Wu, Z. Jia, L. Chen, S. Bhojanapalli et al., "Spark Transformer: Reactivating Sparsity in FFN
