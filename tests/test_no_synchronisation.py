@@ -13,7 +13,7 @@ import torch
 
 import gatelet
 from gatelet.estimators import ALL
-from gatelet.kernels import gated_ffn, gated_linear, linear_gated, open_pattern, sample_gates
+from gatelet.kernels import gated_ffn, gated_input_linear, gated_linear, open_pattern, sample_gates
 from gatelet.sparsity import AdaptiveL1, BetaNoise, FiringRateBias, KLRate
 
 IN_A_LAYER = [name for name, method in ALL.items() if method.needs != "objective"]
@@ -78,7 +78,7 @@ def test_the_ops_look_at_no_value():
     x, weight, gate = tensor(6, 40), tensor(16, 40), tensor(6, 16)
     gated_linear(x, weight, None, gate).sum().backward()
     gated_ffn(x, weight, None, gate, "gelu", weight.t(), None).sum().backward()
-    linear_gated(gate, open_pattern(gate), weight.t()).sum().backward()
+    gated_input_linear(gate, open_pattern(gate), weight.t()).sum().backward()
     sample_gates(gate)
 
 

@@ -21,7 +21,8 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
-from gatelet.kernels import Choice, _dispatch, explain, gated_ffn, gated_linear
+from gatelet.kernels import Choice, choose, explain, gated_ffn, gated_linear
+from gatelet.kernels.backends import Layer
 from gatelet.nn import ConditionalLinear, conditional_linear
 from gatelet_lab import data
 from gatelet_lab.bench_busy import show_busy
@@ -395,7 +396,7 @@ def decisions(
             (x, weight, bias, gate),
         )
         for rate, gate in gates.items()
-        for backend in ("reference", "numba")
+        for backend in ("dense", "numba")
     }
     found = []
     with torch.set_grad_enabled(backward):
@@ -407,7 +408,7 @@ def decisions(
                 f"{width}→{units}, B = {batch}, {f'groups of {group}' if group > 1 else 'units'}, {rate:.0%} open, "
                 f"{'f+b' if backward else 'forward'}, {str(dtype).removeprefix('torch.')}"
             )
-            loss = took / min(medians["reference", rate], medians["numba", rate]) - 1
+            loss = took / min(medians["dense", rate], medians["numba", rate]) - 1
             deciding = cost_of_deciding(gate.detach(), width, units, dtype, backward, choice.backend) / took
             found.append(Decision(layer, choice, loss, deciding))
     return found
@@ -416,11 +417,13 @@ def decisions(
 def cost_of_deciding(gate: Tensor, width: int, units: int, dtype: torch.dtype, backward: bool, chosen: str) -> float:
     """Return how many seconds ``backend="auto"`` takes beyond the same call with the backend that it chooses."""
 
+    layer = Layer(len(gate), width, units, units // gate.shape[1], dtype, gate.device, backward)
+
     def seconds(backend: str) -> float:
         times = []
         for _ in range(50):
             start = time.perf_counter()
-            _dispatch.choose(backend, gate, width, units, dtype, backward)
+            choose.choose(backend, layer, functools.partial(choose.share_open, gate))
             times.append(time.perf_counter() - start)
         return statistics.median(times)
 

@@ -13,9 +13,10 @@ import torch
 from torch.nn import functional as F
 
 from gatelet import kernels
-from gatelet.kernels import _dispatch, explain, gated_ffn, gated_linear, linear_gated, open_pattern
+from gatelet.kernels import choose, explain, gated_ffn, gated_input_linear, gated_linear, open_pattern
+from gatelet.kernels.backends import Layer, numba
 
-OPS = (gated_linear, linear_gated, gated_ffn)
+OPS = (gated_linear, gated_input_linear, gated_ffn)
 
 
 def tensors(batch=9, units=70, width=33, group=1, rate=0.3, dtype=torch.float64, grad=True):
@@ -41,7 +42,7 @@ def opened(gate):
 
 
 @pytest.mark.parametrize("group", [1, 10])
-@pytest.mark.parametrize("backend", ["reference", "numba"])
+@pytest.mark.parametrize("backend", ["dense", "numba"])
 def test_gradcheck(backend, group):
     x, weight, bias, gate = tensors(batch=3, units=20, width=5, group=group)
     values, is_open = opened(gate)
@@ -55,7 +56,7 @@ def test_gradcheck(backend, group):
         return gated_linear(x, weight, bias, spread(values), backend=backend)
 
     def after(hidden, w2, b2):
-        return linear_gated(hidden, pattern, w2, b2, backend=backend)
+        return gated_input_linear(hidden, pattern, w2, b2, backend=backend)
 
     def ffn(x, weight, bias, values, w2, b2):
         return gated_ffn(x, weight, bias, spread(values), "gelu", w2, b2, backend=backend)
@@ -66,17 +67,18 @@ def test_gradcheck(backend, group):
     assert torch.autograd.gradcheck(ffn, (x, weight, bias, values, w2, b2))
 
 
-@pytest.mark.parametrize("backend", ["reference", "numba", "auto", "triton"])
+@pytest.mark.parametrize("backend", ["dense", "numba", "auto", "triton"])
 def test_opcheck(backend):
     x, weight, bias, gate = tensors()
     w2, b2 = second(70)
     check = torch.library.opcheck
     rows, cols = torch.ops.gatelet.open_pattern(gate.detach(), 70, backend)
     check(torch.ops.gatelet.open_pattern.default, (gate.detach(), 70, backend))
-    check(torch.ops.gatelet.gated_linear.default, (x, weight, bias, gate, rows, cols, None, None, backend, True))
-    check(torch.ops.gatelet.gated_linear.default, (x, weight, None, gate, rows, cols, rows, cols, backend, True))
-    check(torch.ops.gatelet.linear_gated.default, (x.new_ones(9, 70), rows, cols, w2, b2, backend))
-    check(torch.ops.gatelet.gated_ffn.default, (x, weight, bias, gate, "gelu", w2, b2, backend, True))
+    form = [rows, cols]
+    check(torch.ops.gatelet.gated_linear.default, (x, weight, bias, gate, form, [], backend, True))
+    check(torch.ops.gatelet.gated_linear.default, (x, weight, None, gate, form, form, backend, True))
+    check(torch.ops.gatelet.gated_input_linear.default, (x.new_ones(9, 70), form, w2, b2, backend, True))
+    check(torch.ops.gatelet.gated_ffn.default, (x, weight, bias, gate, "gelu", w2, b2, form, backend, True))
 
 
 # In a process of their own: the suite's run-time type checks cannot be traced.
@@ -116,18 +118,23 @@ def test_compile_and_export_keep_the_op(backend):
     assert found.returncode == 0, found.stderr[-3000:]
 
 
-def test_transforms_are_refused():
+def test_transforms_run_dense_and_a_named_kernel_refuses_them():
     x, weight, bias, gate = tensors(grad=False)
-    with pytest.raises(NotImplementedError, match=r"torch\.vmap"):
-        torch.vmap(lambda x, gate: gated_linear(x, weight, bias, gate))(x.unsqueeze(1), gate.unsqueeze(1))
-    with pytest.raises(NotImplementedError, match=r"torch\.func"):
-        torch.func.grad(lambda w: gated_linear(x, w, bias, gate).sum())(weight)
+    want = gated_linear(x, weight, bias, gate)
+    each = torch.vmap(lambda x, gate: gated_linear(x, weight, bias, gate))(x.unsqueeze(1), gate.unsqueeze(1))
+    torch.testing.assert_close(each.squeeze(1), want)
+    slope = torch.func.grad(lambda w: gated_linear(x, w, bias, gate).sum())(weight)
+    torch.testing.assert_close(slope, gate.t() @ x)
+    with pytest.raises(NotImplementedError, match='backend="numba" has no torch.func transforms'):
+        torch.func.grad(lambda w: gated_linear(x, w, bias, gate, backend="numba").sum())(weight)
+    with pytest.raises(NotImplementedError, match=r"open_pattern does not work under torch\.vmap"):
+        torch.vmap(lambda gate: open_pattern(gate).rows)(gate.unsqueeze(1))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize(
     ("backend", "batch", "group"),
-    [(backend, 9, group) for backend in ("reference", "numba", "auto", "triton") for group in (1, 10)]
+    [(backend, 9, group) for backend in ("dense", "numba", "auto", "triton") for group in (1, 10)]
     + [("triton", 17, 1), ("triton", 17, 35)],  # few examples, and tiles or lists
 )
 def test_closed_units_may_hold_anything(backend, batch, group, value):
@@ -167,11 +174,9 @@ def test_closed_units_may_hold_anything(backend, batch, group, value):
 @pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_announced_once(dtype):
-    from gatelet.kernels import _dispatch
-
-    _dispatch._announce.cache_clear()
+    choose._announce.cache_clear()
     x, weight, bias, gate = tensors(dtype=dtype)
-    with pytest.warns(UserWarning, match="reference path"):
+    with pytest.warns(UserWarning, match="discarded, because the CPU kernels are for float32"):
         out = gated_linear(x, weight, bias, gate)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -289,7 +294,7 @@ x, weight, bias = (torch.randn(size, requires_grad=True) for size in ((70, 149),
 gate = ((torch.rand(70, 90) < 0.2) * torch.randn(70, 90)).requires_grad_()
 inputs, upper = (x, weight, bias, gate), torch.randn(70, 90)
 have, want = (
-    torch.autograd.grad(gated_linear(*inputs, backend=backend), inputs, upper) for backend in ("numba", "reference")
+    torch.autograd.grad(gated_linear(*inputs, backend=backend), inputs, upper) for backend in ("numba", "dense")
 )
 torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
 """
@@ -312,7 +317,7 @@ class Other(str):
     def flatten(self):
         return self
 binding.get_host_cpu_features = lambda: Other("" if theirs().get("avx512f") else "+avx512f")
-from gatelet.kernels import _vector
+from gatelet.kernels.backends.numba import vector as _vector
 binding.get_host_cpu_features = theirs
 assert _vector.VECTOR == (32 if theirs().get("avx512f") else 64)
 """
@@ -342,44 +347,48 @@ def test_explain_says_what_runs():
     sparse[:, ::50] = 1
     assert explain(x, weight, sparse).kernel == "unit"
     assert explain(x, weight, sparse[:, ::16]).kernel == "group"
-    assert explain(x, weight, dense).backend == "reference"
+    assert explain(x, weight, dense).backend == "dense"
     assert explain(x, weight, dense, backend="numba").backend == "numba"
-    assert explain(x[:1, :2], weight[:8, :2], dense[:1, :8]).backend == "reference"
-    assert explain(x.half(), weight.half(), sparse).backend == "reference"
+    assert explain(x[:1, :2], weight[:8, :2], dense[:1, :8]).backend == "dense"
+    assert explain(x.half(), weight.half(), sparse).backend == "dense"
 
 
 def test_the_machine_is_measured_once_and_says_something_plausible():
-    _dispatch.costs.cache_clear()
-    cost = _dispatch.costs("unit", torch.float32)
+    numba.measured.cache_clear()
+    cost = numba.measured("unit", torch.float32)
     assert 0 <= cost.fixed <= 0.4
     assert 0.5 <= cost.slope <= 3
-    assert _dispatch.costs("unit", torch.float32) is cost
+    assert numba.measured("unit", torch.float32) is cost
+
+
+def layer(batch, width, units):
+    return Layer(batch, width, units, 1, torch.float32, torch.device("cpu"), False)
 
 
 @pytest.mark.cpu
 def test_auto_takes_dense_from_break_even_on(monkeypatch):
     """T = fixed + slope·α of dense: here 0.1 + 2α, which reaches 1 at α = 0.45 (for very many features)."""
-    monkeypatch.setattr(_dispatch, "costs", lambda *_: _dispatch.Costs(0.1, 2.0))
-    assert _dispatch.limit("unit", 1 << 20, 1 << 20, 1, torch.float32, False) == pytest.approx(0.45, abs=1e-3)
+    monkeypatch.setattr(numba, "costs", lambda *_: numba.Costs(0.1, 2.0))
+    assert numba.limit(layer(1 << 20, 1 << 20, 1)) == pytest.approx(0.45, abs=1e-3)
     x, weight = torch.zeros(512, 256), torch.zeros(512, 256)
     below, above = (torch.zeros(512, 512) for _ in range(2))
     below[:, :100], above[:, :250] = 1, 1  # at D = 256: (1 - 0.1 - 50/256) / (2·(1 + 90/256)) = 0.26
     assert explain(x, weight, below).backend == "numba"
-    assert explain(x, weight, above).backend == "reference"
+    assert explain(x, weight, above).backend == "dense"
     assert explain(x, weight, above).limit == pytest.approx(0.2607, abs=1e-4)
     assert "under break-even at 26%" in explain(x, weight, below).reason
     assert explain(x[:8], weight, above[:8]).backend == "numba"  # few examples: weights are read by both
     # Weights of 4 MiB do not stay near: few examples lift break-even by 8/B.
-    near, far = (_dispatch.limit("unit", 64, 256, units, torch.float32, False) for units in (4095, 4096))
+    near, far = (numba.limit(layer(64, 256, units)) for units in (4095, 4096))
     assert far - near == pytest.approx(8 / 64)
 
 
 def test_auto_takes_the_two_products_of_an_ffn_for_what_they_are(monkeypatch):
     """Break-even of a pair of products is that of either, not of one with as many features as both."""
-    monkeypatch.setattr(_dispatch, "costs", lambda *_: _dispatch.Costs(0.1, 2.0))
+    monkeypatch.setattr(numba, "costs", lambda *_: numba.Costs(0.1, 2.0))
     seen = []
-    choose = _dispatch.choose
-    monkeypatch.setattr(_dispatch, "choose", lambda *args, **more: seen.append(choose(*args, **more)) or seen[-1])
+    original = choose.choose
+    monkeypatch.setattr(choose, "choose", lambda *args, **more: seen.append(original(*args, **more)) or seen[-1])
     x, w1, w2, gate = torch.zeros(512, 256), torch.zeros(512, 256), torch.zeros(512, 256).t(), torch.zeros(512, 512)
     OPS[2](x, w1, None, gate, "relu", w2, None)
     assert seen[0].limit == explain(x, w1, gate).limit
@@ -387,7 +396,7 @@ def test_auto_takes_the_two_products_of_an_ffn_for_what_they_are(monkeypatch):
 
 def test_errors_name_the_argument():
     # Without the suite's run-time type checks, as users call them.
-    gated_linear, linear_gated, gated_ffn = map(inspect.unwrap, OPS)
+    gated_linear, gated_input_linear, gated_ffn = map(inspect.unwrap, OPS)
     x, weight, bias, gate = tensors(grad=False)
     with pytest.raises(ValueError, match="backend"):
         gated_linear(x, weight, bias, gate, backend="nmba")
@@ -404,9 +413,9 @@ def test_errors_name_the_argument():
     with pytest.raises(ValueError, match="support"):
         gated_linear(x, weight, bias, gate, support=gate[1:] != 0)
     with pytest.raises(ValueError, match="pattern"):
-        linear_gated(gate[1:], open_pattern(gate), weight.t(), None)
+        gated_input_linear(gate[1:], open_pattern(gate), weight.t(), None)
     with pytest.raises(TypeError, match="pattern"):
-        linear_gated(gate, gate, weight.t(), None)
+        gated_input_linear(gate, gate, weight.t(), None)
     with pytest.raises(ValueError, match="activation"):
         gated_ffn(x, weight, bias, gate, "tanh", weight.t(), None)
     with pytest.raises(ValueError, match="w2"):
@@ -414,4 +423,5 @@ def test_errors_name_the_argument():
 
 
 def test_public_names():
-    assert {"gated_linear", "linear_gated", "gated_ffn", "open_pattern", "OpenPattern", "explain"} <= set(dir(kernels))
+    ops = {"gated_linear", "gated_input_linear", "gated_ffn", "open_pattern"}
+    assert {*ops, "OpenPattern", "explain"} <= set(dir(kernels))

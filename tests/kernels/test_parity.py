@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from gatelet.kernels import gated_ffn, gated_linear, linear_gated, open_pattern
+from gatelet.kernels import gated_ffn, gated_input_linear, gated_linear, open_pattern
 
-BACKENDS = ("reference", "numba", "auto", "triton")
+BACKENDS = ("dense", "numba", "auto", "triton")
 DTYPES = (torch.float32, torch.float64)
 QUICK = settings(max_examples=15, deadline=None, derandomize=True, database=None)
 
@@ -176,17 +176,17 @@ def test_gated_linear_with_a_wider_support(backend, dtype, case):
 @pytest.mark.parametrize("backend", BACKENDS)
 @QUICK
 @given(case=CASES)
-def test_linear_gated(backend, dtype, case):
+def test_gated_input_linear(backend, dtype, case):
     p = Problem(case, dtype, backend)
     mask = p.mask()
     inputs = (p.hidden, p.w2, p.b2)
     truth, size = truths(lambda hidden, w2, b2: F.linear(hidden * mask, w2, b2), inputs, p.upper2)
     pattern = open_pattern(p.gate, p.group)
-    found = gradients(linear_gated(p.hidden, pattern, p.w2, p.b2, backend=backend), inputs, p.upper2)
+    found = gradients(gated_input_linear(p.hidden, pattern, p.w2, p.b2, backend=backend), inputs, p.upper2)
     compare(found, truth, size, dtype)
     by_unit = p.w2.detach().t().contiguous().t()
     with torch.no_grad():
-        compare([linear_gated(p.hidden, pattern, by_unit, p.b2, backend=backend)], truth[:1], size[:1], dtype)
+        compare([gated_input_linear(p.hidden, pattern, by_unit, p.b2, backend=backend)], truth[:1], size[:1], dtype)
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu", "gelu", "silu"])
@@ -236,4 +236,4 @@ def test_leading_shapes(backend):
     one = gated_linear(x[0, 0, 0], weight, None, gate[0, 0, 0], backend=backend)
     torch.testing.assert_close(one, out[0, 0, 0])
     pattern = open_pattern(gate)
-    torch.testing.assert_close(linear_gated(out, pattern, weight.t(), backend=backend), out @ weight)
+    torch.testing.assert_close(gated_input_linear(out, pattern, weight.t(), backend=backend), out @ weight)

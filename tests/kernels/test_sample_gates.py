@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gatelet.kernels import gated_linear, open_pattern, sample_gates
-from gatelet.kernels.sample_gates import _reference
+from gatelet.kernels.ops.sample_gates import uniform
 
 TRITON = pytest.param(
     "triton", marks=pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -16,7 +16,7 @@ TRITON = pytest.param(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("group", [1, 3, 64])
-@pytest.mark.parametrize("backend", ["reference", TRITON])
+@pytest.mark.parametrize("backend", ["dense", TRITON])
 def test_gates_pattern_and_counts(backend, group, dtype):
     logits = torch.randn(2, 35, 66, dtype=dtype)
     noise = torch.rand(logits.shape, dtype=torch.promote_types(dtype, torch.float32))
@@ -31,20 +31,20 @@ def test_gates_pattern_and_counts(backend, group, dtype):
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (1, 1), (64, 64), (5,)])
-@pytest.mark.parametrize("backend", ["reference", TRITON])
+@pytest.mark.parametrize("backend", ["dense", TRITON])
 def test_any_shape(backend, shape):
     found = sample_gates(torch.full(shape, 40.0), backend=backend)
     assert torch.equal(found.gates, torch.ones(shape))
     assert torch.equal(found.counts, torch.full((shape[-1],), 1 if len(shape) == 1 else shape[0], dtype=torch.int32))
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference", TRITON])
+@pytest.mark.parametrize("backend", ["auto", "dense", TRITON])
 def test_a_generator_gives_the_same_gates_with_every_backend(backend):
     logits = torch.randn(70, 130)
     first, again, other = (
         sample_gates(logits, generator=torch.Generator().manual_seed(seed), backend=backend).gates for seed in (1, 1, 2)
     )
-    want = sample_gates(logits, generator=torch.Generator().manual_seed(1), backend="reference").gates
+    want = sample_gates(logits, generator=torch.Generator().manual_seed(1), backend="dense").gates
     assert torch.equal(first, again)
     assert torch.equal(first, want)
     assert not torch.equal(first, other)
@@ -52,12 +52,12 @@ def test_a_generator_gives_the_same_gates_with_every_backend(backend):
 
 def test_the_noise_is_philox():
     """Random123's known answer for a zero counter and key, 6627e8d5, as the folded fraction it becomes."""
-    (first,) = _reference.uniform(torch.tensor(0), 1).tolist()
+    (first,) = uniform(torch.tensor(0), 1).tolist()
     assert first == pytest.approx(0x6627E8D5 / 2**31, rel=1e-6)
 
 
 def test_the_noise_is_uniform():
-    noise = _reference.uniform(torch.tensor(0x123456789ABCDEF), 1 << 18)
+    noise = uniform(torch.tensor(0x123456789ABCDEF), 1 << 18)
     assert noise.min() >= 0
     assert noise.max() < 1
     share = torch.histc(noise, 64, 0, 1) / len(noise)
@@ -83,7 +83,7 @@ def test_the_pattern_serves_the_ops():
 def test_opcheck():
     logits = torch.randn(6, 9)
     check = torch.library.opcheck
-    for backend in ("reference", "auto"):
+    for backend in ("dense", "auto"):
         check(torch.ops.gatelet.sample_gates.default, (logits, torch.rand(6, 9), None, 2, backend))
         check(torch.ops.gatelet.sample_gates.default, (logits, None, torch.tensor(5), 1, backend))
 

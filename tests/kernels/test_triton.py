@@ -13,7 +13,8 @@ import torch
 from test_parity import compare, gradients, truths
 from torch.nn import functional as F
 
-from gatelet.kernels import _dispatch, explain, gated_ffn, gated_linear, linear_gated, open_pattern
+from gatelet.kernels import choose, explain, gated_ffn, gated_input_linear, gated_linear, open_pattern
+from gatelet.kernels.backends import Layer, triton
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
@@ -105,7 +106,7 @@ def test_an_example_of_nan_spoils_the_units_that_it_has_open(form):
     with torch.no_grad():
         p.x[0] = torch.nan
     inputs = (p.x, p.weight, p.bias, p.gate)
-    found, want = (gradients(gated_linear(*inputs, backend=each), inputs, p.upper) for each in ("triton", "reference"))
+    found, want = (gradients(gated_linear(*inputs, backend=each), inputs, p.upper) for each in ("triton", "dense"))
     for a, b in zip(found, want, strict=True):
         torch.testing.assert_close(a, b, equal_nan=True)
     assert found[2].isnan().any()
@@ -118,7 +119,7 @@ def test_a_single_pair_whose_bit_is_a_sign():
         p.gate.zero_()
         p.gate[63, 63] = 2.0
     inputs = (p.x, p.weight, p.bias, p.gate)
-    found, want = (gradients(gated_linear(*inputs, backend=each), inputs, p.upper) for each in ("triton", "reference"))
+    found, want = (gradients(gated_linear(*inputs, backend=each), inputs, p.upper) for each in ("triton", "dense"))
     for a, b in zip(found, want, strict=True):
         torch.testing.assert_close(a, b)
         assert a.count_nonzero()
@@ -134,11 +135,11 @@ def test_nan_passes_an_open_unit(activation):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", FORMS)
-def test_linear_gated(form, dtype):
+def test_gated_input_linear(form, dtype):
     p = Problem(form, dtype)
     inputs = (p.hidden, p.w2, p.b2)
     truth, size = truths(lambda hidden, w2, b2: F.linear(hidden * p.mask, w2, b2), inputs, p.upper2)
-    found = linear_gated(p.hidden, open_pattern(p.gate, p.group), p.w2, p.b2, backend="triton")
+    found = gated_input_linear(p.hidden, open_pattern(p.gate, p.group), p.w2, p.b2, backend="triton")
     compare(gradients(found, inputs, p.upper2), truth, size, dtype, ROUNDINGS[dtype])
 
 
@@ -164,10 +165,10 @@ def test_gated_ffn(form, activation):
 @pytest.mark.parametrize("programs", [1, 1 << 20])
 @pytest.mark.parametrize("form", ["few", "lists of several words"])
 def test_any_division_of_the_work(form, programs, monkeypatch):
-    from gatelet.kernels import _triton
+    from gatelet.kernels.backends.triton import products
 
     for name, value in (("PROGRAMS", programs), ("FEW_PROGRAMS", programs), ("LIST_WORDS", 2), ("WIDE_SPAN", 16)):
-        monkeypatch.setattr(_triton, name, value)
+        monkeypatch.setattr(products, name, value)
     p = Problem(form, torch.float64)
     inputs = (p.x, p.weight, p.bias, p.gate)
     truth, size = truths(lambda x, w, b, gate: F.linear(x, w, b) * p.each(gate) * p.mask, inputs, p.upper)
@@ -186,7 +187,6 @@ def test_the_same_bits_again(form):
 
 
 def test_where_a_dense_product_is_not_finite_it_is_formed_again():
-    from gatelet.kernels import _pattern, _triton
 
     coefficient = torch.randn(20, 70) * (torch.rand(20, 70) < 0.1)
     rows = torch.randn(70, 65)
@@ -196,19 +196,19 @@ def test_where_a_dense_product_is_not_finite_it_is_formed_again():
     want = coefficient.double() @ rows.nan_to_num(0, 0, 0).double()
     want[1, 5], want[2, 9] = torch.nan, -torch.inf
     found = coefficient @ rows
-    _triton.repair(found, coefficient, rows)
+    products.repair(found, coefficient, rows)
     torch.testing.assert_close(found, want.float(), equal_nan=True)
-    torch.testing.assert_close(_pattern.gathered(coefficient, rows), want.float(), equal_nan=True)
+    torch.testing.assert_close(dense.gathered(coefficient, rows), want.float(), equal_nan=True)
 
 
 def test_the_setting_for_float32_products_is_torchs():
-    from gatelet.kernels import _triton
+    from gatelet.kernels.backends.triton import products
 
-    assert _triton._types(torch.float32)["PRECISION"] == "ieee"
+    assert products._types(torch.float32)["PRECISION"] == "ieee"
     torch.backends.cuda.matmul.allow_tf32 = True
     try:
-        assert _triton._types(torch.float32)["PRECISION"] == "tf32"
-        assert _triton._types(torch.float64)["PRECISION"] == "ieee"
+        assert products._types(torch.float32)["PRECISION"] == "tf32"
+        assert products._types(torch.float64)["PRECISION"] == "ieee"
     finally:
         torch.backends.cuda.matmul.allow_tf32 = False
 
@@ -217,14 +217,14 @@ def test_the_setting_for_float32_products_is_torchs():
 
 
 def test_without_triton_the_backend_says_so(monkeypatch):
-    _dispatch.triton_missing.cache_clear()
+    triton.missing.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     x, gate = torch.ones(2, 3), torch.ones(2, 4)
     try:
         with pytest.raises(RuntimeError, match=r"triton is not installed \(pip install 'gatelet\[triton\]'\)"):
             gated_linear(x, torch.ones(4, 3), None, gate, backend="triton")
     finally:
-        _dispatch.triton_missing.cache_clear()
+        triton.missing.cache_clear()
 
 
 ALONE = """
@@ -250,14 +250,14 @@ def test_the_library_works_without_triton():
 
 def test_cpu_tensors_need_the_interpreter(monkeypatch, device):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    _dispatch.triton_missing.cache_clear()
+    triton.missing.cache_clear()
     x, gate = torch.ones(2, 3, device="cpu"), torch.ones(2, 4, device="cpu")
     here = torch.cuda.is_available()
     try:
         with pytest.raises(ValueError if here else RuntimeError, match="on cpu" if here else "no CUDA device"):
             gated_linear(x, torch.ones(4, 3, device="cpu"), None, gate, backend="triton")
     finally:
-        _dispatch.triton_missing.cache_clear()
+        triton.missing.cache_clear()
 
 
 def test_a_device_without_kernels_is_named():
@@ -270,50 +270,40 @@ def test_a_device_without_kernels_is_named():
 
 
 def rule(**given):
-    arguments = {
-        "kernel": "unit",
-        "group": 1,
-        "batch": 1,
-        "width": 4096,
-        "units": 14336,
-        "dtype": torch.bfloat16,
-        "gradients": False,
-        "announce": True,
-        "declared": 0.1,
-    }
-    return _dispatch.choose_on_gpu(**{**arguments, **given}).backend
+    layer = Layer(1, 4096, 14336, 1, torch.bfloat16, torch.device("cuda"), False, 0.1)._replace(**given)
+    return choose.choose("auto", layer, pytest.fail).backend
 
 
 def test_auto_takes_the_kernels_where_they_read_or_multiply_much_less(monkeypatch):
-    monkeypatch.setattr(_dispatch, "triton_missing", lambda: None)
-    groups = {"kernel": "group", "group": 128, "batch": 4096}
+    monkeypatch.setattr(triton, "missing", lambda: None)
+    groups = {"group": 128, "batch": 4096}
     assert rule() == "triton"
     assert rule(**groups) == "triton"
     assert rule(**groups, gradients=True) == "triton"
     for case in (
-        {"declared": None},
-        {"declared": 0.9},
+        {"rate": None},
+        {"rate": 0.9},
         {"batch": 16},  # at 10 % open, 81 % are open for some example of 16
         {"batch": 4096},
         {"gradients": True},
         {"width": 64},
         {"dtype": torch.float64},
-        {**groups, "declared": 0.5},
-        {**groups, "declared": 0.2, "gradients": True},
+        {**groups, "rate": 0.5},
+        {**groups, "rate": 0.2, "gradients": True},
         {**groups, "batch": 64},
         {**groups, "group": 8},
     ):
-        assert rule(**case) == "reference", case
+        assert rule(**case) == "dense", case
 
 
 def test_on_cuda_without_triton_the_reference_runs_and_says_so_once(monkeypatch):
-    monkeypatch.setattr(_dispatch, "triton_missing", lambda: "triton is not installed")
-    _dispatch._announce_missing.cache_clear()
+    monkeypatch.setattr(triton, "missing", lambda: "triton is not installed")
+    choose._announce.cache_clear()
     with pytest.warns(UserWarning, match="computed and discarded, because triton is not installed"):
-        assert rule() == "reference"
+        assert rule() == "dense"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert rule() == "reference"
+        assert rule() == "dense"
 
 
 def test_explain_names_triton():
@@ -330,7 +320,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from gatelet.kernels import _triton_kernels as kernels
+from gatelet.kernels.backends.triton import kernels
 
 ACC, DOT = tl.float32, tl.bfloat16
 SIZES = dict(BM=128, BN=128, BK=64, BD=128, FEW=16, SPAN=128, SLOTS=16, WORDS=16, BLOCK=1024, ACC=ACC, DOT=DOT)

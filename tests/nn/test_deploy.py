@@ -54,13 +54,14 @@ TRACED = """
 import io, sys, warnings
 import torch
 import test_deploy as here
-from gatelet.kernels import _sparse, explain
+from gatelet.kernels import explain
+from gatelet.kernels.backends.numba import products
 
 model = here.ready(here.MAKE[sys.argv[1]])
 here.compare_training(sys.argv[1])
 calls = []
-plain = _sparse.dots
-_sparse.dots = lambda *args, **named: calls.append(1) or plain(*args, **named)
+plain = products.dots
+products.dots = lambda *args, **named: calls.append(1) or plain(*args, **named)
 x, many = here.X, torch.randn(300, 192)
 assert explain(x, torch.empty(768, 192), torch.zeros(160, 768)).backend == "numba"
 

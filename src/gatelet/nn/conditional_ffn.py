@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from gatelet._checks import check_choice, check_count
 from gatelet.estimators import Estimator
-from gatelet.kernels import gated_ffn, gated_linear, linear_gated, open_pattern
-from gatelet.kernels.gated_ffn import ACTIVATIONS as FUSED
+from gatelet.kernels import ACTIVATIONS as FUSED
+from gatelet.kernels import gated_ffn, gated_input_linear, gated_linear, open_pattern
 from gatelet.nn.gaters import SelfGater
 from gatelet.nn.gating import Gating
 from gatelet.sparsity._controller import Controller
@@ -120,7 +120,7 @@ def _rest(
     hidden = first * gates
     if w_up is not None:
         hidden = hidden * gated_linear(x, w_up, b_up, gates, pattern=pattern, active_fraction=rate)
-    return linear_gated(F.dropout(hidden, dropout, dropout > 0), pattern, w_down, b_down)
+    return gated_input_linear(F.dropout(hidden, dropout, dropout > 0), pattern, w_down, b_down)
 
 
 _rest_op = torch.library.custom_op(
@@ -176,7 +176,7 @@ def _sparse(
     else:
         hidden = act(linear(x, w_gate, b_gate, computed)) * linear(x, w_up, b_up, computed)
     hidden = hidden * (gates.repeat_interleave(group_size, dim=-1) if group_size > 1 else gates)
-    return linear_gated(F.dropout(hidden, dropout, dropout > 0), pattern, w_down, b_down)
+    return gated_input_linear(F.dropout(hidden, dropout, dropout > 0), pattern, w_down, b_down)
 
 
 _op = torch.library.custom_op(

@@ -1,1 +1,109 @@
-"""The CPU's kernels, compiled by Numba."""
+"""The CPU backend: kernels compiled by Numba, on the threads of torch's own pool."""
+
+import functools
+import importlib
+import importlib.util
+from typing import Any, NamedTuple
+
+import torch
+
+from gatelet.kernels.backends._protocol import Backend, Kernel, Layer, Worth
+
+DTYPES = (torch.float32, torch.float64)
+SMALLEST_GROUP = 4
+"""Groups of at least so many units go through the group kernel, which multiplies four units at a time."""
+SMALL = 1 << 16
+"""Layers of fewer multiply-adds than this run dense: they are over before it matters, and nothing needs compiling."""
+PAIR, PLACE = 90, 50
+"""What an open pair costs beside its D multiply-adds, and what any pair costs, in dense multiply-adds: for the first
+its sum, bias and gate, for the second its bit in the pattern and the zero in its place."""
+FEW = 8
+"""For so few examples the kernels win at any active fraction: dense products are then bound by reading weights too."""
+NEAR = 1 << 22
+"""Bytes of weights that stay in the near caches: dense products do not wait for them, so few examples are no excuse."""
+
+
+class Costs(NamedTuple):
+    """What a kernel takes, as a multiple of the dense product: ``fixed`` + ``slope`` · active fraction.
+
+    For many features; for D of them every pair costs :data:`PLACE` and every open one :data:`PAIR` multiply-adds more.
+    """
+
+    fixed: float
+    slope: float
+
+
+@functools.cache
+def missing() -> str | None:
+    """Return why the backend runs nowhere, None if it does. Nothing is imported to find out."""
+    return None if importlib.util.find_spec("numba") else "numba is not installed"
+
+
+class Numba(Backend):
+    """The backend."""
+
+    name = "numba"
+    device = "cpu"
+    by_gate = False
+    looks = True
+    spares = 1 << 23
+
+    def missing(self) -> str | None:
+        """Return why the backend runs nowhere, None if it does."""
+        return missing()
+
+    def cannot(self, layer: Layer) -> str | None:
+        """Return why the kernels cannot run this layer, None if they can."""
+        if layer.device.type != "cpu":
+            return f"the kernels run on the CPU, but the tensors are on {layer.device}"
+        if layer.dtype not in DTYPES:
+            return f"the CPU kernels are for float32 and float64, not {layer.dtype}"
+        return missing()
+
+    def kernel(self, layer: Layer) -> Kernel:
+        """Return which kernel runs."""
+        return "group" if layer.group >= SMALLEST_GROUP else "unit"
+
+    def worth(self, layer: Layer) -> Worth:
+        """Return below which share of open gates the kernels are expected to be faster than dense."""
+        if layer.batch * layer.units * layer.width < SMALL:
+            return Worth(0.0, no="so small that starting a kernel costs more than it saves")
+        below = limit(layer)
+        return Worth(below, "the kernel is faster at any active fraction" if below == 1.0 else "")
+
+    @functools.cached_property
+    def products(self) -> Any:
+        """The products; importing them imports Numba."""
+        return importlib.import_module("gatelet.kernels.backends.numba.products")
+
+
+def limit(layer: Layer) -> float:
+    """Return the active fraction at which kernel and dense product are expected to take the same time."""
+    if layer.batch <= FEW:
+        return 1.0
+    gradients, width = layer.gradients, layer.width
+    # Two of the three products of a training step are those of units: only the forward pass has a kernel for groups.
+    cost = costs("group" if layer.group >= SMALLEST_GROUP and not gradients else "unit", layer.dtype)
+    # The products of the backward pass form no pattern and finish no pairs, but they write: a weight's gradient is as
+    # large as the weight, however few the examples.
+    each = 2 * width if gradients else width
+    few = FEW if not gradients and layer.units * width * layer.dtype.itemsize >= NEAR else 0
+    left = max(1 - cost.fixed - PLACE / each, 0.0)
+    return min(1.0, left / (cost.slope * (1 + PAIR / each)) + few / layer.batch)
+
+
+def costs(kernel: Kernel, dtype: torch.dtype) -> Costs:
+    """Return what the kernel costs on this processor."""
+    return measured(kernel, dtype)
+
+
+@functools.cache
+def measured(kernel: Kernel, dtype: torch.dtype) -> Costs:
+    """Time what the kernel costs, once per process (some 30 ms).
+
+    One core of a desktop does two multiply-adds per load, another one: dense products run at twice the speed on the
+    first, sparse ones, bound by loads, do not.
+    """
+    from gatelet.kernels.backends.numba import timing
+
+    return timing.costs(kernel, dtype)

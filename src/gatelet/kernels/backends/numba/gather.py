@@ -16,8 +16,8 @@ from llvmlite import ir
 from numba import cfunc, types
 from numba.extending import intrinsic as _intrinsic
 
-from gatelet.kernels import _team as team
-from gatelet.kernels import _vector as v
+from gatelet.kernels.backends.numba import team
+from gatelet.kernels.backends.numba import vector as v
 
 VECTOR, MOST = v.VECTOR, v.MOST
 _I64 = ir.IntType(64)

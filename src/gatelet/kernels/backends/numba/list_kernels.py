@@ -10,9 +10,9 @@ All lists are int64. Arguments named like tensors are addresses, 0 where there i
 import math
 from typing import Any
 
-from gatelet.kernels import _vector as v
-from gatelet.kernels._products import compiled, type_as
 from gatelet.kernels.backends.numba import gather as g
+from gatelet.kernels.backends.numba import vector as v
+from gatelet.kernels.backends.numba.kernels import compiled, type_as
 
 VECTOR, MOST = v.VECTOR, v.MOST
 PAIR = 16

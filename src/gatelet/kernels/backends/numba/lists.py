@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gatelet.kernels import _team as team
+from gatelet.kernels.backends.numba import team
 from gatelet.kernels.backends.numba.list_kernels import PAIR, products, turning
 
 TASK = 256

@@ -10,9 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gatelet.kernels import _triton_kernels as kernels
-from gatelet.kernels._dispatch import GPU_FEW, SMALLEST_LIST
-from gatelet.kernels._pattern import words
+from gatelet.kernels.backends.triton import FEW, SMALLEST_LIST, kernels
+from gatelet.kernels.pattern import Bits, Form, words
 
 INTERPRETED = not isinstance(kernels.pattern, triton.runtime.JITFunction)
 SPAN, WIDE_SPAN, SLOTS = 32, 128, 16
@@ -38,7 +37,7 @@ _TILES = {2: (128, 128, 64), 4: (64, 64, 32), 8: (32, 32, 32)}
 
 
 @dataclass(frozen=True)
-class Lists:
+class GroupLists:
     """The examples of each group.
 
     Attributes:
@@ -90,29 +89,47 @@ def _power(count: int, least: int, most: int) -> int:
     return max(least, min(most, 1 << (count - 1).bit_length()))
 
 
-def pattern(gate: Tensor, units: int) -> tuple[Tensor, Tensor]:
+def pattern(gate: Tensor, units: int) -> Bits:
     """Return the pattern of gates (B, G) by example and by unit."""
+    gate = gate.contiguous()
     batch, gates = gate.shape
     rows = gate.new_empty((batch, words(units)), dtype=torch.int64)
     cols = gate.new_empty((units, words(batch)), dtype=torch.int64)
-    sizes = (batch, units, gates, units // max(gates, 1), rows.shape[1], cols.shape[1])
-    launch(kernels.pattern, (cols.shape[1], rows.shape[1]), gate, (gate, rows, cols, *sizes))
-    return rows, cols
-
-
-def lists(cols: Tensor, gate: Tensor) -> Lists | None:
-    """Return the examples of each group; None where groups are too small, or examples too few, to go by lists."""
-    (units, col_words), (batch, gates) = cols.shape, gate.shape
     group = units // max(gates, 1)
-    if group < SMALLEST_LIST or batch <= GPU_FEW:
+    sizes = (batch, units, gates, group, rows.shape[1], cols.shape[1])
+    launch(kernels.pattern, (cols.shape[1], rows.shape[1]), gate, (gate, rows, cols, *sizes))
+    return Bits(rows, cols, group)
+
+
+build = pattern
+
+
+def promise(gate: Tensor, units: int, keep: bool) -> Bits | None:
+    """Return the pattern of gates; None for few examples of inference, whose kernels read the gates themselves."""
+    return pattern(gate, units) if keep or len(gate) > FEW else None
+
+
+def _listed(pattern: Form | None) -> GroupLists | None:
+    """Return the examples of each group; None where groups are too small, or examples too few, to go by lists."""
+    if not isinstance(pattern, Bits) or pattern.group < SMALLEST_LIST or pattern.rows.shape[0] <= FEW:
         return None
-    examples = cols.new_empty((gates, batch), dtype=torch.int32)
-    starts = cols.new_empty((gates, col_words + 1), dtype=torch.int32)
-    launch(kernels.lists, (gates,), cols, (cols, examples, starts, batch, group, col_words), WORDS=LIST_WORDS)
-    return Lists(examples, starts, group)
+    if pattern.notes is None:
+        cols, batch, group = pattern.cols, pattern.rows.shape[0], pattern.group
+        (units, col_words) = cols.shape
+        gates = units // group
+        examples = cols.new_empty((gates, batch), dtype=torch.int32)
+        starts = cols.new_empty((gates, col_words + 1), dtype=torch.int32)
+        launch(kernels.lists, (gates,), cols, (cols, examples, starts, batch, group, col_words), WORDS=LIST_WORDS)
+        pattern.notes = GroupLists(examples, starts, group)
+    found: GroupLists = pattern.notes
+    return found
 
 
-def _unit_tiles(units: int, most: int, listed: Lists | None) -> tuple[int, int]:
+def _rows(pattern: Form | None) -> Tensor | None:
+    return pattern.rows if isinstance(pattern, Bits) else None
+
+
+def _unit_tiles(units: int, most: int, listed: GroupLists | None) -> tuple[int, int]:
     """Return how many units a tile has, and how many tiles there are."""
     if listed is None:
         return most, -(-units // most)
@@ -125,25 +142,28 @@ def dots(
     weight: Tensor,
     bias: Tensor | None,
     gate: Tensor | None,
-    rows: Tensor | None,
-    listed: Lists | None,
+    pattern: Form | None,
+    *,
     keep: bool = False,
     activation: str = "identity",
     fill: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return act(x Wᵀ + b) ∘ gate (B, N) at open pairs, zero elsewhere, and, to ``keep``, x Wᵀ + b there.
 
-    Open is what the pattern ``rows`` says or, for few examples, the gate where there is no pattern. Without ``fill``
-    closed pairs may be left as they are.
+    Open is what the pattern says or, without one, the gate. Without ``fill`` closed pairs may be left as they are.
     """
+    x, gate = x.contiguous(), None if gate is None else gate.contiguous()
     (batch, width), units = x.shape, weight.shape[0]
+    if pattern is None and gate is not None and batch > FEW:
+        pattern = build(gate, units)
+    rows, listed = _rows(pattern), _listed(pattern)
     # Programs of listed examples write open pairs alone.
     allocate = x.new_zeros if listed is not None and fill else x.new_empty
     out = allocate((batch, units))
     pre = allocate((batch, units)) if keep else None
     gates = units if gate is None else gate.shape[1]
     group = units // max(gates, 1) if listed is None else listed.group
-    if batch <= GPU_FEW:
+    if batch <= FEW:
         sizes = (batch, units, width, gates, group, words(units))
         launch(
             kernels.few_dots,
@@ -151,7 +171,7 @@ def dots(
             x,
             (x, weight, bias, gate, rows, out, pre, *sizes, *weight.stride()),
             ACTIVATION=activation,
-            FEW=GPU_FEW,
+            FEW=FEW,
             SPAN=SPAN,
             SLOTS=SLOTS,
             BK=_power(width, 16, 512 // x.element_size()),
@@ -179,17 +199,14 @@ def dots(
 
 
 def by_example(
-    coefficient: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    rows: Tensor | None,
-    listed: Lists | None,
+    coefficient: Tensor, weight: Tensor, bias: Tensor | None, pattern: Form | None, gate: Tensor | None = None
 ) -> Tensor:
     """Return y (B, D) with y[b] = bias + Σ_n C[b, n] W[n] over open n; open as for :func:`dots`."""
+    coefficient = coefficient.contiguous()
     batch, (units, width) = coefficient.shape[0], weight.shape
-    if batch <= GPU_FEW:
-        return _few_by_example(coefficient, weight, bias, gate, rows)
+    rows, listed = _rows(pattern), _listed(pattern)
+    if batch <= FEW:
+        return _few_by_example(coefficient, weight, bias, None if rows is not None else gate, rows)
     tile_m, tile_d, tile_k = _TILES[weight.element_size()]
     tile_m = tile_m if batch >= LARGE_BATCH else min(tile_m, 64)
     columns = -(-width // tile_d)
@@ -247,7 +264,7 @@ def _few_by_example(
         (columns, count),
         weight,
         (coefficient, weight, gate, rows, parts, *sizes, *weight.stride(), each),
-        FEW=GPU_FEW,
+        FEW=FEW,
         SPAN=WIDE_SPAN,
         SLOTS=SLOTS,
         BD=tile_d,
@@ -287,16 +304,20 @@ def repair(product: Tensor, coefficient: Tensor, weight: Tensor) -> None:
 def by_unit(
     coefficient: Tensor,
     x: Tensor,
-    cols: Tensor,
-    listed: Lists | None,
-    need_sum: bool,
+    pattern: Form | None,
+    *,
     need_rows: bool = True,
+    need_sum: bool = False,
     transposed: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return V, V[n] = Σ_b C[b, n] x[b] over open b, and the sums Σ_b C[b, n]; None for what is not needed.
 
     V is (N, D), or ``transposed`` (D, N).
     """
+    if not isinstance(pattern, Bits):
+        raise TypeError("this product reads a pattern of bits")
+    coefficient, x = coefficient.contiguous(), x.contiguous()
+    cols, listed = pattern.cols, _listed(pattern)
     (batch, width), units = x.shape, coefficient.shape[1]
     out = x.new_empty((width, units) if transposed else (units, width)) if need_rows else None
     sums = x.new_empty(units) if need_sum else None
@@ -324,16 +345,20 @@ def pointwise(
     upper: Tensor,
     pre: Tensor,
     gate: Tensor,
-    rows: Tensor,
-    wide_rows: Tensor | None,
+    pattern: Form | None,
+    wide: Form | None = None,
+    *,
     need_gate: bool,
     need_coefficient: bool,
     activation: str = "identity",
+    into: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return C = g · gate · act'(z) at open pairs, and the gate's gradient (B, G), on the wide pattern if given."""
+    upper, gate = upper.contiguous(), gate.contiguous()
+    rows, wide_rows = _rows(pattern), _rows(wide)
     (batch, units), gates = upper.shape, gate.shape[1]
     coefficient = torch.empty_like(upper) if need_coefficient else None
-    slopes = torch.empty_like(gate) if need_gate else None
+    slopes = into if into is not None else torch.empty_like(gate) if need_gate else None
     group = units // max(gates, 1)
     tile_n = 64 if group == 1 else _power(group, 16, 128)
     sizes = (batch, units, gates, group, words(units))
@@ -355,6 +380,7 @@ def sample(
     logits: Tensor, noise: Tensor | None, seed: Tensor | None, group: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return gates (B, G), their pattern by example and by unit, and how many examples have each gate open."""
+    logits, noise = logits.contiguous(), None if noise is None else noise.contiguous()
     batch, gates = logits.shape
     units = gates * group
     gate = torch.empty_like(logits)

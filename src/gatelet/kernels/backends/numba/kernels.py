@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numba import carray, cfunc, njit, types
 
-from gatelet.kernels import _vector as v
+from gatelet.kernels.backends.numba import vector as v
 
 SLICE, VECTOR, RECORD, MOST, ALONE = v.SLICE, v.VECTOR, v.RECORD, v.MOST, 1 << v.ALONE
 RUNS = 128
@@ -51,7 +51,6 @@ P = (
     2.05008926302e-6,
 )
 Q = (1.0, 0.5020762548661959, 0.11410919950549765, 0.014969236765898286, 0.001162538430056847, 3.8091760959976094e-5)
-ACTIVATIONS = ("identity", "relu", "gelu", "silu")
 
 
 def compiled(function: Any) -> Any:

@@ -3,9 +3,11 @@
 import torch
 from torch import Tensor
 
-from gatelet.kernels import _team
-from gatelet.kernels._pattern import words
-from gatelet.kernels._products import ACTIVATIONS, MOST, RECORD, RUNS, SLICE, VECTOR, WORDS, kernel
+from gatelet.kernels.backends.dense import ACTIVATIONS
+from gatelet.kernels.backends.numba import SMALLEST_GROUP
+from gatelet.kernels.backends.numba import team as _team
+from gatelet.kernels.backends.numba.kernels import MOST, RECORD, RUNS, SLICE, VECTOR, WORDS, kernel
+from gatelet.kernels.pattern import Bits, Form, words
 
 DENSE = 1 << 5
 """So many multiply-adds of the dense product count as one number to pass over: a tenth of them is done, by vectors."""
@@ -24,15 +26,39 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def pattern(gate: Tensor, units: int) -> tuple[Tensor, Tensor]:
-    """Return the pattern of gates (B, G) by example and by unit."""
-    batch, group = gate.shape[0], units // max(gate.shape[1], 1)
+def _reserve(gate: Tensor, units: int) -> tuple[Tensor, Tensor, int]:
+    batch = gate.shape[0]
     rows = gate.new_empty((batch, words(units)), dtype=torch.int64)
     cols = gate.new_empty((units, words(batch)), dtype=torch.int64)
+    return rows, cols, units // max(gate.shape[1], 1)
+
+
+def pattern(gate: Tensor, units: int) -> Bits:
+    """Return the pattern of gates (B, G) by example and by unit."""
+    return _written(promise(gate, units, True))
+
+
+def promise(gate: Tensor, units: int, keep: bool) -> Bits:
+    """Return the pattern of gates (B, G), which the next product writes on its way."""
+    gate = gate.contiguous()
+    return Bits(*_reserve(gate, units), pending=gate)
+
+
+def _written(pattern: Form | None) -> Bits:
+    """Return the pattern after writing it, if nobody has yet."""
+    if not isinstance(pattern, Bits):
+        raise TypeError("this product reads a pattern of bits")
+    if pattern.pending is not None:
+        _build(pattern.pending, pattern.rows, pattern.cols, len(pattern.cols))
+        pattern.pending = None
+    return pattern
+
+
+def _build(gate: Tensor, rows: Tensor | None, cols: Tensor | None, units: int) -> None:
     if gate.numel():
-        args = (gate.data_ptr(), rows.data_ptr(), cols.data_ptr(), batch, units, group)
+        batch, group = gate.shape[0], units // gate.shape[1]
+        args = (gate.data_ptr(), _address(rows), _address(cols), batch, units, group)
         _team.run(kernel("pattern", _bits(gate)), args, _team.threads(batch * units))
-    return rows, cols
 
 
 def _slicing(width: int, size: int) -> tuple[int, int]:
@@ -75,36 +101,55 @@ def dots(
     weight: Tensor,
     bias: Tensor | None,
     gate: Tensor | None,
-    cols: Tensor | None,
-    out: Tensor,
-    pre: Tensor | None = None,
+    pattern: Form | None,
     *,
-    mask: Tensor | None = None,
-    rows: Tensor | None = None,
-    grouped: int = 1,
+    keep: bool = False,
     activation: str = "identity",
     fill: bool = True,
-    packed: Tensor | None = None,
-) -> None:
-    """Write act(x Wᵀ + b) ∘ gate to ``out`` (B, N) at open pairs, and x Wᵀ + b to ``pre``; zero elsewhere if ``fill``.
+) -> tuple[Tensor, Tensor]:
+    """Return act(x Wᵀ + b) ∘ gate at open pairs and, to ``keep``, x Wᵀ + b; zero elsewhere if ``fill``."""
+    x, weight = x.contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    gate = None if gate is None else gate.contiguous()
+    batch, units = x.shape[0], weight.shape[0]
+    out = x.new_empty((batch, units))
+    pre = x.new_empty((batch, units) if keep else 0)
+    if not out.numel():
+        return out, pre
+    rows, cols, mask = None, None, gate
+    if isinstance(pattern, Bits):
+        rows, cols, mask = pattern.rows, pattern.cols, pattern.pending
+        pattern.pending = None
+    elif batch > 1:  # the pattern is built on the way and dropped
+        cols = x.new_empty((units, words(batch)), dtype=torch.int64)
+    group = units // gate.shape[1] if gate is not None else pattern.group if isinstance(pattern, Bits) else 1
+    _dots(x, weight, bias, gate, mask, rows, cols, out, pre if keep else None, group, activation, fill)
+    return out, pre
 
-    With ``mask`` (B, G) the pattern is its non-zeros and is written to ``rows`` and ``cols``; without, it is read.
-    ``grouped`` > 1 says that units open in aligned groups of that size and asks for the group kernel.
-    For one example with ``mask``, ``cols`` may be None.
-    """
+
+def _dots(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    mask: Tensor | None,
+    rows: Tensor | None,
+    cols: Tensor | None,
+    out: Tensor,
+    pre: Tensor | None,
+    group: int,
+    activation: str,
+    fill: bool,
+) -> None:
+    """Write to ``out`` and ``pre``. With ``mask`` (B, G) its non-zeros are the pattern, which is written first."""
     batch, width = x.shape
     units = weight.shape[0]
-    if not out.numel():
-        return
-    gates = mask if mask is not None else gate
-    group = grouped if gates is None else units // gates.shape[1]
     team = _team.threads(batch * units * width // DENSE)
     code = ACTIVATIONS.index(activation)
-    name = "one_dots" if batch == 1 else "group_dots" if grouped > 1 else "dots"
+    name = "one_dots" if batch == 1 else "group_dots" if group >= SMALLEST_GROUP else "dots"
     if mask is not None and (name == "group_dots" or batch > 64):
         # Along the examples' rows in a pass of its own; a few examples are looked at on the way.
-        build = (mask.data_ptr(), _address(rows), _address(cols), batch, units, group)
-        _team.run(kernel("pattern", _bits(x)), build, _team.threads(batch * units))
+        _build(mask, rows, cols, units)
         mask = None
     if name != "dots":
         stride = 4 * batch + 512
@@ -116,7 +161,7 @@ def dots(
         stride = 128 * spans[1] * size + chunks * RUNS + _records(chunks * spans[1], batch, size)
         stride = _aligned(stride)
         scratch = x.new_empty(team * stride, dtype=torch.uint8)
-        source = pack(x) if packed is None else packed
+        source = pack(x)
     args = (
         *(source.data_ptr(), weight.data_ptr(), _address(bias), _address(mask), _address(gate), _address(rows)),
         *(_address(cols), out.data_ptr(), _address(pre), batch, units, width, group, spans[0]),
@@ -125,8 +170,13 @@ def dots(
     _team.run(kernel(name, _bits(x)), args, team)
 
 
-def by_example(coefficient: Tensor, weight: Tensor, bias: Tensor | None, rows: Tensor) -> Tensor:
+def by_example(
+    coefficient: Tensor, weight: Tensor, bias: Tensor | None, pattern: Form | None, gate: Tensor | None = None
+) -> Tensor:
     """Return y (B, D) with y[b] = bias + Σ_n C[b, n] W[n] over open n."""
+    rows = _written(pattern).rows
+    coefficient, weight = coefficient.contiguous(), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     batch, (units, width) = coefficient.shape[0], weight.shape
     out = weight.new_empty((batch, width))
     if not out.numel():
@@ -151,13 +201,21 @@ def by_example(coefficient: Tensor, weight: Tensor, bias: Tensor | None, rows: T
 
 
 def by_unit(
-    coefficient: Tensor, x: Tensor, cols: Tensor, need_sum: bool, need_rows: bool = True, packed: Tensor | None = None
+    coefficient: Tensor,
+    x: Tensor,
+    pattern: Form | None,
+    *,
+    need_rows: bool = True,
+    need_sum: bool = False,
+    transposed: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return V (N, D), V[n] = Σ_b C[b, n] x[b] over open b, and the sums Σ_b C[b, n]; None for what is not needed."""
+    cols = _written(pattern).cols
+    coefficient, x = coefficient.contiguous(), x.contiguous()
     (batch, width), units = x.shape, coefficient.shape[1]
     result = x.new_empty((units, width)) if need_rows else None
     sums = x.new_empty(units) if need_sum else None
-    source = (pack(x) if packed is None else packed) if need_rows else x
+    source = pack(x) if need_rows else x
     team = _team.threads()
     span = 128 if units >= 256 * team else 64
     size, chunks = x.element_size(), words(batch)
@@ -168,23 +226,26 @@ def by_unit(
         *(batch, units, width, scratch.data_ptr(), stride, span),
     )
     _team.run(kernel("by_unit", _bits(x)), args, team)
-    return result, sums
+    return result.t() if result is not None and transposed else result, sums
 
 
 def pointwise(
     upper: Tensor,
-    pre: Tensor | None,
+    pre: Tensor,
     gate: Tensor,
-    rows: Tensor,
+    pattern: Form | None,
+    wide: Form | None = None,
+    *,
     need_gate: bool,
     need_coefficient: bool,
     activation: str = "identity",
-    slopes: Tensor | None = None,
+    into: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return C = g · gate · act'(z) at open pairs and the gate's gradient (B, G), in ``slopes`` if given."""
+    """Return C = g · gate · act'(z) at open pairs and the gate's gradient (B, G), in ``into`` if given."""
+    rows = _written(pattern if wide is None else wide).rows
+    upper, gate = upper.contiguous(), gate.contiguous()
     batch, units = upper.shape
-    if slopes is None and need_gate:
-        slopes = torch.empty_like(gate)
+    slopes = into if into is not None else torch.empty_like(gate) if need_gate else None
     coefficient = torch.empty_like(upper) if need_coefficient else None
     if not upper.numel():
         return coefficient, slopes

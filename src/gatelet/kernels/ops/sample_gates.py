@@ -7,10 +7,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatelet._checks import check_choice, check_count, check_noise
-from gatelet.kernels import _dispatch
-from gatelet.kernels._checks import check_tensor
-from gatelet.kernels._pattern import OpenPattern, flat, words
-from gatelet.kernels.sample_gates import _reference
+from gatelet.kernels import choose
+from gatelet.kernels.backends import Layer
+from gatelet.kernels.ops._checks import check_tensor
+from gatelet.kernels.ops._declare import refuse_transforms
+from gatelet.kernels.pattern import Bits, OpenPattern, bits_of, flat, spread, words
 
 
 class SampledGates(NamedTuple):
@@ -46,7 +47,7 @@ def sample_gates(
         noise: (..., G), uniform on [0, 1), in at least float32.
         generator: the source of the seed; torch's global one of the logits' device by default.
         group_size: consecutive units that share a gate; the pattern is one of N = G · group_size units.
-        backend: ``"auto"``, ``"reference"``, ``"triton"`` (one kernel; ``"auto"`` takes it on CUDA devices).
+        backend: ``"auto"``, ``"dense"``, ``"triton"`` (one kernel; ``"auto"`` takes it on CUDA devices).
 
     Returns:
         the gates, their pattern, and how many examples have each gate open.
@@ -62,13 +63,12 @@ def sample_gates(
 
     Reference: J. Salmon, M. Moraes, R. Dror, D. Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011 (Philox).
     """
-    check_choice(backend, ("auto", "reference", "triton"), "backend")
-    _dispatch.check_backend(backend)
+    check_choice(backend, ("auto", "dense", "triton"), "backend")
+    choose.check_backend(backend)
     check_tensor(logits, "logits")
     check_count(group_size, "group_size")
-    _dispatch.refuse_transforms("sample_gates", logits, noise)
-    if backend == "triton" and (reason := _dispatch.triton_cannot(logits.device, logits.dtype)):
-        raise ValueError(f'backend="triton": {reason}')
+    refuse_transforms("sample_gates", logits, noise)
+    choose.settled(backend, _layer(logits))
     seed = None
     if noise is None:
         source = logits.device if generator is None else generator.device
@@ -80,7 +80,7 @@ def sample_gates(
             raise TypeError(f"noise must have dtype {wanted} for logits of {logits.dtype}, not {noise.dtype}")
         noise = flat(noise.detach())
     gates, rows, cols, counts = torch.ops.gatelet.sample_gates(flat(logits.detach()), noise, seed, group_size, backend)
-    pattern = OpenPattern(rows, cols, logits.shape[:-1], logits.shape[-1] * group_size)
+    pattern = OpenPattern(Bits(rows, cols, group_size), logits.shape[:-1], logits.shape[-1] * group_size)
     return SampledGates(gates.view(logits.shape), pattern, counts)
 
 
@@ -93,11 +93,27 @@ def sample_gates(
 def _sample_gates(
     logits: Tensor, noise: Tensor | None, seed: Tensor | None, group_size: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if _dispatch.runs_triton(backend, logits):
-        from gatelet.kernels import _triton
+    run = choose.builder(backend, _layer(logits))
+    draw = getattr(run, "sample", naive)
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = draw(logits, noise, seed, group_size)
+    return found
 
-        return _triton.sample(logits.contiguous(), noise if noise is None else noise.contiguous(), seed, group_size)
-    return _reference.sample(logits, noise, seed, group_size)
+
+def _layer(logits: Tensor) -> Layer:
+    return Layer(0, 0, 0, 1, logits.dtype, logits.device, False)
+
+
+def naive(
+    logits: Tensor, noise: Tensor | None, seed: Tensor | None, group: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return gates (B, G), their pattern by example and by unit, and how many examples have each gate open."""
+    exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if noise is None:
+        assert seed is not None, "without noise there is a seed"
+        noise = uniform(seed, logits.numel()).view(logits.shape)
+    is_open = noise < exact.sigmoid()
+    mask = spread(is_open, logits.shape[1] * group)
+    return is_open.to(logits.dtype), bits_of(mask), bits_of(mask.t()), is_open.sum(0, dtype=torch.int32)
 
 
 @_sample_gates.register_fake
@@ -112,3 +128,25 @@ def _(
         logits.new_empty((units, words(batch)), dtype=torch.int64),
         logits.new_empty((gates,), dtype=torch.int32),
     )
+
+
+def uniform(seed: Tensor, count: int) -> Tensor:
+    """Return ``count`` float32 numbers on [0, 1): the first word of Philox 4×32-10 at counters 0, 1, 2, …"""
+    word = 0xFFFFFFFF
+
+    def product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+        # int64 wraps around; its bits are those of the unsigned product.
+        both = a * b
+        return (both >> 32) & word, both & word
+
+    counter = torch.arange(count, device=seed.device)
+    c0, c1 = counter & word, counter >> 32
+    c2 = c3 = torch.zeros_like(counter)
+    k0, k1 = seed & word, (seed >> 32) & word
+    for _ in range(10):
+        high0, low0 = product(0xD2511F53, c0)
+        high2, low2 = product(0xCD9E8D57, c2)
+        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & word, (k1 + 0xBB67AE85) & word
+    # 31 bits, folded, times the largest scale whose product stays under 1 in float32.
+    return torch.where(c0 >= 1 << 31, word - c0, c0).float() * 4.6566127342e-10

@@ -1,0 +1,201 @@
+"""Everything is computed in plain PyTorch, then closed units are discarded: what any device and dtype can do."""
+
+import math
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gatelet.kernels.backends import triton
+from gatelet.kernels.backends._protocol import Backend, Kernel, Layer, Worth
+from gatelet.kernels.pattern import Bits, Form, bits_of, mask_of, spread
+
+ACTIVATIONS = ("identity", "relu", "gelu", "silu")
+"""The activations that the products know."""
+
+
+class Dense(Backend):
+    """The backend that is always there."""
+
+    name = "dense"
+    device = ""
+    by_gate = True
+    looks = False
+    spares = None
+
+    def missing(self) -> str | None:
+        """Nothing is."""
+        return None
+
+    def cannot(self, layer: Layer) -> str | None:
+        """There is nothing it cannot."""
+        return None
+
+    def worth(self, layer: Layer) -> Worth:
+        """What the others are measured by."""
+        return Worth(1.0)
+
+    def kernel(self, layer: Layer) -> Kernel:
+        """There is one."""
+        return "dense"
+
+    @property
+    def products(self) -> Any:
+        """This module."""
+        return sys.modules[__name__]
+
+
+def pattern(gate: Tensor, units: int) -> Form:
+    """Return the pattern of gates (B, G) as bits."""
+    mask = spread(gate, units) != 0
+    return Bits(bits_of(mask), bits_of(mask.t()), units // max(gate.shape[1], 1))
+
+
+def promise(gate: Tensor, units: int, keep: bool) -> None:
+    """Return no pattern: the gates say what is open."""
+
+
+def dots(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    pattern: Form | None,
+    *,
+    keep: bool = False,
+    activation: str = "identity",
+    fill: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Return act(x Wᵀ + b) ∘ gate at open pairs and, to ``keep``, x Wᵀ + b at all."""
+    units = weight.shape[0]
+    pre = F.linear(x, weight, bias)
+    value = activate(pre, activation)
+    if gate is not None:
+        each = spread(gate, units)
+        value = closed(value.mul_(each) if not keep and activation == "identity" else value * each, each)
+    elif pattern is not None:
+        value = torch.where(_mask(pattern, units), value, 0)
+    return value, pre if keep else x.new_empty(0)
+
+
+def by_example(
+    coefficient: Tensor, weight: Tensor, bias: Tensor | None, pattern: Form | None, gate: Tensor | None = None
+) -> Tensor:
+    """Return C W + bias over the open pairs."""
+    out = gathered(_open(coefficient, pattern), weight)
+    return out if bias is None else out + bias
+
+
+def by_unit(
+    coefficient: Tensor,
+    x: Tensor,
+    pattern: Form | None,
+    *,
+    need_rows: bool = True,
+    need_sum: bool = False,
+    transposed: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return Cᵀ x over the open pairs, and the sums of C over the examples."""
+    coefficient = _open(coefficient, pattern)
+    rows = gathered(coefficient.t(), x) if need_rows else None
+    return rows.t() if rows is not None and transposed else rows, coefficient.sum(0) if need_sum else None
+
+
+def pointwise(
+    upper: Tensor,
+    pre: Tensor,
+    gate: Tensor,
+    pattern: Form | None,
+    wide: Form | None = None,
+    *,
+    need_gate: bool,
+    need_coefficient: bool,
+    activation: str = "identity",
+    into: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return C = g · gate · act'(z) where the gate is not zero, and the gate's gradient there or on ``wide``."""
+    units = upper.shape[1]
+    each = spread(gate, units)
+    coefficient = slopes = None
+    if need_coefficient:
+        product = upper * each
+        if activation != "identity":
+            product = product * slope(pre, activation)
+        coefficient = closed(product, each)
+    if need_gate:
+        is_open = each != 0 if wide is None else _mask(wide, units)
+        slopes = torch.where(is_open, upper * activate(pre, activation), 0)
+        if gate.shape != slopes.shape:
+            slopes = slopes.unflatten(1, (gate.shape[1], -1)).sum(-1)
+    return coefficient, slopes
+
+
+def activate(z: Tensor, activation: str) -> Tensor:
+    """Return the activation of z."""
+    if activation == "identity":
+        return z
+    found: Tensor = getattr(F, activation)(z)
+    return found
+
+
+def slope(z: Tensor, activation: str) -> Tensor:
+    """Return the derivative of the activation (any but the identity) at z."""
+    if activation == "relu":
+        return (z > 0).to(z.dtype)
+    backward = {"gelu": torch.ops.aten.gelu_backward, "silu": torch.ops.aten.silu_backward}[activation]
+    found: Tensor = backward(torch.ones_like(z), z)
+    return found
+
+
+def closed(product: Tensor, gate: Tensor) -> Tensor:
+    """Return the product with the gate, where NaN and infinity times a closed gate are zero too.
+
+    One sum tells whether there are any; looking at every number would cost as much as the product. But waiting for
+    the sum would cost a GPU more than that.
+    """
+    if product.device.type != "cpu":
+        return torch.where(gate != 0, product, 0)
+    if product.numel() and not math.isfinite(product.sum().item()):
+        return torch.where(gate != 0, product, 0)
+    return product
+
+
+def _mask(pattern: Form, units: int) -> Tensor:
+    if not isinstance(pattern, Bits):
+        raise TypeError("a number per pair of (B, N) goes with a pattern of bits")
+    return mask_of(pattern.rows, units)
+
+
+def _open(coefficient: Tensor, pattern: Form | None) -> Tensor:
+    if pattern is None:
+        return coefficient
+    return torch.where(_mask(pattern, coefficient.shape[1]), coefficient, 0)
+
+
+def gathered(coefficient: Tensor, rows: Tensor) -> Tensor:
+    """Return coefficient @ rows where a zero coefficient leaves its row out, be it NaN or infinite.
+
+    ``coefficient`` is (R, C), ``rows`` (C, D). One product, and the careful sum only when it went wrong. Off the CPU,
+    where asking would make the host wait, a kernel looks; without one, a sum that a bad row enters is NaN.
+    """
+    if rows.device.type != "cpu":
+        if rows.device.type == "cuda" and triton.missing() is None:
+            result = coefficient @ rows
+            triton.Triton().products.repair(result, coefficient, rows)
+            return result
+        finite = rows.isfinite()
+        spoilt = (coefficient != 0).to(rows.dtype) @ (~finite.all(1)).to(rows.dtype) > 0
+        return (coefficient @ torch.where(finite, rows, 0)).masked_fill(spoilt.unsqueeze(1), torch.nan)
+    result = coefficient @ rows
+    probe = min(rows, result, key=Tensor.numel)  # a NaN in a row left out shows in both
+    if probe.numel() and not math.isfinite(probe.sum().item()):
+        bad = (~rows.isfinite().all(1)).nonzero().flatten().tolist()
+        finite = rows.clone()
+        finite[bad] = 0
+        result = coefficient @ finite
+        for index in bad:
+            hit = coefficient[:, index] != 0
+            result[hit] += coefficient[hit, index, None] * rows[index]
+    return result

@@ -1,0 +1,91 @@
+"""The backend for CUDA devices: kernels in Triton."""
+
+import functools
+import importlib
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+from gatelet.kernels.backends._protocol import Backend, Kernel, Layer, Worth
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SMALLEST_GROUP = 4
+# The rule of ``worth``. Not measured on a GPU: chosen from counts of bytes and operations (docs/gpu.md) so that the
+# kernels are taken only where they have several times less of both than dense, and dense runs otherwise.
+FEW = 16
+"""At most so many examples: programs read only the rows of open units, and the time is that of reading them."""
+SMALLEST_LIST = 16
+"""Groups of at least so many units are multiplied by lists of their examples; a tile of tensor cores is no smaller."""
+BYTES = 1 << 25
+"""Smaller weights are read by a large GPU in about the time of starting the kernels."""
+READ = 0.5
+"""The most of the weights that few examples may read: what is open for any of them."""
+GROUP, BATCH = 64, 512
+"""The least group, and number of examples, that fill tiles: at 10 % open, 51 examples per group."""
+RATE = {False: 0.25, True: 0.15}
+"""The largest active fraction at which groups run sparse, without and with a backward pass."""
+
+
+@functools.cache
+def missing() -> str | None:
+    """Return why the backend runs nowhere, None if it does. Nothing is imported to find out."""
+    if not importlib.util.find_spec("triton"):
+        return "triton is not installed (pip install 'gatelet[triton]')"
+    if not torch.cuda.is_available() and not _interpreted():
+        return "there is no CUDA device"
+    return None
+
+
+def _interpreted() -> bool:
+    # Triton's own switch, which must stand in the environment before triton is imported.
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "on", "true")
+
+
+class Triton(Backend):
+    """The backend."""
+
+    name = "triton"
+    device = "cuda"
+    by_gate = False
+    looks = False
+    spares = None
+
+    def missing(self) -> str | None:
+        """Return why the backend runs nowhere, None if it does."""
+        return missing()
+
+    def cannot(self, layer: Layer) -> str | None:
+        """Return why the kernels cannot run this layer, None if they can."""
+        if why := missing():
+            return why
+        if layer.device.type != "cuda" and not (layer.device.type == "cpu" and _interpreted()):
+            return (
+                f"the tensors are on {layer.device}, but the kernels run on CUDA devices (and, for tests, on the CPU "
+                "with TRITON_INTERPRET=1 set before triton is imported)"
+            )
+        return None if layer.dtype in DTYPES else f"there is no kernel for {layer.dtype}"
+
+    def kernel(self, layer: Layer) -> Kernel:
+        """Return which kernel runs."""
+        return "group" if layer.group >= SMALLEST_GROUP else "unit"
+
+    def worth(self, layer: Layer) -> Worth:
+        """Return below which declared share of open gates the kernels are expected to be faster than dense."""
+        if layer.dtype == torch.float64:
+            return Worth(0.0, no=f"dense is faster in {layer.dtype}")
+        if layer.units * layer.width * layer.dtype.itemsize < BYTES:
+            return Worth(0.0, no="so small that starting the kernels costs more than they save")
+        if layer.batch <= FEW and not layer.gradients:
+            below = 1 - (1 - READ) ** (1 / max(layer.batch, 1))
+            few = f"{layer.batch} examples"
+            return Worth(below, f"{few} read open weights alone", f"{few} have most units open together")
+        if layer.group >= GROUP and layer.group % SMALLEST_LIST == 0 and layer.batch >= BATCH:
+            return Worth(RATE[layer.gradients], "groups whose examples fill tiles", "too many groups are open")
+        return Worth(0.0, no="single units of many examples, or groups too small to fill tiles")
+
+    @functools.cached_property
+    def products(self) -> Any:
+        """The products; importing them imports Triton."""
+        return importlib.import_module("gatelet.kernels.backends.triton.products")

@@ -1,0 +1,8 @@
+"""The ops, a file each: checks, then forward and backward once over the products of whichever backend runs."""
+
+from gatelet.kernels.ops.gated_ffn import gated_ffn as gated_ffn
+from gatelet.kernels.ops.gated_input_linear import gated_input_linear as gated_input_linear
+from gatelet.kernels.ops.gated_linear import gated_linear as gated_linear
+from gatelet.kernels.ops.open_pattern import open_pattern as open_pattern
+from gatelet.kernels.ops.sample_gates import SampledGates as SampledGates
+from gatelet.kernels.ops.sample_gates import sample_gates as sample_gates

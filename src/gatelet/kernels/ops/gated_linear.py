@@ -1,0 +1,153 @@
+"""gated_linear: an affine layer of which each example computes only its open units."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from gatelet.kernels import choose
+from gatelet.kernels.backends import Backend
+from gatelet.kernels.ops._checks import check_affine, check_gate
+from gatelet.kernels.ops._declare import Op, plain, recording
+from gatelet.kernels.ops.open_pattern import mask_of_form, pattern_of
+from gatelet.kernels.pattern import Form, OpenPattern, flat, spread
+
+
+def gated_linear(
+    x: Float[Tensor, "*lead D"],
+    weight: Float[Tensor, "N D"],
+    bias: Float[Tensor, " N"] | None,
+    gate: Float[Tensor, "*lead G"],
+    *,
+    support: Tensor | None = None,
+    pattern: OpenPattern | None = None,
+    backend: str = "auto",
+    active_fraction: float | None = None,
+) -> Float[Tensor, "*lead N"]:
+    """(x Wᵀ + b) ∘ gate, computed only where the gate is not zero, forward and backward.
+
+    Closed units are exactly zero, whatever their weights hold. They send no gradient to x, weight and bias, as
+    in the dense product; the gradient of the gate is formed on open gates only, or on ``support``. Derivatives of
+    second order, forward-mode derivatives and ``torch.func`` transforms are computed densely.
+
+    Args:
+        x: (..., D), float32 or float64 (on a CPU others run dense, which is announced once).
+        weight: (N, D).
+        bias: (N,) or None.
+        gate: (..., G), one number per unit (G = N) or per group of N / G consecutive units.
+        support: (..., G), boolean: where the gate's gradient is wanted; must include the open gates.
+        pattern: the pattern of ``gate`` if it was built before (:func:`gatelet.kernels.open_pattern`).
+        backend: ``"auto"`` (the faster of dense and sparse), ``"dense"``, ``"numba"``, ``"triton"``.
+        active_fraction: the share of open gates to expect. ``"auto"`` needs it on a GPU, where it does not look at
+            the gates; without it dense runs there. Elsewhere it is not used.
+
+    Returns:
+        (..., N).
+
+    Raises:
+        ValueError, TypeError: for shapes, dtypes or devices that do not fit, an unknown backend or one that cannot
+            run the layer.
+        RuntimeError: for a backend that is not there.
+        NotImplementedError: for a transform of ``torch.func`` with a backend of kernels asked for by name.
+
+    >>> x, weight = torch.ones(2, 3), torch.ones(4, 3)
+    >>> gated_linear(x, weight, None, torch.tensor([[1.0, 0.0, 0.0, 2.0], [0.0, 0.0, 0.0, 1.0]]))
+    tensor([[3., 0., 0., 6.],
+            [0., 0., 0., 3.]])
+    """
+    choose.check_backend(backend)
+    check_affine(x, weight, bias)
+    units = weight.shape[0]
+    check_gate(gate, x, units)
+    if support is not None and support.shape != gate.shape:
+        raise ValueError(f"support must have gate's shape {tuple(gate.shape)}, not {tuple(support.shape)}")
+    shape = (*x.shape[:-1], units)
+    if pattern is not None and (pattern.lead != gate.shape[:-1] or pattern.units != units):
+        raise ValueError(f"pattern is one of gates {(*pattern.lead, pattern.units)}, but x and weight ask for {shape}")
+    flat_x, flat_gate = flat(x), flat(gate)
+    if flat_gate.dtype != x.dtype:
+        flat_gate = flat_gate.to(x.dtype)
+    ordinary = plain(x, weight, bias, gate)
+    keep = not ordinary or recording(x, weight, bias, gate)
+    wide = None if support is None or not keep else flat(support).to(x.dtype)
+    layer = choose.layer_of(weight, flat_gate, flat_x.shape[0], keep, active_fraction)
+    if ordinary:
+        name = choose.choose(backend, layer, partial(choose.share_open, flat_gate if wide is None else wide)).backend
+    else:
+        name = choose.settled(backend, layer)
+    form = None
+    if name != "dense" and pattern is not None:
+        form = pattern.form
+    elif name != "dense" and keep:
+        form = pattern_of(flat_gate.detach(), units, name, later=wide is None)
+    wide_form = None if wide is None else pattern_of(wide, units, name)
+    return _op(Given(flat_x, weight, bias, flat_gate, form, wide_form, name, keep)).view(shape)
+
+
+class Given(NamedTuple):
+    """The op's arguments: x (B, D), gate (B, G); ``wide`` is the pattern of the support."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    gate: Tensor
+    pattern: Form | None
+    wide: Form | None
+    backend: str
+    keep: bool
+
+
+def naive(given: Given) -> Tensor:
+    """What the op means."""
+    units = given.weight.shape[0]
+    gate = spread(given.gate, units)
+    wanted = gate != 0
+    if given.wide is not None:
+        wanted = wanted | mask_of_form(given.wide, units)
+    return torch.where(wanted, F.linear(given.x, given.weight, given.bias) * gate, 0)
+
+
+def _running(given: Given) -> Backend:
+    layer = choose.layer_of(given.weight, given.gate, given.x.shape[0], given.keep)
+    return choose.running(given.backend, layer, partial(choose.share_open, given.gate))
+
+
+def forward(given: Given) -> tuple[Tensor, Tensor]:
+    """Return the output and, to keep, the values before the gate, at the pairs of the pattern or of the wider one."""
+    run = _running(given).products
+    pattern = given.pattern if given.wide is None else given.wide
+    found: tuple[Tensor, Tensor] = run.dots(given.x, given.weight, given.bias, given.gate, pattern, keep=given.keep)
+    return found
+
+
+def backward(grad: Tensor, given: Given, kept: tuple[Tensor, ...], need: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x, weight, bias and gate; None for what is not needed."""
+    backend = _running(given)
+    run, pattern = backend.products, None if backend.by_gate else given.pattern
+    need_x, need_weight, need_bias, need_gate = need
+    products = need_x or need_weight or need_bias
+    slopes = partial(run.pointwise, grad, kept[0], given.gate, pattern, given.wide)
+    # The gate's gradient takes the place of the coefficients after them, where another such matrix would weigh.
+    spares = backend.spares is not None and grad.nbytes > backend.spares
+    later = need_gate and products and spares and given.gate.shape == grad.shape
+    coefficient, from_gate = slopes(need_gate=need_gate and not later, need_coefficient=products)
+    from_x = from_weight = from_bias = None
+    if need_x:
+        from_x = run.by_example(coefficient, given.weight, None, pattern)
+    if need_weight or need_bias:
+        from_weight, from_bias = run.by_unit(coefficient, given.x, pattern, need_rows=need_weight, need_sum=need_bias)
+    if later:
+        _, from_gate = slopes(need_gate=True, need_coefficient=False, into=coefficient)
+    return from_x, from_weight, from_bias, from_gate
+
+
+def shapes(given: Given) -> tuple[tuple[Any, ...], ...]:
+    """Return the shapes of what ``forward`` returns."""
+    shape = (given.x.shape[0], given.weight.shape[0])
+    return shape, shape if given.keep else (0,)
+
+
+_op = Op("gated_linear", Given, forward, backward, naive, shapes, differentiable=("x", "weight", "bias", "gate"))
