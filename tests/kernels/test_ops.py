@@ -125,7 +125,7 @@ def test_transforms_run_dense_and_a_named_kernel_refuses_them():
     torch.testing.assert_close(each.squeeze(1), want)
     slope = torch.func.grad(lambda w: gated_linear(x, w, bias, gate).sum())(weight)
     torch.testing.assert_close(slope, gate.t() @ x)
-    with pytest.raises(NotImplementedError, match='backend="numba" has no torch.func transforms'):
+    with pytest.raises(NotImplementedError, match=r'backend="numba" has no torch\.func transforms'):
         torch.func.grad(lambda w: gated_linear(x, w, bias, gate, backend="numba").sum())(weight)
     with pytest.raises(NotImplementedError, match=r"open_pattern does not work under torch\.vmap"):
         torch.vmap(lambda gate: open_pattern(gate).rows)(gate.unsqueeze(1))
