@@ -5,8 +5,7 @@ import time
 import pytest
 import torch
 
-from gatelet.kernels import _team as team
-from gatelet.kernels.backends.numba import lists
+from gatelet.kernels.backends.numba import lists, team
 
 pytestmark = [
     pytest.mark.cpu,

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from numba import carray, cfunc, types
 
-from gatelet.kernels import _vector
+from gatelet.kernels.backends.numba import vector
 
 RESERVED = 2
 """Leading arguments of every kernel: the counter of tasks and the counter of threads."""
@@ -39,7 +39,7 @@ LEAST, MOST, GROWTH, DECAY = 2.0, 256.0, 4.0, 0.95
 are free costs under half a percent, and shrinks with every region that did not lose: a quiet machine is forgiven its
 interruptions while they are under 4 % of the regions."""
 
-call, note_time = _vector.call, _vector.note_time
+call, note_time = vector.call, vector.note_time
 _Kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 CLOCK = getattr(time, "CLOCK_MONOTONIC", None)
 HEAD = 4
