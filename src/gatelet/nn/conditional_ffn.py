@@ -91,7 +91,8 @@ def _by_itself(
 ) -> Tensor:
     """Return the output where the first map, W_g or without it W1, is computed in full and opens the others' rows."""
     first = ACTIVATIONS[activation](F.linear(x, *(up if glu is None else glu)))
-    gates, _ = gating.gates(x, mask, activation=first)
+    settled = None if mask is not None or gating.training else gating.settled_by_itself(first)
+    gates = gating.gates(x, mask, activation=first)[0] if settled is None else settled
     rate = gating.unit.target_rate
     if gating.needs_dense(x, gates):
         hidden = first * gates if glu is None else first * gates * F.linear(x, *up)
@@ -116,8 +117,10 @@ def _rest(
     dropout: float = 0.0,
 ) -> Tensor:
     """Return W2 (first ∘ gates ∘ (W1 x + b1)) + b2 at open units only; without W1, W2 (first ∘ gates) + b2."""
-    pattern = open_pattern(gates, 1)
     hidden = first * gates
+    if w_up is not None and not dropout:  # first ∘ gates is the gate of a pair without an activation
+        return gated_ffn(x, w_up, b_up, hidden, "identity", w_down, b_down, active_fraction=rate)
+    pattern = open_pattern(gates, 1)
     if w_up is not None:
         hidden = hidden * gated_linear(x, w_up, b_up, gates, pattern=pattern, active_fraction=rate)
     return gated_input_linear(F.dropout(hidden, dropout, dropout > 0), pattern, w_down, b_down)

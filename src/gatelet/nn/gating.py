@@ -233,6 +233,24 @@ class Gating(Penalised):
         self._note(gates.gt_(limit), gates.shape[:-1].numel())
         return gates
 
+    def settled_by_itself(self, first: Tensor) -> Tensor | None:
+        """Return the gates of a :class:`SelfGater` for an ordinary call; None: go the long way."""
+        gater, unit = self._modules["gater"], self._modules["unit"]
+        if type(gater) is not SelfGater or type(unit) is not ThresholdUnit or self.mask is not None:
+            return None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(first) is not Tensor:
+            return None
+        if gater._forward_hooks or gater._forward_pre_hooks or unit._forward_hooks or unit._forward_pre_hooks:
+            return None
+        if self._modules["sparsity"] or first.device.type != "cpu" or is_transformed(first):
+            return None
+        limit = unit.threshold.item()
+        if limit != limit or not math.isfinite(first.sum().item()) or first.dtype is not gater.scale.dtype:
+            return None
+        gates = first.abs().mul_(gater.scale).gt_(limit)
+        self._note(gates, gates.shape[:-1].numel())
+        return gates
+
     def _note(self, gates: Tensor, tokens: int) -> None:
         """Count binary gates; what :meth:`_count` does, for ordinary tensors without a mask."""
         counts = gates.flatten(0, -2).sum(0, dtype=torch.float32) if tokens != 1 else gates.flatten()
