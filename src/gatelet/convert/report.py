@@ -123,7 +123,7 @@ def report(model: nn.Module, *inputs: Any, seconds: float = 0.2, **named: Any) -
         counted = {name: (layer.opened.clone(), layer.tokens) for name, layer in layers.items()}
         owners = blocks(model)
         for name, x in seen.items():
-            times[name] = _timed(layers[name], x, owners.get(name), seconds)
+            times[name] = timed(layers[name], x, owners.get(name), seconds)
         for name, (opened, tokens) in counted.items():  # what timing counted is no statistics
             layers[name].opened.copy_(opened)
             layers[name].tokens = tokens
@@ -165,9 +165,7 @@ def _inputs_of(model: nn.Module, layers: dict[str, Gating]) -> Iterator[dict[str
             hook.remove()
 
 
-def _timed(
-    layer: Gating, x: Tensor, owned: tuple[nn.Module, BlockGating] | None, seconds: float
-) -> tuple[float, float]:
+def timed(layer: Gating, x: Tensor, owned: tuple[nn.Module, BlockGating] | None, seconds: float) -> tuple[float, float]:
     """Return milliseconds of the layer fully open and of the layer, medians of runs in turns."""
 
     def run() -> None:

@@ -8,10 +8,11 @@ from typing import Any, cast
 from torch import nn
 
 from gatelet._checks import check_choice, check_count, check_rate
-from gatelet.convert.block import NATIVE, Block, Options, affine_at, at
+from gatelet.convert.block import NATIVE, Block, BlockGating, Options, affine_at, at
 from gatelet.convert.describe import note
 from gatelet.convert.find import find
 from gatelet.convert.place import blocks, put, without_nested_tensors
+from gatelet.convert.promise import Promise, promise
 from gatelet.convert.run import Swapped
 from gatelet.estimators import Estimator
 from gatelet.nn.conditional_ffn import check_saves
@@ -29,11 +30,15 @@ class Conversion:
     """Block's name -> what it is."""
     left: dict[str, str] = field(default_factory=dict)
     """Block's name -> why it was left dense."""
+    promises: dict[str, Promise] = field(default_factory=dict)
+    """Block's name -> its expected time, if ``batch`` was given."""
 
     def __repr__(self) -> str:
         """Show both lists."""
         lines = [f"converted {len(self.converted)}, left {len(self.left)}"]
-        lines += [f"  {name or '(the model)'}: {what}" for name, what in self.converted.items()]
+        for name, what in self.converted.items():
+            promised = f"; {self.promises[name]}" if name in self.promises else ""
+            lines.append(f"  {name or '(the model)'}: {what}{promised}")
         lines += [f"  {name or '(the model)'}: left, {why}" for name, why in self.left.items()]
         return "\n".join(lines)
 
@@ -46,6 +51,7 @@ def convert(
     estimator: str | Estimator = "straight_through",
     group_size: int = 1,
     gater: str = "mlp",
+    batch: int | None = None,
     **options: Any,
 ) -> Conversion:
     """Give a model's feed-forward blocks gates, in place; its weights stay the parameters they are.
@@ -70,6 +76,8 @@ def convert(
         gater: ``"mlp"``, or ``"self"``: the block's own activation decides, by a threshold, and nothing is to be
             fitted; next comes :func:`gatelet.sparsity.calibrate_thresholds`, or ``distil``, which calibrates too
             (:class:`gatelet.nn.ConditionalFFN`).
+        batch: for how many tokens at once to say what to expect: each block is then timed with random gates beside
+            dense (once per shape, some 30 ms), and where nothing is saved the list says so.
         options: further ones of :class:`gatelet.nn.ConditionalFFN`: ``sparsity``, ``detach_gater_input``.
 
     Returns:
@@ -91,11 +99,13 @@ def convert(
     check_count(bottleneck, "bottleneck")
     check_count(group_size, "group_size")
     check_choice(gater, NAMES, "gater")
+    if batch is not None:
+        check_count(batch, "batch")
     made = Options(target_rate, bottleneck, estimator, group_size, gater, options)
     report, chosen = Conversion(), _chooser(where)
     uses = _uses(model)
     candidates = _candidates(model)
-    seen = 0
+    seen, timed = 0, dict[str, Promise]()
     for name, owner, holder, block in candidates:
         if not chosen(name, owner):
             continue
@@ -104,7 +114,11 @@ def convert(
         if isinstance(block, str) or reason is not None:
             report.left[name] = str(reason)
         else:
-            report.converted[name] = put(owner, holder, block, made)
+            report.converted[name] = what = put(owner, holder, block, made)
+            if batch is not None:
+                gating = cast(BlockGating, holder._modules["gating"])
+                timed[what] = timed.get(what) or promise(owner, gating, batch)
+                report.promises[name] = timed[what]
     if not report.converted:
         if not seen:
             names = [name or "(the model)" for name, *_ in candidates]
