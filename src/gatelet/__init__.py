@@ -13,6 +13,7 @@ from gatelet.convert import save as save
 from gatelet.diagnose import diagnose as diagnose
 from gatelet.diagnose import exact_gradient as exact_gradient
 from gatelet.model_diagnosis import diagnose_model as diagnose_model
+from gatelet.row_adam import RowAdam as RowAdam
 from gatelet.tape import Tape as Tape
 from gatelet.tape import surrogate as surrogate
 from gatelet.units import StochasticUnit as StochasticUnit

@@ -355,7 +355,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
         for rank in range(2)
     ]
     try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
+        errors = [process.communicate(timeout=400)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()

@@ -1,4 +1,4 @@
-"""Products on lists of open (example, latent) pairs, by PyTorch's own operators.
+"""Products on lists of open (example, latent) pairs: by the compiled kernels on a CPU, else by PyTorch's operators.
 
 Three products, with x (B, D), W (N, D) and a number c per pair (b, n):
 
@@ -27,6 +27,7 @@ class Lists:
         self.offsets, self.indices, self.latents = offsets, indices, latents
         self._examples: Tensor | None = None
         self._columns: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
+        self._turned: Any = None
 
     @property
     def batch(self) -> int:
@@ -50,6 +51,28 @@ class Lists:
             self._columns = latents, F.pad(counts.cumsum(0), (1, 0)), order, self.examples[order]
         return self._columns
 
+    @property
+    def turned(self) -> Any:
+        """The same for the compiled kernels."""
+        if self._turned is None:
+            self._turned = _kernels().turned(self.offsets, self.indices, self.latents)
+        return self._turned
+
+
+def compiled(*tensors: Tensor) -> bool:
+    """Return whether the compiled kernels take these tensors."""
+    kind = tensors[0].dtype
+    return kind in (torch.float32, torch.float64) and all(
+        each.device.type == "cpu" and each.dtype == kind and each.is_contiguous() for each in tensors
+    )
+
+
+def _kernels() -> Any:
+    """Return the compiled products; Numba is imported when they first run."""
+    from gatelet.kernels.backends.numba import lists
+
+    return lists
+
 
 def dots(x: Tensor, weight: Tensor, lists: Lists) -> Tensor:
     """Return ⟨x[b], W[n]⟩ of each pair, (P,).
@@ -58,6 +81,8 @@ def dots(x: Tensor, weight: Tensor, lists: Lists) -> Tensor:
     """
     if not len(lists.indices):
         return x.new_zeros(0)
+    if compiled(x, weight):
+        return _kernels().dots(x, weight, None, lists.offsets, lists.indices)  # type: ignore[no-any-return]
     found: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         x.contiguous(), weight, lists.indices, lists.offsets, lists.examples, 0
     )
@@ -66,6 +91,8 @@ def dots(x: Tensor, weight: Tensor, lists: Lists) -> Tensor:
 
 def by_example(values: Tensor, weight: Tensor, lists: Lists) -> Tensor:
     """Return y (B, D), the sum of the open latents' rows."""
+    if compiled(values, weight):
+        return _kernels().by_example(values, weight, None, lists.offsets, lists.indices)  # type: ignore[no-any-return]
     return F.embedding_bag(
         lists.indices, weight, lists.offsets, mode="sum", per_sample_weights=values, include_last_offset=True
     )
@@ -73,9 +100,19 @@ def by_example(values: Tensor, weight: Tensor, lists: Lists) -> Tensor:
 
 def by_unit(values: Tensor, x: Tensor, lists: Lists) -> tuple[Tensor, Tensor]:
     """Return the latents that are open somewhere (R,), ascending, and the sums of their examples' rows (R, D)."""
+    if compiled(values, x):
+        return lists.turned.touched, _kernels().by_unit(values, x, lists.turned, need_total=False)[0]
     latents, offsets, order, examples = lists.columns
     rows = F.embedding_bag(examples, x, offsets, mode="sum", per_sample_weights=values[order], include_last_offset=True)
     return latents, rows
+
+
+def sum_backward(slope: Tensor, weight: Tensor, values: Tensor, lists: Lists) -> tuple[Tensor, Tensor, Tensor]:
+    """Return from the gradient of :func:`by_example` those of its values, and of its weight: latents and their rows."""
+    if compiled(slope, weight, values):
+        found, rows = _kernels().backward(slope, weight, values, lists.turned)
+        return found, lists.turned.touched, rows
+    return dots(slope, weight, lists), *by_unit(values, slope, lists)
 
 
 def rows_as_gradient(latents: Tensor, rows: Tensor, like: Tensor, sparse: bool) -> Tensor:
@@ -127,10 +164,9 @@ class ListedSum(torch.autograd.Function):
         values, weight = ctx.saved_tensors
         lists, (for_values, for_weight) = ctx.lists, ctx.needs_input_grad[:2]
         slope = slope.contiguous()
-        found_values = dots(slope, weight, lists) if for_values else None
         if not for_weight:
-            return found_values, None, None, None, None
-        latents, rows = by_unit(values, slope, lists)
+            return dots(slope, weight, lists) if for_values else None, None, None, None, None
+        found_values, latents, rows = sum_backward(slope, weight, values, lists)
         if ctx.unit_rows:
             tangent_(rows, weight[latents])
         return found_values, rows_as_gradient(latents, rows, weight, ctx.sparse), None, None, None
