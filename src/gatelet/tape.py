@@ -55,6 +55,7 @@ class Tape:
         self.samples = 1
         self._open = False
         self._outer: Tape | None = None
+        self._owned: list[object] = []
 
     def __enter__(self) -> "Tape":
         if self._records is None or self._open:
@@ -103,6 +104,10 @@ class Tape:
         """Remember what a unit drew (``StochasticUnit`` calls this)."""
         assert self._records is not None, "an open tape is not spent"
         self._records.append(_Record(estimator, logits, gates, noise))
+
+    def own(self, thing: object) -> None:
+        """Keep something of this forward pass alive as long as the tape."""
+        self._owned.append(thing)
 
     def surrogate(self, loss: Float[Tensor, "*lead"]) -> Float[Tensor, "*lead"]:
         """Return the loss, with the gradient of every recorded unit's estimator added to its own.

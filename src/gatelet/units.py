@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatelet._checks import check_logits, check_noise, check_rate
+from gatelet._recompute import Passes, recomputing
 from gatelet.estimators import Estimator, resolve
 from gatelet.estimators._base import draw
 from gatelet.tape import Tape, check_samples
@@ -59,6 +60,7 @@ class StochasticUnit(nn.Module):
             at = self.estimator.logit_at(check_rate(threshold, "threshold"))
         self.register_buffer("threshold", torch.tensor(at))
         self.sample_in_eval = False
+        self._passes = Passes()
         self.mask: Tensor | None = None  # tokens of the coming call that are not padding; calibration looks at it
 
     def forward(
@@ -87,8 +89,13 @@ class StochasticUnit(nn.Module):
         learns = self.estimator.needs == "loss" and logits.requires_grad and torch.is_grad_enabled()
         if self.estimator.antithetic and not learns:  # a sample that is compared with nothing needs no twin
             return self.estimator.sample(logits, draw("uniform", logits.shape, logits, generator))
-        tape = Tape.current() if learns else None
+        again = learns and recomputing()  # the tape has heard the first run, and is closed
+        tape = Tape.current() if learns and not again else None
         samples = 1 if tape is None else tape.samples
+        if again:
+            samples = self._samples_of_the_first_run(logits, noise is None and generator is None)
+        elif tape is not None and not torch.compiler.is_compiling():
+            self._passes.remember(logits, samples, noise is None and generator is None)
         if samples > 1 and (logits.dim() < 2 or logits.shape[0] % samples):
             raise ValueError(
                 f"logits {tuple(logits.shape)}: this tape's forward pass has {samples} replicas, but the batch is no "
@@ -104,7 +111,7 @@ class StochasticUnit(nn.Module):
             check_noise(noise, expected if samples > 1 else expected[1:])
             noise = noise.reshape(expected)
         gates: Tensor = self.estimator(replicas, noise)
-        if learns:
+        if learns and not again:
             if tape is None:
                 raise RuntimeError(
                     f"estimator {type(self.estimator).__name__} learns from the loss and found no tape: run the "
@@ -112,6 +119,17 @@ class StochasticUnit(nn.Module):
                 )
             tape.record(self.estimator, replicas, gates, noise)
         return gates.reshape(logits.shape)
+
+    def _samples_of_the_first_run(self, logits: Tensor, draws: bool) -> int:
+        """Return how many replicas the tape had when the pass ran that activation checkpointing now repeats."""
+        found: int | None = self._passes.recall(logits, draws, type(self).__name__)
+        if found is None:
+            raise RuntimeError(
+                f"estimator {type(self.estimator).__name__} learns from the loss, but no tape heard its forward pass: "
+                "activation checkpointing of the old kind runs it without gradients; call "
+                "checkpoint(..., use_reentrant=False), under `with gatelet.Tape() as tape:`"
+            )
+        return found
 
     def _check_calibrated(self) -> None:
         # A threshold on an accelerator is not looked at: that would synchronise. NaN closes every gate there.

@@ -231,10 +231,11 @@ def test_firing_rate_state():
     fresh[0].penalty(StraightThrough(), gates, gates)
     control.penalty(StraightThrough(), gates, gates)
     assert torch.equal(fresh[0].rate, control.rate)
-    control.load_state_dict(FiringRateBias(0.5).state_dict(), strict=True)
-    assert control.shift(logits) is logits
+    control.load_state_dict(FiringRateBias(0.5).state_dict(), strict=True)  # of one that has seen no batch
+    assert torch.equal(control.shift(logits), logits)
+    assert torch.equal(control.rate, torch.full((3,), 0.5))
     assert control.penalty(StraightThrough(), torch.zeros(0, 3), torch.zeros(0, 3)) is None
-    assert control.bias.numel() == 0
+    assert not control.bias.any()
 
 
 def test_firing_rate_of_layers_of_other_widths():

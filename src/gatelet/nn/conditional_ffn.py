@@ -60,12 +60,13 @@ def feed_forward(
 
     ``up`` is W1 and b1, ``down`` W2 and b2, ``glu`` W_g and b_g; ``dropout`` acts on the hidden layer.
     """
+    x, mask = gating.without_padding(x, mask)
     if gating.fully_open:
-        gating.gates(x)
+        gating.gates_at(x, mask, None, None)
         return F.linear(F.dropout(hidden_layer(x, activation, up, glu), dropout, dropout > 0), *down)
     if isinstance(gating.gater, SelfGater):
         return _by_itself(x, gating, activation, up, down, glu, dropout, mask)
-    gates, support = gating.gates(x, mask, noise, generator)
+    gates, support = gating.gates_at(x, mask, noise, generator)
     if gating.needs_dense(x, gates):
         each = gates.repeat_interleave(gating.group_size, dim=-1) if gating.group_size > 1 else gates
         return F.linear(F.dropout(hidden_layer(x, activation, up, glu) * each, dropout, dropout > 0), *down)
@@ -92,7 +93,7 @@ def _by_itself(
     """Return the output where the first map, W_g or without it W1, is computed in full and opens the others' rows."""
     first = ACTIVATIONS[activation](F.linear(x, *(up if glu is None else glu)))
     settled = None if mask is not None or gating.training else gating.settled_by_itself(first)
-    gates = gating.gates(x, mask, activation=first)[0] if settled is None else settled
+    gates = gating.gates_at(x, mask, None, None, first)[0] if settled is None else settled
     rate = gating.unit.target_rate
     if gating.needs_dense(x, gates):
         hidden = first * gates if glu is None else first * gates * F.linear(x, *up)

@@ -93,7 +93,8 @@ class ConditionalLinear(Gating):
             ValueError: for an input of another width or not finite, or noise or a mask of another shape.
             TypeError: for an input that is not floating, or not of the weights' dtype (outside of autocast).
         """
-        gates, support = self.gates(x, mask, noise, generator)
+        x, mask = self.without_padding(x, mask)
+        gates, support = self.gates_at(x, mask, noise, generator)
         if self.needs_dense(x, gates):
             if self.group_size > 1:
                 gates = gates.repeat_interleave(self.group_size, dim=-1)

@@ -10,8 +10,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gatelet._checks import check_choice, check_count, check_rate, is_transformed
+from gatelet._checks import check_choice, check_count, check_logits, check_rate, is_transformed
+from gatelet._recompute import Passes, recomputing
 from gatelet.estimators import Estimator, resolve
+from gatelet.estimators._distributed import alone, noting, repeating
 from gatelet.nn.gaters import NAMES, Gater, SelfGater, ThresholdUnit
 from gatelet.sparsity._controller import Controller, Penalised
 from gatelet.sparsity.adaptive_l1 import AdaptiveL1
@@ -37,7 +39,8 @@ class Gating(Penalised):
     Attributes:
         active_fraction: the share of gates ≠ 0 in the last forward pass, a tensor (reading it may synchronise).
         opened: (N / group_size,), how often each gate was open since the layer last changed its mode
-            (``train()``, ``eval()``), out of ``tokens``. Neither is in ``state_dict``; compiled code does not count.
+            (``train()``, ``eval()``), out of ``tokens``. Neither is in ``state_dict``; compiled code does not count,
+            and what activation checkpointing repeats counts once.
 
     Raises:
         ValueError: for sizes that are not integers of at least 1, a group size that does not divide N, a rate
@@ -50,7 +53,6 @@ class Gating(Penalised):
 
     gater: Any  # Gater or SelfGater
     unit: StochasticUnit
-    opened: Tensor
     tokens: int | Tensor
 
     def __init__(
@@ -81,10 +83,14 @@ class Gating(Penalised):
         else:
             shape = (in_features, units // group_size, bottleneck)
             self._gate_by_network(shape, estimator, target_rate, sparsity, detach_gater_input)
+        for controller in self.sparsity:
+            cast(Controller, controller).for_gates(units // group_size)
         self.fully_open = False
         self.mask: Tensor | None = None
-        self.register_buffer("opened", torch.zeros(units // group_size, dtype=torch.int64), persistent=False)
+        self.mask_met = False  # whether a call has had the mask's own shape since it was set
         self.tokens = 0
+        self._opened: Tensor | None = None  # no buffer: to_empty() would leave rubbish in it
+        self._passes = Passes()
         self._last: tuple[Tensor, Any] | None = None  # counts and tokens of the last forward pass
 
     def _gate_by_network(
@@ -118,7 +124,7 @@ class Gating(Penalised):
         self.sparsity = nn.ModuleList(sparsity or [])
 
     def _default_controller(self, target_rate: float) -> Controller:
-        probe = torch.zeros(1, requires_grad=True)
+        probe = torch.zeros(1, requires_grad=True, device="cpu")
         smooth = self.unit.estimator.fire_probability(probe).requires_grad
         return KLRate(target_rate) if smooth else AdaptiveL1(target_rate)
 
@@ -164,21 +170,88 @@ class Gating(Penalised):
         otherwise None.
 
         Tokens where ``mask`` is false (padding) have all gates closed and count nowhere: not in the statistics, not
-        in the penalty, and their logits receive no gradient. ``activation`` (..., N) is what a
-        :class:`gatelet.nn.SelfGater` decides by.
+        in the penalty, and their logits receive no gradient. In training the controllers' state moves, once per forward
+        pass with gradients, however often it is repeated; a look without gradients moves nothing. ``activation``
+        (..., N) is what a :class:`gatelet.nn.SelfGater` decides by.
         """
-        mask = self.mask if mask is None else mask
+        return self.gates_at(*self.without_padding(x, mask), noise, generator, activation)
+
+    def without_padding(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the input with zeros at padding, whatever stood there, and which tokens are none."""
+        if not hasattr(x, "dim"):
+            check_logits(x, "x")  # says what it is
+        mask = self._mask_of(x) if mask is None else _as_mask(mask, x)
+        if mask is None or self.fully_open:
+            return x, mask
+        return torch.where(mask.unsqueeze(-1), x, torch.zeros_like(x)), mask
+
+    def gates_at(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        noise: Tensor | None,
+        generator: torch.Generator | None,
+        activation: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what :meth:`gates` does, for what :meth:`without_padding` returned."""
         if self.fully_open:
-            self._penalty = x.new_zeros(())
+            self.keep_penalty(x.new_zeros(()), x)
             return x.new_ones((*x.shape[:-1], self.gater.num_gates)), None
         if mask is None and noise is None and not self.training and (settled := self._settled(x)) is not None:
             return settled, None
+        if torch.compiler.is_compiling() or not self.training or is_transformed(x):
+            gates, support, term = self._drawn(x, mask, noise, generator, activation)
+        elif not torch.is_grad_enabled():  # a look: nothing moves, and no other process is waited for
+            with self._state(self._snapshot()), alone():
+                gates, support, term = self._drawn(x, mask, noise, generator, activation)
+        else:
+            draws = noise is None and generator is None
+            seen = self._passes.recall(x, draws, type(self).__name__) if recomputing() else None
+            if seen is not None:
+                state, exchanged, source = seen
+                with self._state(state), repeating(exchanged):
+                    return self._drawn(x, mask, noise, _at(generator, source), activation)[:2]
+            state, exchanged = self._snapshot(), []
+            source = None if generator is None else generator.get_state()
+            self._passes.remember(x, (state, exchanged, source), draws)
+            with noting(exchanged):
+                gates, support, term = self._drawn(x, mask, noise, generator, activation)
+        if not recomputing():
+            self._count(gates.detach(), mask)
+        return gates if term is None else self.keep_penalty(term, gates), support
+
+    def _snapshot(self) -> list[dict[str, Tensor]]:
+        """Return copies of the controllers' buffers."""
+        parts = [part for control in self.sparsity for part in control.modules()]
+        return [{name: value.clone() for name, value in part.named_buffers(recurse=False)} for part in parts]
+
+    @contextmanager
+    def _state(self, state: list[dict[str, Tensor]]) -> Iterator[None]:
+        """Let the controllers go by copies of this state inside the block; afterwards theirs is what it was."""
+        parts = [part for control in self.sparsity for part in control.modules()]
+        before = [dict(part._buffers) for part in parts]
+        try:
+            for part, values in zip(parts, state, strict=True):
+                part._buffers.update({name: value.clone() for name, value in values.items()})
+            yield
+        finally:
+            for part, own in zip(parts, before, strict=True):
+                part._buffers.update(own)
+
+    def _drawn(
+        self,
+        x: Tensor,
+        mask: Tensor | None,
+        noise: Tensor | None,
+        generator: torch.Generator | None,
+        activation: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the gates, where their gradient is wanted besides, and in training the penalty of their rate."""
         logits: Tensor = self.gater(x) if activation is None else self.gater(x, activation)
         controllers = cast(list[Controller], list(self.sparsity))
         for controller in controllers:
             logits = controller.shift(logits, generator=generator)
         if mask is not None:
-            mask = _as_mask(mask, x)
             logits = torch.where(mask.unsqueeze(-1), logits, logits.detach())
         if not torch.compiler.is_compiling():
             self.unit.mask = mask
@@ -192,12 +265,11 @@ class Gating(Penalised):
         if mask is not None:
             gates = gates * mask.unsqueeze(-1)
             support = None if support is None else support & mask.unsqueeze(-1)
-        self._count(gates.detach(), mask)
-        if self.training:
-            seen = (logits, gates) if mask is None else (logits[mask], gates[mask])
-            terms = [control.penalty(self.unit.estimator, *seen) for control in controllers]
-            self._penalty = sum((term for term in terms if term is not None), start=logits.new_zeros(()))
-        return gates, support
+        if not self.training:
+            return gates, support, None
+        seen = (logits, gates) if mask is None else (logits[mask], gates[mask])
+        terms = [control.penalty(self.unit.estimator, *seen) for control in controllers]
+        return gates, support, sum((term for term in terms if term is not None), start=logits.new_zeros(()))
 
     def _settled(self, x: Tensor) -> Tensor | None:
         """Return the gates of an ordinary call in ``eval()`` without gradients on the CPU; None: go the long way.
@@ -254,8 +326,9 @@ class Gating(Penalised):
     def _note(self, gates: Tensor, tokens: int) -> None:
         """Count binary gates; what :meth:`_count` does, for ordinary tensors without a mask."""
         counts = gates.flatten(0, -2).sum(0, dtype=torch.float32) if tokens != 1 else gates.flatten()
-        self.opened.add_(counts.long())
         state = self.__dict__  # nn.Module looks a dozen times before it sets an attribute
+        opened = state["_opened"]
+        (self.opened if opened is None or opened.device != counts.device else opened).add_(counts.long())
         state["_last"], state["tokens"] = (counts, tokens), state["tokens"] + tokens
 
     def _count(self, gates: Tensor, mask: Tensor | None) -> None:
@@ -271,6 +344,16 @@ class Gating(Penalised):
             self.tokens = self.tokens + tokens
 
     @property
+    def opened(self) -> Tensor:
+        """How often each gate was open, (N / group_size,)."""
+        device = self.unit.threshold.device
+        if self._opened is None or self._opened.device != device:
+            with torch.inference_mode(False):  # counted in one, it could be counted in nowhere else
+                before = 0 if self._opened is None else self._opened.to(device)
+                self._opened = torch.zeros(self.units // self.group_size, dtype=torch.int64, device=device) + before
+        return self._opened
+
+    @property
     def active_fraction(self) -> Tensor:
         """The share of gates ≠ 0 in the last forward pass."""
         if self._last is None:
@@ -281,8 +364,7 @@ class Gating(Penalised):
 
     def reset_statistics(self) -> None:
         """Forget what was counted."""
-        self.opened.zero_()
-        self.tokens = 0
+        self._opened, self.tokens = None, 0
 
     def train(self, mode: bool = True) -> "Gating":
         """Set the mode; a change of it starts the counts anew."""
@@ -300,6 +382,30 @@ class Gating(Penalised):
     def extra_repr(self) -> str:
         """Show the sizes."""
         return f"{self.in_features}, {self.units}, group_size={self.group_size}"
+
+    def _mask_of(self, x: Tensor) -> Tensor | None:
+        """Return what :func:`masking` says of these tokens; of those that ``generate()`` adds, that they are none."""
+        if self.mask is None:
+            return None
+        mask, lead = self.mask, x.shape[:-1]
+        if mask.shape == lead:
+            self.mask_met = True
+            return mask.bool()
+        if mask.dim() != 2 or len(lead) != 2 or lead[0] % max(1, len(mask)) or lead[0] == 0:
+            return _as_mask(mask, x)
+        mask = mask.bool().repeat_interleave(lead[0] // len(mask), dim=0)  # beams, several answers
+        new = lead[1] - mask.shape[1]
+        if new == 0 or not self.mask_met:
+            self.mask_met = self.mask_met or new == 0
+            return _as_mask(mask, x)
+        return None if new < 0 else torch.cat([mask, mask.new_ones(len(mask), new)], dim=1)
+
+
+def _at(generator: torch.Generator | None, state: Tensor | None) -> torch.Generator | None:
+    """Return a generator of this kind in this state."""
+    if generator is None or state is None:
+        return None
+    return torch.Generator(generator.device).set_state(state)
 
 
 def _as_mask(mask: Tensor, x: Tensor) -> Tensor:
@@ -349,12 +455,16 @@ def fully_open(model: nn.Module) -> Iterator[None]:
 def masking(model: nn.Module, mask: Tensor | None) -> Iterator[None]:
     """Give all conditional layers of the model this padding mask inside the block, where no argument reaches them.
 
+    Once a layer has met tokens of the mask's shape, later ones in the block may be more or others: those that
+    ``generate()`` adds to a prompt, with a cache or without. They are no padding; several sequences per prompt
+    (beams) have their prompt's mask.
+
     Args:
         model: holds conditional layers, all of which see tokens of the mask's shape.
         mask: true (or not 0) at tokens, false at padding; None: no padding.
 
     Raises:
-        ValueError: if the model holds no conditional layer; at the call, for a mask of another shape.
+        ValueError: if the model holds no conditional layer; at the call, for a first call of another shape.
 
     >>> import torch, gatelet
     >>> layer = gatelet.nn.ConditionalFFN(8, 32, bottleneck=4)
@@ -363,11 +473,11 @@ def masking(model: nn.Module, mask: Tensor | None) -> Iterator[None]:
     torch.Size([1, 2, 8])
     """
     layers = list(gatings(model).values())
-    before = [layer.mask for layer in layers]
+    before = [(layer.mask, layer.mask_met) for layer in layers]
     try:
         for layer in layers:
-            layer.mask = mask
+            layer.mask, layer.mask_met = mask, False
         yield
     finally:
         for layer, previous in zip(layers, before, strict=True):
-            layer.mask = previous
+            layer.mask, layer.mask_met = previous

@@ -1,5 +1,6 @@
 """Holding the share of open gates at a target (supplement A.1 and A.2), and the test-time threshold (A.3)."""
 
+from gatelet.estimators._distributed import alone as alone
 from gatelet.sparsity._controller import Controller as Controller
 from gatelet.sparsity._controller import penalty as penalty
 from gatelet.sparsity.adaptive_l1 import AdaptiveL1 as AdaptiveL1

@@ -1,14 +1,26 @@
 """What a sparsity controller is, and how its penalty reaches the loss."""
 
+import weakref
+from typing import Any, cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from gatelet._checks import is_transformed
 from gatelet.estimators import Estimator
+from gatelet.tape import Tape
 
 
 class Controller(nn.Module):
-    """Holds a conditional layer's share of open gates at a target. Subclasses override one of two hooks."""
+    """Holds a conditional layer's share of open gates at a target. Subclasses override one of two hooks.
+
+    What it changes from batch to batch belongs into buffers: a layer whose forward pass activation checkpointing
+    repeats, or that runs without gradients, puts these back.
+    """
+
+    def for_gates(self, count: int) -> None:
+        """Take note of the layer's number of gates, before the first batch: buffers have their size from the start."""
 
     def shift(
         self, logits: Float[Tensor, "*lead N"], *, generator: torch.Generator | None = None
@@ -26,6 +38,9 @@ class Controller(nn.Module):
 def penalty(model: nn.Module) -> Float[Tensor, ""]:
     """Sum of the sparsity penalties of the model's conditional layers, of the last forward pass.
 
+    A layer that the pass used several times counts each time, as long as what it returned is part of something; one
+    that the pass skipped counts nothing. In compiled code the last use counts.
+
     Args:
         model: any module that holds conditional layers.
 
@@ -34,7 +49,8 @@ def penalty(model: nn.Module) -> Float[Tensor, ""]:
 
     Raises:
         ValueError: if the model holds no conditional layer.
-        RuntimeError: if a layer is in training and has not run since its penalty was last taken.
+        RuntimeError: if none of them has run in training since the penalty was last taken; if one ran without
+            gradients and a gradient is wanted now (activation checkpointing with ``use_reentrant=True`` does that).
 
     >>> import torch, gatelet
     >>> layer = gatelet.nn.ConditionalLinear(8, 16, bottleneck=4, estimator="straight_through", target_rate=0.1)
@@ -45,29 +61,97 @@ def penalty(model: nn.Module) -> Float[Tensor, ""]:
     layers = [module for module in model.modules() if isinstance(module, Penalised)]
     if not layers:
         raise ValueError("model holds no conditional layer, so there is no sparsity penalty")
-    terms = [layer.take_penalty() for layer in layers]
+    taken = [layer.take_penalty() for layer in layers]
+    if any(layer.training for layer in layers) and all(term is None for term in taken):
+        raise RuntimeError(
+            "sparsity.penalty(model): the model has not run in training since its penalty was last taken; call "
+            "it after the forward pass, once"
+        )
+    terms = [term for term in taken if term is not None]
+    if not terms:
+        return next(layers[0].parameters()).new_zeros(())
     return torch.stack([term.to(terms[0]) for term in terms]).sum()
 
 
+class _Use:
+    """One use of a layer: its penalty, alive as long as what the layer returned, and whether it was gone back through.
+
+    (A penalty that nobody takes must not keep a forward pass's whole graph alive.)
+    """
+
+    __slots__ = ("__weakref__", "over", "term")
+
+    def __init__(self, term: Tensor) -> None:
+        self.term, self.over = term, False
+
+
+class _Owned(torch.autograd.Function):
+    """The identity, whose node in the graph owns a use."""
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, use: _Use) -> Tensor:
+        ctx.use = use
+        return gates.view_as(gates)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.use.over = True
+        return grad, None
+
+
 class Penalised(nn.Module):
-    """A layer with gates: keeps the penalty of its last forward pass until :func:`penalty` takes it."""
+    """A layer with gates: keeps the penalties of a forward pass until :func:`penalty` takes them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._penalty: Tensor | None = None
+        self._penalty: Tensor | None = None  # of the last use
+        self._last_use: _Use | None = None
+        self._uses: list[weakref.ref[_Use]] = []  # the earlier ones of this forward pass
+        self._looked: Tensor | None = None  # of the last use without gradients
 
-    def take_penalty(self) -> Float[Tensor, ""]:
-        """Return the penalty of the last forward pass and forget it, so that its graph can be freed."""
-        term, self._penalty = self._penalty, None
+    def keep_penalty(self, term: Tensor, gates: Tensor) -> Tensor:
+        """Keep the penalty of this use, and return the gates, whose graph then owns it."""
+        if not torch.is_grad_enabled():
+            self._looked = term
+            return gates
+        self._looked = None
+        if torch.compiler.is_compiling() or is_transformed(gates):
+            self._penalty = term
+            return gates
+        earlier = [] if self._last_use is None else [*self._uses, weakref.ref(self._last_use)]
+        self._uses = [use for use in earlier if (found := use()) is not None and not found.over]
+        self._penalty, self._last_use = term, None
+        if not term.requires_grad:
+            return gates
+        self._last_use = _Use(term)
+        tape = Tape.current()
+        if gates.requires_grad:
+            return cast(Tensor, _Owned.apply(gates, self._last_use))
+        if tape is not None:  # gates without a gradient: the tape knows how long the pass lives
+            tape.own(self._last_use)
+        return gates
+
+    def take_penalty(self) -> Float[Tensor, ""] | None:
+        """Return the penalty of the last forward pass, None if there is none, and forget it: its graph can be freed."""
+        alive = [use() for use in self._uses]
+        terms = [use.term for use in alive if use is not None]
+        terms += [] if self._penalty is None else [self._penalty]
+        looked = self._looked
+        self._penalty, self._last_use, self._uses, self._looked = None, None, [], None
         if not self.training:  # a penalty from before eval() is not of this forward pass
-            return next(self.parameters()).new_zeros(())
-        if term is None:
+            return None
+        if terms:
+            return torch.stack([term.to(terms[0]) for term in terms]).sum() if len(terms) > 1 else terms[0]
+        if looked is not None and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             raise RuntimeError(
-                "sparsity.penalty(model): a conditional layer has not run in training since its penalty was "
-                "last taken; call it after the forward pass, once"
+                "sparsity.penalty(model): a conditional layer ran without gradients, so its penalty could have none: "
+                "under torch.no_grad(), or under activation checkpointing of the old kind; call "
+                "checkpoint(..., use_reentrant=False), or in transformers "
+                'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
             )
-        return term
+        return looked
 
     def __getstate__(self) -> dict[str, object]:
         # A graph can be neither copied nor pickled: deepcopy(model) between forward and step must work.
-        return {**super().__getstate__(), "_penalty": None}
+        state: dict[str, object] = {"_penalty": None, "_last_use": None, "_uses": [], "_looked": None}
+        return {**super().__getstate__(), **state}

@@ -14,8 +14,8 @@ from gatelet.sparsity._controller import Controller
 class AdaptiveL1(Controller):
     """Penalises the gates' sizes, with a weight that rises while too many are open and falls while too few.
 
-    λ Σ_i |h_i|, averaged over the batch (A.1). After every batch λ ← λ(1 + step) if the share of gates ≠ 0
-    exceeded s + band, λ ← λ(1 − step) if it was under s − band; λ is clipped to [1e-13, 1].
+    λ Σ_i |h_i|, averaged over the batch, that of all processes together (A.1). After every batch λ ← λ(1 + step) if
+    the share of gates ≠ 0 exceeded s + band, λ ← λ(1 − step) if it was under s − band; λ is clipped to [1e-13, 1].
 
     Args:
         target_rate: s.
@@ -54,16 +54,17 @@ class AdaptiveL1(Controller):
     ) -> Float[Tensor, ""] | None:
         """Return λ times the mean over the batch of Σ_i |h_i|, then adapt λ."""
         # Half precision would overflow, or round, over thousands of gates.
-        size = gates.to(wide(gates)).abs().sum(-1)
-        term = self.weight * (size.mean() if size.numel() else size.sum())
+        size = batch_mean(gates.to(wide(gates)).abs().sum(-1, keepdim=True))
+        if size is None:
+            return gates.new_zeros(())
+        term = self.weight.clone() * size.squeeze(-1)  # a clone: the graph keeps what λ is now
         with torch.no_grad():
             share = batch_mean((gates != 0).float())
-            if share is None:
-                return term
+            assert share is not None, "some process has an example"
             share = share.mean()
             up = (share > self.target_rate + self.band).to(share)
             down = (share < self.target_rate - self.band).to(share)
-            self.weight = (self.weight * (1 + self.step * (up - down))).clamp(self.LOWEST, self.HIGHEST)
+            self.weight.copy_((self.weight * (1 + self.step * (up - down))).clamp(self.LOWEST, self.HIGHEST))
         return term
 
     def extra_repr(self) -> str:

@@ -43,7 +43,8 @@ class BetaNoise(Controller):
         self.beta = beta
         self.alpha = (s * (beta - 2) + 1) / (1 - s)
         self.scale = abs(math.log(1 / s**2 - 1))
-        self.register_buffer("quantiles", beta_quantiles(self.alpha, beta), persistent=False)
+        # No buffer: it follows from the arguments, and to_empty() would leave rubbish in it.
+        self._quantiles = beta_quantiles(self.alpha, beta)
 
     def shift(
         self,
@@ -64,10 +65,12 @@ class BetaNoise(Controller):
         """Draw z ~ Beta(α, β), by interpolating the table of its quantiles at a uniform number."""
         dtype = torch.promote_types(logits.dtype, torch.float32)
         uniform = torch.rand(logits.shape, dtype=dtype, device=logits.device, generator=generator)
-        position = uniform * (self.quantiles.numel() - 1)
+        if self._quantiles.device != logits.device:
+            self._quantiles = self._quantiles.to(logits.device)
+        position = uniform * (self._quantiles.numel() - 1)
         # A uniform number may round up to 1 times the last index.
-        below = position.long().clamp_(max=self.quantiles.numel() - 2)
-        quantiles = self.quantiles.to(dtype)
+        below = position.long().clamp_(max=self._quantiles.numel() - 2)
+        quantiles = self._quantiles.to(dtype)
         return torch.lerp(quantiles[below], quantiles[below + 1], position - below)
 
     def extra_repr(self) -> str:
@@ -81,13 +84,13 @@ def beta_quantiles(alpha: float, beta: float, size: int = 1 << 14) -> Float[Tens
     The density is summed on a fine grid and its running sum inverted, to within 1e-6 of the
     true quantiles. Drawing by table is several times faster than drawing two gamma variables per gate.
     """
-    edges = torch.linspace(0, 1, 1 << 17, dtype=torch.float64)
+    edges = torch.linspace(0, 1, 1 << 17, dtype=torch.float64, device="cpu")  # whatever the default device is
     middle = (edges[1:] + edges[:-1]) / 2
     log_density = (alpha - 1) * middle.log() + (beta - 1) * torch.log1p(-middle)
     mass = (log_density - log_density.max()).exp()
     cumulative = torch.cat([mass.new_zeros(1), mass.cumsum(0)]) / mass.sum()
     # The ends 0 and 1 would spread the outermost bins over the law's empty tails; an eighth of a bin keeps their mean.
-    probability = torch.linspace(0, 1, size, dtype=torch.float64).clamp(0.125 / size, 1 - 0.125 / size)
+    probability = torch.linspace(0, 1, size, dtype=torch.float64, device="cpu").clamp(0.125 / size, 1 - 0.125 / size)
     above = torch.searchsorted(cumulative, probability).clamp(1, len(edges) - 1)
     step = (cumulative[above] - cumulative[above - 1]).clamp_min(torch.finfo(torch.float64).tiny)
     share = ((probability - cumulative[above - 1]) / step).clamp(0, 1)

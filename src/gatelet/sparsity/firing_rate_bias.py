@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gatelet._checks import check_positive, check_rate
+from gatelet._checks import check_count, check_positive, check_rate
 from gatelet.estimators import Estimator
 from gatelet.estimators._distributed import batch_mean
 from gatelet.sparsity._controller import Controller
@@ -23,8 +23,9 @@ class FiringRateBias(Controller):
         target_rate: the firing rate under which a unit counts as dead.
         step: what a batch adds to the bias, in units of the logits.
         decay: of the moving average; it starts at the target.
+        units: N; a layer that has this controller says it by itself, otherwise it may come with the first call.
 
-    The buffers ``rate`` and ``bias``, (N,), are in ``state_dict``; N is known at the first call.
+    The buffers ``rate`` and ``bias``, (N,), are in ``state_dict``.
 
     >>> import torch, gatelet
     >>> control = FiringRateBias(0.1, step=0.5)
@@ -40,13 +41,21 @@ class FiringRateBias(Controller):
     rate: Tensor
     bias: Tensor
 
-    def __init__(self, target_rate: float, step: float = 0.01, decay: float = 0.99) -> None:
+    def __init__(self, target_rate: float, step: float = 0.01, decay: float = 0.99, units: int | None = None) -> None:
         super().__init__()
         self.target_rate = check_rate(target_rate)
         self.step = check_positive(step, "step")
         self.decay = check_rate(decay, "decay")
         self.register_buffer("rate", torch.zeros(0))
         self.register_buffer("bias", torch.zeros(0))
+        if units is not None:
+            self.for_gates(check_count(units, "units"))
+
+    def for_gates(self, count: int) -> None:
+        """Give the buffers their size; where they have one, it stays."""
+        if self.bias.numel() == 0:
+            self.bias = self.bias.new_zeros(count)
+            self.rate = self.rate.new_full((count,), self.target_rate)
 
     def shift(
         self, logits: Float[Tensor, "*lead N"], *, generator: torch.Generator | None = None
@@ -70,17 +79,19 @@ class FiringRateBias(Controller):
             if fired is None:
                 return None
             if self.bias.numel() == 0:
-                self.bias = torch.zeros_like(fired)
-                self.rate = torch.full_like(fired, self.target_rate)
-            self.rate = torch.lerp(fired, self.rate, self.decay)
-            self.bias = self.bias + self.step * (self.rate < self.target_rate).to(self.bias.dtype)
+                self.to(fired.device).for_gates(fired.numel())
+            self.rate.lerp_(fired, 1 - self.decay)
+            self.bias.add_((self.rate < self.target_rate).to(self.bias.dtype), alpha=self.step)
         return None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The buffers' size comes with the first batch, or with the checkpoint.
-        for name in ("rate", "bias"):
-            if prefix + name in state_dict:
-                setattr(self, name, torch.zeros_like(state_dict[prefix + name], device=self.bias.device))
+        # The buffers' size comes from the layer, with the first batch, or with the checkpoint.
+        for name, start in (("rate", self.target_rate), ("bias", 0.0)):
+            saved = state_dict.get(prefix + name)
+            if saved is not None and saved.numel() == 0:  # of a controller that had seen no batch
+                state_dict[prefix + name] = torch.full_like(getattr(self, name), start)
+            elif saved is not None and getattr(self, name).numel() == 0:
+                setattr(self, name, torch.zeros_like(saved, device=self.bias.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 from gatelet._checks import check_positive, check_rate
 from gatelet.estimators import Estimator
 from gatelet.estimators._base import wide
+from gatelet.estimators._distributed import batch_mean
 from gatelet.sparsity._controller import Controller
 
 
@@ -17,7 +18,8 @@ class KLRate(Controller):
 
     λ Σ_i KL(s ‖ p_i), p_i = mean over the batch of P(h_i ≠ 0) (A.1; its eq. 1 misprints the brackets of
     the cross-entropy −(s log p_i + (1 − s) log(1 − p_i)), which differs from the KL by a constant).
-    The probability is that the gate *fires*: for STS it is √p.
+    The probability is that the gate *fires*: for STS it is √p. The batch is that of all processes of
+    torch.distributed together.
 
     Args:
         target_rate: s.
@@ -51,9 +53,9 @@ class KLRate(Controller):
                 f"KLRate: the firing probability of {type(estimator).__name__} does not depend smoothly on its "
                 "logits; hold its rate with AdaptiveL1"
             )
-        if logits.shape[:-1].numel() == 0:
+        rate = batch_mean(probability)
+        if rate is None:
             return logits.new_zeros(())
-        rate = probability.reshape(-1, logits.shape[-1]).mean(0)
         # The penalty stays finite where a rate rounds to 0 or 1. The bounds are the last numbers before these:
         # a unit beyond them gets no gradient, and the one it should get, s − p per logit, is not small.
         rate = rate.clamp(torch.finfo(rate.dtype).tiny, 1 - torch.finfo(rate.dtype).eps / 2)
