@@ -126,7 +126,6 @@ def report(model: nn.Module, *inputs: Any, seconds: float = 0.2, **named: Any) -
             times[name] = timed(layers[name], x, owners.get(name), seconds)
         for name, (opened, tokens) in counted.items():  # what timing counted is no statistics
             layers[name].reset_statistics()
-            layers[name].reset_statistics()
             layers[name].opened.copy_(opened)
             layers[name].tokens = tokens
     return Report([_row(name, layer, times.get(name)) for name, layer in layers.items()])
