@@ -4,12 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gatelet.nn._lists import compiled
+
 NUMBERS = 1 << 22
 """So many outputs are formed at once: they are searched while they are near."""
 
 
 def largest(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return values and indices (B, k) of the k largest of W x + b, in no order.
+    """Return values and indices (B, k) of the k largest of W x + b, in any order.
 
     Args:
         x: (B, D).
@@ -17,6 +19,10 @@ def largest(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Te
         bias: b (N,).
         k: at most N.
     """
+    if compiled(x, weight, bias) and len(x):
+        from gatelet.kernels.backends.numba import lists, screened
+
+        return (screened.screened_top_k if screened.worth(x, weight) else lists.top_k)(x, weight, bias, k)
     rows = max(1, NUMBERS // len(weight))
     found = [F.linear(part, weight, bias).topk(k, dim=-1, sorted=False) for part in x.split(max(rows, 256))]
     return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])

@@ -280,7 +280,7 @@ BLOCK, CHUNK = 1024, 1024
 """Latents and examples of a block of an encoder's product: 4 MB of float32, read while still in the caches."""
 
 
-def top_k(x: Tensor, weight: Tensor, bias: Tensor | None, most: int) -> tuple[Tensor, Tensor]:
+def top_k(x: Tensor, weight: Tensor, bias: Tensor | None, most: int, *, half: bool = False) -> tuple[Tensor, Tensor]:
     """Return each example's ``most`` largest of x Wᵀ + b, and where they are, in the order of the units.
 
     The product is taken in blocks, of which an example keeps what may yet be among its largest: no (B, N) tensor
@@ -291,6 +291,7 @@ def top_k(x: Tensor, weight: Tensor, bias: Tensor | None, most: int) -> tuple[Te
         weight: (N, D).
         bias: (N,).
         most: K, at most N.
+        half: form the product in bfloat16 (:mod:`screened` corrects it).
 
     Returns:
         values (B, K) and indices (B, K), sorted by index.
@@ -308,10 +309,14 @@ def top_k(x: Tensor, weight: Tensor, bias: Tensor | None, most: int) -> tuple[Te
     scratch = x.new_empty(threads * (room + 32))
     for b in range(0, batch, CHUNK):
         rows = min(CHUNK, batch - b)
+        low = x[b : b + rows].bfloat16() if half else x
         for n in range(0, units, BLOCK):
             width = min(BLOCK, units - n)
             block = buffer[: rows * width].view(rows, width)
-            torch.mm(x[b : b + rows], weight[n : n + width].t(), out=block)
+            if half:
+                block.copy_(low @ weight[n : n + width].bfloat16().t())
+            else:
+                torch.mm(x[b : b + rows], weight[n : n + width].t(), out=block)
             products.run(
                 *("select", _bits(x), threads),
                 block=block.data_ptr(),

@@ -8,9 +8,9 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from gatelet.kernels import _team as team
-from gatelet.kernels import _vector as v
 from gatelet.kernels.backends.numba import gather as g
+from gatelet.kernels.backends.numba import team
+from gatelet.kernels.backends.numba import vector as v
 
 VECTOR = v.VECTOR
 arguments, gather_dots = g.arguments, g.gather_dots
