@@ -162,7 +162,7 @@ def noisy_sigmoid_support(std, order):
 
 def _order(method, units):
     """Nodes per panel: as many as a tensor product over the units affords."""
-    if method.law == "logistic":
+    if method.law.name == "logistic":
         return {1: 160, 2: 96}[units]
     return 48 if units < 3 else 30
 
@@ -205,7 +205,7 @@ def smooth_times_stochastic(objective, logits, method):
 def noisy_rectifier(objective, logits, method):
     """∂E[L]/∂a by the law of h."""
     order = _order(method, logits.shape[-1])
-    return _gradient(objective, logits, noisy_rectifier_support(method.law, method.std, order))
+    return _gradient(objective, logits, noisy_rectifier_support(method.law.name, method.std, order))
 
 
 def noisy_sigmoid(objective, logits, method):

@@ -108,7 +108,7 @@ def moments(method, objective, logits, noise, mass):
 def enumerate_noise(name, method, objective, logits, samples):
     """Mean, variance and value of the estimator: exact, float64."""
     rows = samples // 2 if method.antithetic else samples
-    if method.kind == "categorical":
+    if method.event_dims == 2:
         draws = ordered_draws(logits, samples) if name == "unordered_set" else None
         noise, mass = draws if draws else product_noise(*categorical_nodes(logits), rows)
     else:

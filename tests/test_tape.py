@@ -10,6 +10,7 @@ from torch import nn
 import gatelet
 from gatelet import StochasticUnit, Tape, surrogate
 from gatelet.estimators import ALL, ScoreFunction
+from gatelet.estimators._noise import NONE
 
 BERNOULLI = {name: kind for name, kind in ALL.items() if "bernoulli" in kind.kinds}
 PATH = [name for name, kind in ALL.items() if kind.needs == "path"]
@@ -539,7 +540,7 @@ def test_surrogate_has_the_leading_shape(name, shape):
     assert surrogate(quadratic, leaf(*shape), name, samples=4).shape == shape[:-1]
 
 
-@pytest.mark.parametrize("name", [name for name, kind in BERNOULLI.items() if kind().law != "none"])
+@pytest.mark.parametrize("name", [name for name, kind in BERNOULLI.items() if kind().law != NONE])
 def test_generator_reproduces(name):
     logits = leaf(3, 40)
     draws = [surrogate(quadratic, logits, name, 2, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2)]

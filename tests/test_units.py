@@ -12,10 +12,11 @@ from jaxtyping import config
 import gatelet
 from gatelet import StochasticUnit, Tape, sampling
 from gatelet.estimators import ALL, Estimator, ScoreFunction, SmoothTimesStochastic
+from gatelet.estimators._noise import NONE
 
 # what runs with one sample per example (those that need several have their tests in test_tape)
 MODULES = {name: kind for name, kind in ALL.items() if kind.needs != "objective" and not kind.antithetic}
-NOISY = [name for name, kind in MODULES.items() if kind().law != "none"]
+NOISY = [name for name, kind in MODULES.items() if kind().law != NONE]
 every = pytest.mark.parametrize("name", MODULES)
 noisy = pytest.mark.parametrize("name", NOISY)
 rated = pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def diagnose_model(
         torch.manual_seed(seed)
         for unit in names:
             if unit.estimator.replicas > 1 or unit.estimator.antithetic:
-                unit.estimator = ScoreFunction(baseline="none", kind=unit.estimator.kind)
+                unit.estimator = ScoreFunction(baseline="none", kind=unit.estimator.form)
         calls = _run(model, names, loss_fn, x, y)
         for index, call in enumerate(calls):
             logits = call.logits.flatten(1, -call.unit.estimator.event_dims)
@@ -145,7 +145,7 @@ def diagnose_model(
                 budget,
                 replicas=replicas,
                 exact=False,  # a network changes its buffers, which vmap does not allow
-                kind=call.unit.estimator.kind,
+                kind=call.unit.estimator.form,
                 seed=seed,
             )
     return ModelReport(reports)

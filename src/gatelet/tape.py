@@ -231,7 +231,7 @@ def surrogate(
     method = resolve(estimator)
     check_logits(logits)
     if samples is None:
-        given = isinstance(noise, Tensor) and noise.dim() == logits.dim() + 1 + bool(method.extra_laws)
+        given = isinstance(noise, Tensor) and noise.dim() == logits.dim() + 1 + bool(method.more)
         samples = noise.shape[0] * (1 + method.antithetic) if given and noise is not None else method.replicas
     check_samples(method, check_count(samples, "samples"))
     replicas = logits.expand(samples, *logits.shape)

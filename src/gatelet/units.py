@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from gatelet._checks import check_logits, check_noise, check_rate
 from gatelet._recompute import Passes, recomputing
 from gatelet.estimators import Estimator, resolve
-from gatelet.estimators._base import draw
+from gatelet.estimators._noise import UNIFORM
 from gatelet.tape import Tape, check_samples
 
 
@@ -88,7 +88,7 @@ class StochasticUnit(nn.Module):
             return self.estimator.deterministic(logits, self.threshold)
         learns = self.estimator.needs == "loss" and logits.requires_grad and torch.is_grad_enabled()
         if self.estimator.antithetic and not learns:  # a sample that is compared with nothing needs no twin
-            return self.estimator.sample(logits, draw("uniform", logits.shape, logits, generator))
+            return self.estimator.sample(logits, UNIFORM.sample(logits.shape, logits, generator))
         again = learns and recomputing()  # the tape has heard the first run, and is closed
         tape = Tape.current() if learns and not again else None
         samples = 1 if tape is None else tape.samples

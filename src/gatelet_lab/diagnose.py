@@ -23,7 +23,9 @@ from gatelet._checks import check_choice, check_count, check_positive
 from gatelet.diagnose import Moments, Report, exact_gradient, moments
 from gatelet.diagnose.moments import noise_outcomes
 from gatelet.diagnose.report import Budget, diagnose
+from gatelet.diagnose.table import facts
 from gatelet.estimators import ALL, Estimator, Objective, ScoreFunction, StraightThrough, resolve
+from gatelet.estimators._noise import NONE
 from gatelet.model_diagnosis import ModelReport, diagnose_model
 from gatelet_lab import data, recipes
 from gatelet_lab.model import PaperNet
@@ -405,7 +407,7 @@ def cases(names: Sequence[str] = ()) -> list[tuple[str, Estimator]]:
     """Return every estimator in every variant (or those of these names), with its line's name."""
     found = []
     for name in names or ALL:
-        for options in ({}, *ALL[name].variants):
+        for options in ({}, *facts(ALL[name]).variants):
             made = ALL[name](**options)
             shown = ", ".join(f"{key}={value}" for key, value in options.items())
             found.append((f"{name}({shown})" if shown else name, made))
@@ -414,7 +416,7 @@ def cases(names: Sequence[str] = ()) -> list[tuple[str, Estimator]]:
 
 def certify(name: str, method: Estimator, units: int, samples: int = 10_000, seed: int = 0) -> Certified:
     """Measure one estimator on all standard objectives."""
-    categorical = method.kind == "categorical"
+    categorical = method.event_dims == 2
     biases, errors, ways = [], [], []
     variances: dict[str, float] = {}
     own = method.unbiased and not method.binary
@@ -422,10 +424,10 @@ def certify(name: str, method: Estimator, units: int, samples: int = 10_000, see
         objective = partial(_of_class, standard, _codes(units)) if categorical else standard
         logits = 1.5 * _draw(7, 1, 1, 2**units) if categorical else 1.5 * _draw(7, 1, units)
         found, how, error = _expect(objective, logits, method, samples, seed)
-        truth = exact_gradient(objective, logits, method.kind)
+        truth = exact_gradient(objective, logits, method.form)
         if method.unbiased and how != _SAMPLED:
             # What an unbiased estimator is unbiased for is the expectation of its own value.
-            plain = moments(objective, logits, ScoreFunction(baseline="none", kind=method.kind)).value
+            plain = moments(objective, logits, ScoreFunction(baseline="none", kind=method.form)).value
             # The tolerance is for the quadrature's error; VIMCO's bound differs by far more.
             if not method.binary or not torch.allclose(found.value, plain, rtol=0, atol=1e-3):
                 own, error = True, error + 1e-10
@@ -445,7 +447,7 @@ def _expect(
     objective: Objective, logits: Tensor, method: Estimator, samples: int, seed: int
 ) -> tuple[Moments, str, float]:
     """Return mean and variance, how they were found, and how far off the mean may be."""
-    smooth = method.law != "none" and not method.piecewise_constant
+    smooth = method.law != NONE and not facts(method).constant
     for order, coarser in pairwise(_ORDERS):
         try:
             if noise_outcomes(method, logits, method.replicas, order) > _MAX_OUTCOMES:
@@ -457,7 +459,7 @@ def _expect(
         except (RuntimeError, ValueError):  # not to be integrated; or operations that vmap does not know
             break
         return found, f"quadrature, order {order}", float((found.mean - other.mean).abs().max())
-    report = diagnose(objective, logits, {"it": method}, samples, exact=False, kind=method.kind, seed=seed)
+    report = diagnose(objective, logits, {"it": method}, samples, exact=False, kind=method.form, seed=seed)
     row = report["it"]
     if row.mean is None:
         raise RuntimeError(f"{type(method).__name__}: {row.left_out}")
@@ -498,13 +500,13 @@ def _own_gradient(objective: Objective, logits: Tensor, method: Estimator) -> Te
 
 def _cost(method: Estimator) -> tuple[float, float]:
     """Return evaluations and milliseconds of one call, forward and backward, at (B, N) = (32, 8)."""
-    shape = (_TIMED_SHAPE[0], 1, _TIMED_SHAPE[1]) if method.kind == "categorical" else _TIMED_SHAPE
+    shape = (_TIMED_SHAPE[0], 1, _TIMED_SHAPE[1]) if method.event_dims == 2 else _TIMED_SHAPE
     logits = _draw(8, *shape).float().requires_grad_()
     total = 0
 
     def objective(gates: Tensor) -> Tensor:
         nonlocal total
-        losses = gates.square().flatten(2).sum(-1) if method.kind == "categorical" else gates.square().sum(-1)
+        losses = gates.square().flatten(2).sum(-1) if method.event_dims == 2 else gates.square().sum(-1)
         total += losses.numel()
         return losses
 

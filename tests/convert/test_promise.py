@@ -1,7 +1,6 @@
 """convert(batch=...): what to expect of each block; nothing of the model's state is touched."""
 
 import pytest
-import torch
 from torch import nn
 
 import gatelet

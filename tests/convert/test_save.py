@@ -13,6 +13,7 @@ import gatelet.convert.hugging_face
 from gatelet import estimators
 from gatelet.convert.block import Options
 from gatelet.convert.describe import _options, options_of
+from gatelet.diagnose.table import facts
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -187,7 +188,7 @@ def test_nothing_conditional(tmp_path):
 
 @pytest.mark.parametrize("name", sorted(set(estimators.ALL) - {"jump_relu", "relax"}))
 def test_every_estimator_is_described_and_made_again(name):
-    for variant in ({}, *estimators.ALL[name].variants):
+    for variant in ({}, *facts(estimators.ALL[name]).variants):
         described = json.loads(json.dumps(_options(Options(0.5, 4, estimators.ALL[name](**variant), 1, "mlp"))))
         again = options_of(described).estimator
         assert type(again) is estimators.ALL[name]

@@ -17,7 +17,9 @@ import gatelet
 import oracles
 import oracles_relaxations
 from gatelet.diagnose import moments
+from gatelet.diagnose.table import facts
 from gatelet.estimators import ALL
+from gatelet.estimators._noise import NONE
 
 # An enumeration is a finite sum: only rounding is left (2e-15 is reached).
 ENUMERATED = 1e-10
@@ -33,7 +35,7 @@ CASES = [
     pytest.param(name, lambda cls=cls, options=options: cls(**options), id=label(name, options))
     for name, cls in ALL.items()
     if "bernoulli" in cls.kinds
-    for options in ({}, *cls.variants)
+    for options in ({}, *facts(cls).variants)
 ]
 CATEGORICAL = [
     pytest.param(name, lambda cls=cls: cls(kind="categorical"), id=label(name, {"kind": "categorical"}))
@@ -62,31 +64,35 @@ def logits_for(batch, units, dtype=torch.float64):
     return (1.5 * draw).to(dtype)
 
 
+def splits(method, logits):
+    return facts(method).splits(method, logits)
+
+
 def is_smooth(method):
-    return method.law != "none" and not method.piecewise_constant
+    return method.law != NONE and not facts(method).constant
 
 
 def order_for(method, units):
     """Nodes per interval: enough for ``QUADRATURE``, few enough for a tensor product over the units."""
-    if method.extra_laws:
+    if method.more:
         return 64
     if units < 3:
         return 96
     # A unit without a kink has one interval for all of its noise.
-    return 32 if method.breaks(torch.zeros(1)).shape[-1] else 64
+    return 32 if splits(method, torch.zeros(1)).shape[-1] else 64
 
 
 def shapes_for(method):
     """The batches and units that can be enumerated within the budget: a smooth unit has 60 to 190 nodes of its own."""
-    if not method.enumerable:
+    if not facts(method).summable:
         return []
     fits = []
     for batch, units in [*itertools.product((1, 3), (1, 2, 3, 4)), (1, 8)]:
-        if is_smooth(method) and units > (3 if method.law == "gaussian" and batch == 1 else 2):
+        if is_smooth(method) and units > (3 if method.law.name == "gaussian" and batch == 1 else 2):
             continue
-        cells = method.breaks(torch.zeros(units)).shape[-1] + 1
+        cells = splits(method, torch.zeros(units)).shape[-1] + 1
         nodes = cells * (order_for(method, units) if is_smooth(method) else 1)
-        nodes *= (order_for(method, units) if is_smooth(method) else 2) ** len(method.extra_laws)
+        nodes *= (order_for(method, units) if is_smooth(method) else 2) ** len(method.more)
         rows = method.noise_shape(torch.Size((method.replicas, batch, units)))[0]
         outcomes = nodes ** (rows * units)
         # Eight units where two nodes each are all: 256 outcomes.
@@ -152,7 +158,7 @@ def check_expectation_of_replicas(name, make):
     """The mean over two replicas has the same expectation."""
     batch, units = (3, 1) if is_smooth(make()) else (3, 2)
     logits, loss, samples = logits_for(batch, units), oracles.quadratic(batch, units), 2 * make().replicas
-    if not shapes_for(make()) or make().extra_laws:
+    if not shapes_for(make()) or make().more:
         return  # elsewhere, or too many variables for two replicas
     more = {"samples": samples} if name == "vimco" else {}
     truth = oracles.truth(name, make())(loss, logits, make(), **more)
@@ -205,16 +211,16 @@ def test_what_is_certified_elsewhere_is_named():
 
 def _noise_law(method):
     """The range of the noise and its distribution function."""
-    if method.law == "uniform":
+    if method.law.name == "uniform":
         return 0.0, 1.0, lambda u: u
-    _, cumulative, reach = oracles.NOISE[method.law]
+    _, cumulative, reach = oracles.NOISE[method.law.name]
     return -reach, reach, cumulative
 
 
 def gates_at(method, logits, noise):
     """Gates for rows of the main noise (R, *logits.shape); a unit's further noise is held at one place."""
-    if method.extra_laws:
-        other = [torch.full_like(noise, 1.0 if law == "sign" else 0.3) for law in method.extra_laws]
+    if method.more:
+        other = [torch.full_like(noise, 1.0 if law.name == "sign" else 0.3) for law in method.more]
         noise = torch.stack([noise, *other], -1)
     # Antithetic: the first half of the replicas uses the noise as it is.
     return method(method.replicate(logits, noise), noise)[: noise.shape[0]]
@@ -224,12 +230,12 @@ def _switches(method, logits):
     """Noise values at which gates open or close: ((unit, from, to, open before), ...), by scan and bisection."""
     low, high, _ = _noise_law(method)
     grid = torch.linspace(low, high, 2001, dtype=torch.float64)[1:-1, None].expand(-1, len(logits))
-    is_open = gates_at(method, logits, grid) > method.closed
+    is_open = gates_at(method, logits, grid) > facts(method).closed
     row, unit = (is_open[1:] != is_open[:-1]).nonzero().unbind(1)
     left, right, before = grid[row, unit], grid[row + 1, unit], is_open[row, unit]
     for _ in range(60):
         middle = (left + right) / 2
-        same = (gates_at(method, logits[unit], middle[None])[0] > method.closed) == before
+        same = (gates_at(method, logits[unit], middle[None])[0] > facts(method).closed) == before
         left, right = torch.where(same, middle, left), torch.where(same, right, middle)
     return unit, (left + right) / 2, before, is_open[-1]
 
@@ -239,9 +245,9 @@ def check_fire_probability(name, make):
     method = make()
     logits = torch.linspace(-3.1, 3, 13, dtype=torch.float64)
     claimed = method.fire_probability(logits).detach()
-    if method.law == "none" and method.needs == "objective":
+    if method.law == NONE and method.needs == "objective":
         return  # an enumeration draws nothing
-    if method.law == "none":
+    if method.law == NONE:
         assert torch.equal(claimed, (method(logits, torch.zeros_like(logits)) != 0).double())
         return
     _, _, cumulative = _noise_law(method)
@@ -249,7 +255,7 @@ def check_fire_probability(name, make):
     # P(open) = F(the upper end) if open there, plus F(switch) where it closes, minus F(switch) where it opens.
     measure = last.double().index_add(0, unit, torch.where(before, 1.0, -1.0).double() * cumulative(at))
     torch.testing.assert_close(claimed, measure, rtol=0, atol=1e-12)
-    breaks = method.breaks(logits)
+    breaks = splits(method, logits)
     if len(unit):
         assert (breaks[unit] - at[:, None]).abs().amin(-1).max() < 1e-9
 
@@ -258,11 +264,11 @@ def check_breaks(name, make):
     """Between two breaks a piecewise constant estimator has one gate and one gradient."""
     method = make()
     logits = logits_for(1, 3)
-    if is_smooth(method) or method.law == "none":
+    if is_smooth(method) or method.law == NONE:
         return
     low, high, _ = _noise_law(method)
     ends = torch.full((1, 3, 1), 1.0, dtype=torch.float64)
-    edges = torch.cat([low * ends, method.breaks(logits).sort(-1).values, high * ends], -1)
+    edges = torch.cat([low * ends, splits(method, logits).sort(-1).values, high * ends], -1)
     for cell in itertools.product(range(edges.shape[-1] - 1), repeat=3):
         index = torch.tensor(cell)[None, :, None]
         left, right = edges.gather(-1, index)[..., 0], edges.gather(-1, index + 1)[..., 0]
@@ -270,7 +276,7 @@ def check_breaks(name, make):
         gates = [gates_at(method, logits, noise[None]) for noise in ends_of_cell]
         assert torch.equal(*gates)
         rows = method.noise_shape(torch.Size((method.replicas, *logits.shape)))[0]
-        if not method.extra_laws:
+        if not method.more:
             assert torch.equal(*(gradient(make(), squares, logits, z.expand(rows, *z.shape)) for z in ends_of_cell))
 
 
@@ -279,7 +285,7 @@ def check_logit_at(name, make):
     method = make()
     for probability in (1e-4, 0.1, 0.5, 0.9, 0.999):
         at = method.logit_at(probability)
-        if method.law != "none" and at > -float("inf"):
+        if method.law != NONE and at > -float("inf"):
             fires = method.fire_probability(torch.tensor([at], dtype=torch.float64)).item()
             assert fires == pytest.approx(probability, rel=1e-10)
         around = torch.tensor([max(at, -50.0) - 1e-3, max(at, -50.0) + 1e-3], dtype=torch.float64)
@@ -296,11 +302,11 @@ def check_half_precision(name, make):
         noise = draw(method, logits)
         gates = method(method.replicate(logits, noise), noise)
         assert gates.dtype == dtype
-        if method.law == "none":
+        if method.law == NONE:
             continue
         assert noise.dtype == torch.float32
-        if method.law == "uniform":
-            edge = method.breaks(logits.float())
+        if method.law.name == "uniform":
+            edge = splits(method, logits.float())
             for share in (1 - 1e-4, 1 + 1e-4):
                 for noise in (edge * share).unbind(-1):
                     both = (gates_at(method, these, noise[None]) != 0 for these in (logits, logits.float()))
@@ -432,8 +438,8 @@ def check_declared(name, make):
     assert isinstance(method.binary, bool)
     assert method.needs in ("path", "loss", "objective")
     assert method.support in ("none", "open", "sampled", "all")
-    assert method.law in ("none", "uniform", "gaussian", "logistic")
-    assert set(method.kinds) <= {"bernoulli", "categorical"}
+    assert method.law.name in ("none", "uniform", "gaussian", "logistic")
+    assert set(method.kinds) <= {"bernoulli", "categorical", "subset"}
     assert re.search(r"\b(19|20)\d\d\b", method.reference), "the reference has a year"
     text = type(method).__doc__ or ""
     assert re.search(r"\bBias:|unbiased", text), "the docstring says what the bias is"

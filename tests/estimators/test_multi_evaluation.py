@@ -13,6 +13,7 @@ import torch
 import gatelet
 import oracles
 import oracles_multi as multi
+from gatelet.diagnose.table import facts
 from gatelet.estimators import LeaveOneOut, ScoreFunction
 from gatelet.estimators.antithetic import ARM, DisARM
 from gatelet.estimators.enumeration import Enumeration
@@ -306,8 +307,8 @@ class UnsignedDisARM(DisARM):
 class NeighbourLocalExpectation(LocalExpectation):
     """Looks up the value of a unit at its neighbour."""
 
-    def others(self, gates):
-        return super().others(gates.roll(1, -1))
+    def estimate(self, objective, logits, gates, losses, noise):
+        return super().estimate(objective, logits, gates, losses, noise).roll(1, -1)
 
 
 class OneSidedSPSA(SPSA):
@@ -517,7 +518,7 @@ def test_breaks(name):
     u, weight = multi.noise_nodes("disarm" if name == "arm" else name, method, logits)
     if name == "spsa":
         u, weight = u[: len(u) // 2, ..., 0], 2 * weight[: len(u) // 2]
-    edges = method.breaks(logits).movedim(-1, 0).sort(0).values
+    edges = facts(method).splits(method, logits).movedim(-1, 0).sort(0).values
     torch.testing.assert_close(edges, (u + weight / 2)[:-1], rtol=0, atol=1e-14)
 
 

@@ -5,6 +5,7 @@ import test_contract as contract
 import torch
 
 import oracles
+from gatelet.diagnose.table import FACTS, Facts
 from gatelet.estimators import NoisyRectifier, ScoreFunction, SmoothTimesStochastic, StraightThrough
 
 
@@ -45,8 +46,8 @@ class PrintedProposition2(SmoothTimesStochastic):
         root = logits.sigmoid().sqrt()
         return root * (noise < logits.detach().sigmoid())
 
-    def breaks(self, logits):
-        return logits.sigmoid().unsqueeze(-1)
+
+FACTS[PrintedProposition2] = Facts()  # jumps at p
 
 
 class ForgottenStd(NoisyRectifier):

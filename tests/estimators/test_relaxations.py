@@ -13,7 +13,8 @@ from torch import nn
 
 import oracles
 import oracles_relaxations as truth
-from gatelet.estimators._temperature import condition, relax
+from gatelet.diagnose.table import facts
+from gatelet.estimators._temperature import relax
 from gatelet.estimators.concrete import Concrete, StraightThroughGumbel
 from gatelet.estimators.gapped_straight_through import GappedStraightThrough
 from gatelet.estimators.gumbel_rao import GumbelRao
@@ -83,7 +84,7 @@ def expectation_by_logistic(method, loss, logits, order=24):
 def expectation_by_breaks(method, loss, logits, order=24):
     """The same, split at the unit's own breaks."""
     parts = []
-    for breaks in method.breaks(logits)[0]:
+    for breaks in facts(method).splits(method, logits)[0]:
         reach = [torch.tensor(c, dtype=torch.float64) for c in (-38.0, -7.0, 7.0, 38.0)]
         nodes, weights = truth.panels([*reach, *breaks.unbind()], order)
         parts.append((nodes, weights * oracles.logistic_density(nodes)))
@@ -508,12 +509,12 @@ def test_two_classes_equal_the_bernoulli_form(make, law):
     logits = classes[..., 0] - classes[..., 1]
     loss = oracles.network(40, 6)
     g = categorical.draw_noise(classes.expand(2, 40, 3, 2), torch.Generator().manual_seed(0))
-    main = g if not categorical.extra_laws else g[..., 0]
+    main = g if not categorical.more else g[..., 0]
     noise = main[..., 0] - main[..., 1]
     hard = (noise + logits > 0).double()
     if law == "uniform":
         noise = (-noise).sigmoid()
-    if categorical.extra_laws:
+    if categorical.more:
         # λ is the noise of the open class less that of the other.
         extra = (2 * hard[..., None] - 1) * (g[..., 0, 1:] - g[..., 1, 1:])
         noise = torch.cat([noise[..., None], extra], -1)
@@ -708,7 +709,7 @@ def test_a_hard_concrete_unit_is_open_with_its_probability():
     method = HardConcrete()
     logits = torch.linspace(-6, 6, 25, dtype=torch.float64)
     opens = -logits + 2 / 3 * torch.tensor(0.1 / 1.1, dtype=torch.float64).log()
-    close(method.breaks(logits)[:, 0], opens, 1e-12)
+    close(facts(method).splits(method, logits)[:, 0], opens, 1e-12)
     assert (method(logits, opens - 1e-9) == 0).all()
     assert (method(logits, opens + 1e-9) > 0).all()
     close(method.fire_probability(logits), oracles.logistic_cumulative(-opens), 1e-14)
@@ -750,7 +751,7 @@ class ForgetsItsConditionalPath(REBAR):
         right = super()._estimate(objective, logits, gates, losses, noise, values)
 
         def bound(a):
-            return self._control(objective, condition(a, gates, noise[..., 1], self.kind), values, a.dtype).sum()
+            return self._control(objective, self.form.condition(a, gates, noise[..., 1]), values, a.dtype).sum()
 
         return right + values.get("eta", self.eta) * torch.func.grad(bound)(logits)
 
@@ -776,13 +777,12 @@ class ThroughTheConditionalDraw(GumbelRao):
 
     def forward(self, logits, noise):
         gates = self.sample(logits, noise[..., 0])
-        z = condition(
+        z = self.form.condition(
             logits.expand(noise.shape[-1] - 1, *logits.shape),
             gates[None].expand(noise.shape[-1] - 1, *gates.shape),
             noise[..., 1:].movedim(-1, 0),
-            self.kind,
         )
-        path = relax(z, self.temperature, self.kind).mean(0)
+        path = relax(z, self.temperature, self.form).mean(0)
         return gates + path - path.detach()
 
 

@@ -10,11 +10,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from gatelet import StochasticUnit, sampling
 from gatelet.estimators import ALL
+from gatelet.estimators._noise import NONE
 from gatelet.nn import ConditionalLinear
 from gatelet.sparsity import FiringRateBias, calibrate_thresholds, calibration
 
 UNITS = {name: kind() for name, kind in ALL.items() if kind.needs != "objective" and not kind.antithetic}
-STOCHASTIC = [name for name, unit in UNITS.items() if unit.law != "none" and not unit.always_open]
+STOCHASTIC = [name for name, unit in UNITS.items() if unit.law != NONE and unit.rated]
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -11,8 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatelet._checks import check_count, check_logits
+from gatelet.diagnose.table import facts
 from gatelet.estimators import Estimator, Objective, resolve
-from gatelet.estimators._base import Law, evaluate
+from gatelet.estimators._base import evaluate
+from gatelet.estimators._kinds import Bernoulli
+from gatelet.estimators._noise import NONE, Noise
 
 MAX_GATES = 1 << 25
 _CHUNK = 1 << 20  # gates held at once
@@ -27,21 +29,6 @@ class Moments(NamedTuple):
     """E[(ĝ − E[ĝ])²], per logit."""
     value: Float[Tensor, "..."]
     """The expected value of the surrogate, E[L]."""
-
-
-class _Noise(NamedTuple):
-    low: float
-    high: float
-    density: Callable[[Tensor], Tensor]
-    cumulative: Callable[[Tensor], Tensor]
-
-
-# The ranges leave out a mass of 2e-19 (Gaussian) and 2e-17 (logistic), under the rounding of float64.
-_LAWS: dict[Law, _Noise] = {
-    "uniform": _Noise(0.0, 1.0, torch.ones_like, torch.clone),
-    "gaussian": _Noise(-9.0, 9.0, lambda z: torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi), torch.special.ndtr),
-    "logistic": _Noise(-39.0, 39.0, lambda z: z.sigmoid() * (-z).sigmoid(), torch.sigmoid),
-}
 
 
 def moments(
@@ -96,20 +83,21 @@ def moments(
     Neurons for Conditional Computation", 2013, arXiv:1308.3432, proof of Theorem 1 (binary units).
     """
     method = resolve(estimator)
-    if not method.enumerable:
+    if not facts(method).summable:
         raise ValueError(f"estimator: the noise of {type(method).__name__} cannot be summed over unit by unit")
     check_logits(logits)
     samples = method.replicas if samples is None else check_count(samples, "samples")
     exact = logits.detach().to(torch.float64)
     # Counted before any of them is made: a unit with ten noise variables has more nodes than memory holds.
     count = _count_nodes(method, exact, check_count(order, "order"))
-    units, rows = logits.shape[-method.event_dims], method.noise_shape(torch.Size((samples, *logits.shape)))[0]
+    replicated = torch.Size((samples, *logits.shape))
+    units, rows = method.form.variables(logits.shape), method.noise_shape(replicated)[0]
     variables = rows * units
     if noise_outcomes(method, exact, samples, order) * samples * max(1, logits.numel()) > MAX_GATES:
         raise ValueError(
             f"logits, samples: {variables} noise variables of {count} nodes have {count}^{variables} outcomes, each of "
             f"{samples} x {logits.numel()} gates; moments enumerates at most {MAX_GATES} gates. Take fewer units, "
-            "examples or samples" + ("" if method.piecewise_constant else ", or a lower order")
+            "examples or samples" + ("" if facts(method).constant else ", or a lower order")
         )
     nodes, weights = _quadrature(method, exact, order)
     powers = count ** torch.arange(variables, device=logits.device)
@@ -118,12 +106,12 @@ def moments(
     for outcome in torch.arange(count**variables, device=logits.device).split(step):
         index = (outcome[:, None] // powers % count).reshape(-1, rows, units)
         mass = _pick(weights, index, weights.dim() - 2).prod(1).prod(-1)
-        noise = _pick(nodes, index, weights.dim() - 2)
+        noise = _pick(nodes, index, weights.dim() - 2).reshape(-1, *method.noise_shape(replicated))
         # A copy: a baseline is updated when it is used.
         value, gradient = _estimates(copy.deepcopy(method), objective, exact, noise, logits.dtype)
         parts.append((mass, value, gradient))
     mass, value, gradient = (torch.cat(part) for part in zip(*parts, strict=True))
-    share = mass.reshape(*mass.shape, *(1,) * method.event_dims)
+    share = method.form.spread(mass)
     mean = (share * gradient).sum(0)
     variance = (share * (gradient - mean).square()).sum(0)
     return Moments(mean, variance, (mass * value).sum(0))
@@ -132,20 +120,21 @@ def moments(
 def noise_outcomes(method: Estimator, logits: Tensor, samples: int, order: int) -> int:
     """Return how many outcomes of the noise :func:`moments` sums over."""
     rows = method.noise_shape(torch.Size((samples, *logits.shape)))[0]
-    outcomes: int = _count_nodes(method, logits, order) ** (rows * logits.shape[-method.event_dims])
+    outcomes: int = _count_nodes(method, logits, order) ** (rows * method.form.variables(logits.shape))
     return outcomes
 
 
 def _count_nodes(method: Estimator, logits: Tensor, order: int) -> int:
     """Return how many nodes :func:`_quadrature` gives a unit."""
-    if method.law == "none":
+    if method.law == NONE:
         return 1
-    if method.kind == "categorical":
-        return logits.shape[-1]
-    each = 1 if method.piecewise_constant else order
-    nodes = (method.breaks(logits.detach()).shape[-1] + 1) * each
-    more = (len(method.extra_breaks) + 1) * each
-    return nodes * math.prod(2 if law == "sign" else more for law in method.extra_laws)
+    if not isinstance(method.form, Bernoulli):
+        return method.form.values(logits.shape)
+    known = facts(method)
+    each = 1 if known.constant else order
+    nodes = (known.splits(method, logits.detach()).shape[-1] + 1) * each
+    more = (len(known.more_breaks(method)) + 1) * each
+    return nodes * math.prod(len(law.atoms) or more for law in method.more)
 
 
 def _estimates(
@@ -178,49 +167,50 @@ def _pick(table: Tensor, index: Tensor, lead: int) -> Tensor:
 
 def _quadrature(method: Estimator, logits: Tensor, order: int) -> tuple[Tensor, Tensor]:
     """Return each unit's nodes (M, *lead, N, ...) and weights (M, *lead, N); "...": several numbers a unit, if so."""
-    if method.law == "none":
-        lead = logits.shape if method.kind == "bernoulli" else logits.shape[:-1]
-        return logits.new_zeros((1, *logits.shape)), logits.new_ones((1, *lead))
-    if method.kind == "categorical":
-        if not method.piecewise_constant or method.extra_laws:
+    lead, variables = logits.shape[: logits.dim() - method.event_dims], method.form.variables(logits.shape)
+    if method.law == NONE:
+        nothing = logits.new_zeros((1, *logits.shape))
+        whole = variables != logits.shape[-method.event_dims]  # the units of an example are one variable
+        return nothing.unsqueeze(-2) if whole else nothing, logits.new_ones((1, *lead, variables))
+    known = facts(method)
+    if not isinstance(method.form, Bernoulli):
+        if not known.constant or method.more:
             raise ValueError(
-                f"estimator: {type(method).__name__}(kind='categorical') is smooth in C noise variables per unit, "
-                "which moments cannot integrate; with two classes its Bernoulli form is the same"
+                f"estimator: {type(method).__name__}(kind={method.form.name!r}) is smooth in several noise variables "
+                "at once, which moments cannot integrate; with two classes its Bernoulli form is the same"
             )
-        # Any Gumbel noise under which class c wins stands for all of it.
-        wins = torch.eye(logits.shape[-1], dtype=logits.dtype, device=logits.device)
-        wins = wins.reshape(-1, *(1,) * (logits.dim() - 1), logits.shape[-1])
-        return wins - logits, logits.softmax(-1).movedim(-1, 0)
-    nodes, weights = _intervals(method.law, method.breaks(logits).detach(), method.piecewise_constant, order)
-    if not method.extra_laws:
+        return method.form.nodes(logits)
+    nodes, weights = _intervals(method.law, known.splits(method, logits).detach(), known.constant, order)
+    if not method.more:
         return nodes, weights
     nodes = nodes.unsqueeze(-1)
-    for law in method.extra_laws:
-        breaks = logits.new_tensor(method.extra_breaks).expand(*logits.shape, -1)
-        more, its_weights = _intervals(law, breaks, method.piecewise_constant, order)
+    for law in method.more:
+        breaks = logits.new_tensor(known.more_breaks(method)).expand(*logits.shape, -1)
+        more, its_weights = _intervals(law, breaks, known.constant, order)
         pairs = torch.cartesian_prod(torch.arange(len(nodes)), torch.arange(len(more)))
         nodes = torch.cat([nodes[pairs[:, 0]], more[pairs[:, 1]].unsqueeze(-1)], -1)
         weights = weights[pairs[:, 0]] * its_weights[pairs[:, 1]]
     return nodes, weights
 
 
-def _intervals(law: Law, breaks: Tensor, constant: bool, order: int) -> tuple[Tensor, Tensor]:
+def _intervals(noise: Noise, breaks: Tensor, constant: bool, order: int) -> tuple[Tensor, Tensor]:
     """Return nodes and weights (M, *lead, N) of one noise variable per unit, split at its breaks (*lead, N, J)."""
-    if law == "sign":
-        signs = breaks.new_tensor([-1.0, 1.0]).reshape(2, *(1,) * (breaks.dim() - 1)).expand(2, *breaks.shape[:-1])
-        return signs, torch.full_like(signs, 0.5)
-    noise = _LAWS[law]
+    if noise.atoms:
+        count = len(noise.atoms)
+        atoms = breaks.new_tensor(noise.atoms).reshape(count, *(1,) * (breaks.dim() - 1))
+        atoms = atoms.expand(count, *breaks.shape[:-1])
+        return atoms, torch.full_like(atoms, 1 / count)
     inner = breaks.clamp(noise.low, noise.high).sort(-1).values
     ends = breaks.new_tensor([noise.low, noise.high]).expand(*breaks.shape[:-1], 2)
     edges = torch.cat([ends[..., :1], inner, ends[..., 1:]], -1).movedim(-1, 0)
     low, high = edges[:-1], edges[1:]
     if constant:
-        return (low + high) / 2, noise.cumulative(high) - noise.cumulative(low)
+        return (low + high) / 2, noise.cdf(high) - noise.cdf(low)
     at, weight = (breaks.new_tensor(x).reshape(-1, *(1,) * low.dim()) for x in np.polynomial.legendre.leggauss(order))
-    if law == "logistic":  # long tails: nodes at z = sinh(t), dense where relaxed gates turn
+    if noise.long_tails:  # nodes at z = sinh(t), dense where relaxed gates turn
         low, high = low.asinh(), high.asinh()
     nodes = low + (high - low) * (1 + at) / 2
     weights = (high - low) / 2 * weight
-    if law == "logistic":
+    if noise.long_tails:
         nodes, weights = nodes.sinh(), weights * nodes.cosh()
     return nodes.flatten(0, 1), (weights * noise.density(nodes)).flatten(0, 1)

@@ -15,10 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatelet._checks import check_choice, check_count, check_logits
-from gatelet.diagnose.exact import MAX_OUTCOMES, exact_gradient
+from gatelet.diagnose.exact import MAX_OUTCOMES, check_dims, exact_gradient
 from gatelet.diagnose.moments import moments, noise_outcomes
 from gatelet.estimators import ALL, Estimator, Objective
-from gatelet.estimators._base import Kind, evaluate
+from gatelet.estimators._base import AnyKind, evaluate
+from gatelet.estimators._kinds import Bernoulli, Kind, make_kind
 
 Budget = Literal["evaluations", "time"]
 Estimators = Sequence[str | Estimator] | Mapping[str, str | Estimator]
@@ -270,7 +271,8 @@ def diagnose(
     replicas: int | None = None,
     reference: Tensor | None = None,
     exact: bool = True,
-    kind: Kind = "bernoulli",
+    kind: AnyKind = "bernoulli",
+    k: int | None = None,
     seed: int = 0,
 ) -> Report:
     """Bias, variance and cost of estimators on an objective, side by side.
@@ -298,7 +300,8 @@ def diagnose(
         replicas: K of every call, raised to what an estimator needs; by default the least it works with.
         reference: ∇E[L], of the logits' shape, where it is known.
         exact: ``False``: measure also where the noise could be enumerated.
-        kind: what units the names stand for, ``"bernoulli"`` or ``"categorical"``.
+        kind: what units the names stand for, ``"bernoulli"``, ``"categorical"`` or ``"subset"``.
+        k: of subset units, how many are open.
         seed: of the noise; torch's global generator is left alone.
 
     Returns:
@@ -333,12 +336,11 @@ def diagnose(
         check_count(replicas, "replicas")
     if isinstance(reference, Tensor) and reference.shape != logits.shape:
         raise ValueError(f"reference must have the logits' shape {tuple(logits.shape)}, not {tuple(reference.shape)}")
-    categorical = check_choice(kind, ("bernoulli", "categorical"), "kind") == "categorical"
-    if categorical and logits.dim() < 2:
-        raise ValueError(f"logits of categorical units must have shape (..., N, C), not {tuple(logits.shape)}")
-    chosen = _choose(estimators, kind)
-    problem = _Problem(objective, logits.detach(), 2 if categorical else 1, samples, seed)
-    target = problem.target(reference, kind, exact)
+    units = make_kind(kind, k)
+    check_dims(logits, units)
+    chosen = _choose(estimators, units)
+    problem = _Problem(objective, logits.detach(), units, samples, seed)
+    target = problem.target(reference, exact)
     rows = []
     for index, (name, each) in enumerate(chosen.items()):
         if each.method is None:
@@ -363,7 +365,7 @@ def _choose(estimators: Estimators | None, kind: Kind) -> dict[str, _Chosen]:
     if estimators is None:
         # One that is unbiased for gates of its own kind (a noisy rectifier's) has nothing to do with this gradient.
         estimators = [
-            name for name, cls in ALL.items() if kind in cls.kinds and (bool(cls.binary) or not bool(cls.unbiased))
+            name for name, cls in ALL.items() if kind.name in cls.kinds and (bool(cls.binary) or not bool(cls.unbiased))
         ]
     if isinstance(estimators, str | Estimator) or not isinstance(estimators, Mapping | Sequence):
         raise TypeError(
@@ -387,13 +389,13 @@ def _choose(estimators: Estimators | None, kind: Kind) -> dict[str, _Chosen]:
 
 def _make(estimator: str | Estimator, kind: Kind) -> _Chosen:
     if isinstance(estimator, Estimator):
-        if estimator.kind != kind:
-            return _Chosen(None, reason=f"is for {estimator.kind} units, not {kind} ones")
+        if estimator.form != kind:
+            return _Chosen(None, reason=f"is for {estimator.kind} units, not {kind.name} ones")
         return _Chosen(copy.deepcopy(estimator))
     cls = ALL[check_choice(estimator, ALL, "estimator")]
-    if kind not in cls.kinds:
-        return _Chosen(None, reason=f"has no {kind} form")
-    method = cls() if kind == "bernoulli" else cls(kind=kind)
+    if kind.name not in cls.kinds:
+        return _Chosen(None, reason=f"has no {kind.name} form")
+    method = cls() if kind == Bernoulli() else cls(kind=kind)  # not all take a kind
     return _Chosen(method, warm_up=any(True for _ in method.buffers()))
 
 
@@ -406,17 +408,13 @@ class _Target(NamedTuple):
 class _Problem:
     """An objective at given logits."""
 
-    def __init__(self, objective: Objective, logits: Tensor, events: int, samples: int, seed: int) -> None:
-        self.objective, self.logits, self.events, self.samples, self.seed = objective, logits, events, samples, seed
+    def __init__(self, objective: Objective, logits: Tensor, kind: Kind, samples: int, seed: int) -> None:
+        self.objective, self.logits, self.kind, self.samples, self.seed = objective, logits, kind, samples, seed
+        self.events = events = kind.event_dims
         self.examples = logits.shape[:-events].numel()
-        units, classes = logits.shape[-events], 2 if events == 1 else logits.shape[-1]
-        self.outcomes = classes**units
+        self.outcomes = kind.count(logits.shape)
         # Every error of the objective itself shows here, before an estimator could be blamed for it.
-        probability = logits.sigmoid() if events == 1 else logits.softmax(-1)
-        gates = (probability > 0.5).to(logits.dtype)
-        if events == 2:
-            gates = torch.nn.functional.one_hot(logits.argmax(-1), classes).to(logits.dtype)
-        gates = gates.unsqueeze(0)
+        gates = kind.threshold(logits).unsqueeze(0)
         with torch.no_grad():
             first, again = (evaluate(objective, gates, events) for _ in range(2))
         self.random = not torch.equal(first, again)  # it draws noise of its own, which no enumeration covers
@@ -434,14 +432,14 @@ class _Problem:
         """Return a source of noise that no other stream shares."""
         return torch.Generator(self.logits.device).manual_seed(self.seed * 1000 + stream)
 
-    def target(self, reference: Tensor | None, kind: Kind, exact: bool) -> _Target:
+    def target(self, reference: Tensor | None, exact: bool) -> _Target:
         """Return the gradient of the expected loss, and how well it is known."""
         if reference is not None:
             return _Target(reference.detach().to(torch.float64), 0.0, "given")
         long_run = self.samples * _REFERENCE_REPLICAS
         if not self.random and self.outcomes <= (MAX_OUTCOMES if exact else min(MAX_OUTCOMES, long_run)):
-            return _Target(exact_gradient(self.objective, self.logits, kind), 0.0, "exact gradient by enumeration")
-        method = ALL["leave_one_out"](kind=kind)
+            return _Target(exact_gradient(self.objective, self.logits, self.kind), 0.0, "exact gradient by enumeration")
+        method = ALL["leave_one_out"](kind=self.kind)
         mean, error, _, _ = self.measure(method, _REFERENCE_REPLICAS, self.generator(999))
         how = f"{self.samples} calls of leave_one_out with {_REFERENCE_REPLICAS} replicas"
         return _Target(mean, math.sqrt(self.norm(error)), how)

@@ -1,4 +1,4 @@
-"""The contract of an estimator, and the only machinery that estimators share.
+"""The contract of an estimator, and the two families' bases.
 
 An estimator says two things: which gates a unit sends up (:meth:`Estimator.forward`) and which gradient comes
 down to the logits. By what it ``needs`` for the second there are three kinds:
@@ -7,29 +7,30 @@ down to the logits. By what it ``needs`` for the second there are three kinds:
     The gates are differentiable (with whatever derivative the estimator declares); plain back-propagation
     does the rest.
 ``"loss"``
-    The gates carry no gradient. The estimate is :meth:`Estimator.coefficients`, a function of logits, gates
-    and each example's loss.
+    The gates carry no gradient (:class:`Sampled`). The estimate is :meth:`Estimator.coefficients`, a function of
+    logits, gates and each example's loss.
 ``"objective"``
-    The estimate evaluates the objective at several gates; :meth:`Estimator.surrogate` is overridden.
+    The estimate evaluates the objective at several gates (:class:`Evaluating`).
 
 The noise is always an argument, so that a test can replace drawing by enumeration.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatelet._checks import at_hand, check_choice
+from gatelet._checks import at_hand
+from gatelet.estimators._kinds import Kind, KindName, make_kind
+from gatelet.estimators._noise import UNIFORM, Noise, wide
 
 Objective = Callable[[Tensor], Tensor]
 """Maps gates (K, B, N) to a loss per replica and example (K, B)."""
 
-Law = Literal["none", "uniform", "gaussian", "logistic", "gumbel", "sign"]
-Kind = Literal["bernoulli", "categorical"]
+AnyKind = KindName | Kind
 Support = Literal["none", "open", "sampled", "all"]
 
 
@@ -39,47 +40,40 @@ class Estimator(nn.Module):
     Class attributes: ``unbiased`` (the expected gradient is the gradient of the expected loss), ``needs``
     (``"path"``, ``"loss"`` or ``"objective"``, see the module), ``support`` (which gates ask for ∂L/∂h:
     ``"none"``, the ``"open"`` ones, ``"sampled"`` ones too, which :meth:`computed` names, ``"all"``; a closed unit
-    outside of it may be skipped in training),
-    ``law`` (the distribution of the noise), ``reference`` (the source), ``variants`` (option sets that are
-    certified beside the defaults).
+    outside of it may be skipped in training), ``reference`` (the source).
     """
 
     unbiased: ClassVar[bool]
     needs: ClassVar[Literal["path", "loss", "objective"]]
     reference: ClassVar[str]
     support: ClassVar[Support] = "all"
-    variants: ClassVar[Sequence[Mapping[str, Any]]] = ()
     binary: ClassVar[bool] = True
-    """Whether the gates are 0 or 1, so that the expected loss is a sum over 2^N outcomes."""
-    piecewise_constant: ClassVar[bool] = True
-    """Whether gates and gradient are constant in the noise between its breaks (they are smooth there otherwise)."""
-    closed: ClassVar[float] = 0.0
-    """A gate counts as open above this value; ½ for relaxed gates, which are never exactly 0."""
-    enumerable: ClassVar[bool] = True
-    """Whether its expectation is a sum or an integral unit by unit, so that ``diagnose.moments`` can compute it."""
-    law: Law = "uniform"
-    extra_laws: tuple[Law, ...] = ()
-    """Laws of further noise per unit; the noise then has a last dimension (K, B, N, 1 + extra), first of it ``law``."""
-    extra_breaks: tuple[float, ...] = ()
-    """Values of the further noise at which a gate or its gradient jumps."""
+    """Whether the gates are 0 or 1, so that the expected loss is a sum over their outcomes."""
+    kinds: ClassVar[tuple[KindName, ...]] = ("bernoulli",)
+    """What units there is a form for (:mod:`gatelet.estimators._kinds`)."""
+    law: Noise = UNIFORM
+    """The law of the noise; a class says that of a Bernoulli unit, and ``kind.noise`` translates."""
+    more: tuple[Noise, ...] = ()
+    """Laws of further noise per unit; the noise then has a last dimension (K, B, N, 1 + more), first of it ``law``."""
     replicas: ClassVar[int] = 1
     """The least number of replicas; a number of samples is a multiple of it where ``antithetic``."""
     antithetic: ClassVar[bool] = False
     """Whether replicas come in pairs that share their noise, which then has half as many rows."""
     several_layers: ClassVar[bool] = True
     """Whether the estimate stays right where the logits of one stochastic layer depend on another's gates."""
-    rated: ClassVar[bool] = True
+    rated: bool = True
     """Whether a share of open gates can be held and a threshold found; not where the estimator settles which open."""
-    kinds: ClassVar[tuple[Kind, ...]] = ("bernoulli",)
-    """What units there is a form for. Categorical: the logits' last dimension are classes, a gate is one-hot."""
 
-    def __init__(self, kind: Kind = "bernoulli") -> None:
+    def __init__(self, kind: AnyKind = "bernoulli", k: int | None = None) -> None:
         super().__init__()
-        if check_choice(kind, ("bernoulli", "categorical"), "kind") not in self.kinds:
-            raise ValueError(f"kind: {type(self).__name__} has no {kind} form")
-        self.kind: Kind = kind
-        if kind == "categorical":
-            self.law = "gumbel"
+        self.form = make_kind(kind, k)
+        self.kind = self.form.name
+        self.k: Any = getattr(self.form, "k", None)
+        if self.kind not in self.kinds:
+            raise ValueError(f"kind: {type(self).__name__} has no {self.kind} form")
+        self.law = self.form.noise(self.law)
+        self.more = tuple(self.form.noise(law) for law in self.more)
+        self.rated = self.rated and self.form.rated
 
     # ---------------------------------------------------------------- what an estimator defines
 
@@ -109,50 +103,33 @@ class Estimator(nn.Module):
         """Return the logit at which a gate fires with this probability (inverse of ``fire_probability``)."""
         return math.log(probability) - math.log1p(-probability)
 
-    @property
-    def always_open(self) -> bool:
-        """Whether gates are open at every logit, so that there is no rate to hold and no threshold to find."""
-        return self.logit_at(0.5) == -math.inf
-
     def open_value(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
         """Return the value of an open gate in deterministic mode."""
         return torch.ones_like(logits)
-
-    def breaks(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N J"]:
-        """Return the noise values at which a unit's gate jumps or has a kink; between them it is smooth."""
-        return logits.sigmoid().unsqueeze(-1)
 
     # ---------------------------------------------------------------- what all estimators share
 
     @property
     def event_dims(self) -> int:
         """How many of the logits' last dimensions one loss spans: units, or variables and classes."""
-        return 1 if self.kind == "bernoulli" else 2
+        return self.form.event_dims
 
     def probability(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
-        """Return σ(a), or for categorical units softmax(a)."""
-        return logits.sigmoid() if self.kind == "bernoulli" else logits.softmax(-1)
+        """Return P(h = 1) of the units' kind: σ(a), softmax(a), or the marginals of k open gates."""
+        return self.form.probability(logits)
 
     def sample(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
-        """Return binary gates 1[u < σ(a)] from uniform noise, or one-hot ones argmax(a + g) from Gumbel noise.
-
-        They carry no gradient. (The paper's eq. 3 prints 1[z > σ(a)], which would fire with 1 − σ(a).)
-        """
-        exact = logits.detach().to(noise.dtype)
-        if self.kind == "bernoulli":
-            return (noise < exact.sigmoid()).to(logits.dtype)
-        return one_hot((exact + noise).argmax(-1), logits)
+        """Return gates of 0 and 1 from this noise: 1[u < σ(a)], one-hot argmax(a + g), or k ones. No gradient."""
+        return self.form.sample(logits, noise)
 
     def threshold(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
-        """Return the most probable gates, 1[a > 0] or one-hot argmax(a), without gradient."""
-        if self.kind == "bernoulli":
-            return (logits > 0).to(logits.dtype)
-        return one_hot(logits.argmax(-1), logits)
+        """Return the most probable gates, without gradient."""
+        return self.form.threshold(logits)
 
     def noise_shape(self, shape: torch.Size) -> torch.Size:
         """Return the shape of the noise for replicated logits of this shape (K, *lead, N)."""
         rows = shape[0] // 2 if self.antithetic else shape[0]
-        extra = (1 + len(self.extra_laws),) if self.extra_laws else ()
+        extra = (1 + len(self.more),) if self.more else ()
         return torch.Size((rows, *shape[1:], *extra))
 
     def draw_noise(
@@ -164,18 +141,18 @@ class Estimator(nn.Module):
         a unit at p = 0.1 fire visibly too often or too seldom.
         """
         shape = self.noise_shape(logits.shape)
-        if not self.extra_laws:
-            return draw(self.law, shape, logits, generator)
-        return torch.stack([draw(law, shape[:-1], logits, generator) for law in (self.law, *self.extra_laws)], -1)
+        if not self.more:
+            return self.law.sample(shape, logits, generator)
+        return torch.stack([law.sample(shape[:-1], logits, generator) for law in (self.law, *self.more)], -1)
 
     def deterministic(self, logits: Float[Tensor, "*lead N"], threshold: Float[Tensor, ""]) -> Float[Tensor, "*lead N"]:
         """Return the test-time gates: open, at :meth:`open_value`, iff the logit exceeds ``threshold``.
 
         The firing probability of every unit grows with its logit, so this is the paper's rule (A.3) with
-        the threshold expressed as a logit, where saturated probabilities can still be told apart. A categorical
-        gate is the most probable class.
+        the threshold expressed as a logit, where saturated probabilities can still be told apart. Where the kind
+        settles how many open (one class, k of N), the most probable gates are.
         """
-        if self.kind == "categorical":
+        if not self.form.rated:
             return self.threshold(logits)
         binary = type(self).open_value is Estimator.open_value  # ones: the comparison is the gate
         if binary and at_hand(logits) and logits.dtype == threshold.dtype:
@@ -190,7 +167,7 @@ class Estimator(nn.Module):
         """Whether the test-time gates of :meth:`deterministic` are the comparison with the threshold and no more."""
         own = type(self)
         compares = own.deterministic is Estimator.deterministic and own.open_value is Estimator.open_value
-        return compares and self.kind != "categorical"
+        return compares and self.form.rated
 
     def surrogate(
         self,
@@ -230,6 +207,52 @@ class Estimator(nn.Module):
         return carry(value, logits, losses)
 
 
+class Sampled(Estimator):
+    """A family: the units send sampled gates up, and their gradient is a function of each example's loss."""
+
+    needs: ClassVar[Literal["path", "loss", "objective"]] = "loss"
+    support = "none"
+
+    def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "..."]) -> Float[Tensor, "*lead N"]:
+        """Return the sample; it carries no gradient."""
+        return self.sample(logits, noise)
+
+    def score(
+        self, logits: Float[Tensor, "K *lead N"], gates: Float[Tensor, "K *lead N"], losses: Float[Tensor, "K *lead"]
+    ) -> Float[Tensor, "K *lead N"]:
+        """Return ∂log P(h)/∂a = h − P(h = 1), in the losses' dtype."""
+        return gates.to(losses.dtype) - self.probability(logits.to(losses.dtype))
+
+
+class Evaluating(Sampled):
+    """A family: methods that evaluate the objective several times, at gates of their own choosing."""
+
+    needs = "objective"
+    several_layers = False
+
+    def surrogate(
+        self, objective: Objective, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "..."]
+    ) -> Float[Tensor, "*batch"]:
+        """Return the mean loss over the replicas, with this estimator's gradient for the logits."""
+        replicas = self.replicate(logits, noise)
+        gates = self(replicas, noise)
+        losses = evaluate(objective, gates, self.event_dims)
+        with torch.no_grad():
+            value = self.estimate(objective, replicas, gates, losses, noise)
+        return (losses + carry(value, replicas, losses)).mean(0)
+
+    def estimate(
+        self,
+        objective: Objective,
+        logits: Float[Tensor, "K *lead N"],
+        gates: Float[Tensor, "K *lead N"],
+        losses: Float[Tensor, "K *batch"],
+        noise: Float[Tensor, "..."],
+    ) -> Float[Tensor, "K *lead N"]:
+        """Return each replica's estimate; the gates and their losses are there, further ones it evaluates itself."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it estimates")
+
+
 def carry(
     value: Float[Tensor, "K *lead N"], logits: Float[Tensor, "K *lead N"], losses: Float[Tensor, "K *rest"]
 ) -> Float[Tensor, "K *rest"]:
@@ -243,29 +266,6 @@ def carry(
     return zero.to(losses.dtype)
 
 
-def draw(law: Law, shape: torch.Size, like: Tensor, generator: torch.Generator | None) -> Float[Tensor, "..."]:
-    """Draw noise of a law, in at least float32, on the device of ``like``."""
-    dtype, device = wide(like), like.device
-    if law == "none":
-        return like.new_zeros(()).expand(shape)
-    if law == "gaussian":
-        return torch.randn(shape, dtype=dtype, device=device, generator=generator)
-    uniform = torch.rand(shape, dtype=dtype, device=device, generator=generator)
-    if law == "uniform":
-        return uniform
-    if law == "sign":
-        return torch.where(uniform < 0.5, -1.0, 1.0).to(dtype)
-    tiny = torch.finfo(dtype).tiny
-    if law == "gumbel":
-        return -(-uniform.clamp_min(tiny).log()).clamp_min(tiny).log()
-    return uniform.logit(eps=tiny)
-
-
-def one_hot(index: Tensor, like: Float[Tensor, "*lead C"]) -> Float[Tensor, "*lead C"]:
-    """Return one-hot vectors in the classes of ``like``."""
-    return torch.zeros_like(like).scatter(-1, index.unsqueeze(-1), 1.0)
-
-
 def evaluate(objective: Objective, gates: Float[Tensor, "K *lead N"], event_dims: int = 1) -> Float[Tensor, "K *batch"]:
     """Call the objective and check the shape of what it returns."""
     losses = objective(gates)
@@ -277,11 +277,6 @@ def evaluate(objective: Objective, gates: Float[Tensor, "K *lead N"], event_dims
             f"{tuple(expected)}, but returned {found}; reduce over the units only"
         )
     return losses
-
-
-def wide(tensor: Tensor) -> torch.dtype:
-    """Return the dtype in which probabilities and noise are compared: at least float32."""
-    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 def straight_through(value: Float[Tensor, "*s"], path: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:

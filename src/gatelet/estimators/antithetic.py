@@ -4,15 +4,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gatelet.estimators._base import Estimator
+from gatelet.estimators._base import Sampled
 
 
-class _Antithetic(Estimator):
+class _Antithetic(Sampled):
     """Replicas k and k + K/2 have the gates 1[u_k < σ(a)] and 1[1 − u_k < σ(a)]."""
 
     unbiased = True
-    needs = "loss"
-    support = "none"
     replicas = 2
     antithetic = True
     several_layers = False
@@ -22,10 +20,6 @@ class _Antithetic(Estimator):
     ) -> Float[Tensor, "K *lead N"]:
         """Return the samples, pairs K/2 rows apart; they carry no gradient."""
         return self.sample(logits, torch.cat([noise, 1 - noise]))
-
-    def breaks(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N J"]:
-        """Return σ(a) and 1 − σ(a), where the first and where the second of a pair switches."""
-        return torch.stack([logits.sigmoid(), (-logits).sigmoid()], -1)
 
 
 class ARM(_Antithetic):
@@ -48,7 +42,6 @@ class ARM(_Antithetic):
     arXiv:1807.11143.
     """
 
-    piecewise_constant = False
     reference = "Yin, Zhou 2018, arXiv:1807.11143"
 
     def coefficients(

@@ -3,8 +3,9 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from gatelet.estimators._base import Estimator, Kind, Law, straight_through
-from gatelet.estimators._temperature import harden, keep, relax
+from gatelet.estimators._base import AnyKind, Estimator, straight_through
+from gatelet.estimators._noise import LOGISTIC
+from gatelet.estimators._temperature import keep, relax
 
 
 class Concrete(Estimator):
@@ -22,7 +23,10 @@ class Concrete(Estimator):
 
     Args:
         temperature: τ: a float, a scalar tensor (a buffer) or an ``nn.Parameter``, which then receives its gradient.
-        kind: ``"bernoulli"`` or ``"categorical"``.
+        kind: ``"bernoulli"``, ``"categorical"`` or ``"subset"``: k successive softmaxes of a + g, each without what
+            the earlier ones took (S. M. Xie, S. Ermon, "Reparameterizable Subset Sampling via Continuous Relaxations",
+            2019, arXiv:1901.10517). The hard gates are then the k largest a + g.
+        k: of subset units, how many are open.
 
     Raises:
         ValueError: for a temperature that is not above 0.
@@ -40,25 +44,18 @@ class Concrete(Estimator):
     needs = "path"
     support = "all"
     binary = False
-    closed = 0.5
-    piecewise_constant = False
-    law: Law = "logistic"
-    kinds = ("bernoulli", "categorical")
+    law = LOGISTIC
+    kinds = ("bernoulli", "categorical", "subset")
     reference = "Maddison, Mnih, Teh 2017, arXiv:1611.00712; Jang, Gu, Poole 2017, arXiv:1611.01144"
-    variants = ({"temperature": 1.0},)
     temperature: float | Tensor
 
-    def __init__(self, temperature: float | Tensor = 0.5, kind: Kind = "bernoulli") -> None:
-        super().__init__(kind)
+    def __init__(self, temperature: float | Tensor = 0.5, kind: AnyKind = "bernoulli", k: int | None = None) -> None:
+        super().__init__(kind, k)
         keep(self, temperature)
 
     def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
         """Return σ((a + ℓ)/τ) or softmax((a + g)/τ)."""
-        return relax(logits.to(noise.dtype) + noise, self.temperature, self.kind).to(logits.dtype)
-
-    def breaks(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N J"]:
-        """Return −a, where the gate passes ½ and is steepest; it has no kink."""
-        return -logits.unsqueeze(-1)
+        return relax(logits.to(noise.dtype) + noise, self.temperature, self.form).to(logits.dtype)
 
 
 class StraightThroughGumbel(Concrete):
@@ -74,7 +71,10 @@ class StraightThroughGumbel(Concrete):
     Args:
         temperature: τ: a float, a scalar tensor (a buffer) or an ``nn.Parameter``, which receives the derivative of the
             relaxed path.
-        kind: ``"bernoulli"`` or ``"categorical"``.
+        kind: ``"bernoulli"``, ``"categorical"`` or ``"subset"``: k successive softmaxes of a + g, each without what
+            the earlier ones took (S. M. Xie, S. Ermon, "Reparameterizable Subset Sampling via Continuous Relaxations",
+            2019, arXiv:1901.10517). The hard gates are then the k largest a + g.
+        k: of subset units, how many are open.
 
     Raises:
         ValueError: for a temperature that is not above 0.
@@ -97,8 +97,4 @@ class StraightThroughGumbel(Concrete):
     def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
         """Return 1[a + ℓ > 0] or one-hot argmax(a + g), with the derivative of the relaxation."""
         z = logits.to(noise.dtype) + noise
-        return straight_through(harden(z, self.kind), relax(z, self.temperature, self.kind)).to(logits.dtype)
-
-    def breaks(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N J"]:
-        """Return −a, where the gate jumps."""
-        return -logits.unsqueeze(-1)
+        return straight_through(self.form.harden(z), relax(z, self.temperature, self.form)).to(logits.dtype)

@@ -5,7 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatelet._checks import check_positive
-from gatelet.estimators._base import Estimator, Law
+from gatelet.estimators._base import Estimator
+from gatelet.estimators._noise import GAUSSIAN, NONE, Noise
 
 
 class Rectifier(Estimator):
@@ -25,7 +26,7 @@ class Rectifier(Estimator):
     needs = "path"
     support = "open"
     binary = False
-    law: Law = "none"
+    law: Noise = NONE
     reference = "Bengio, Léonard, Courville 2013, arXiv:1308.3432, section 5"
 
     def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
@@ -43,10 +44,6 @@ class Rectifier(Estimator):
     def open_value(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
         """Return max(0, a)."""
         return logits.relu()
-
-    def breaks(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N J"]:
-        """Return none: there is no noise."""
-        return logits.new_zeros((*logits.shape, 0))
 
 
 class Sigmoid(Estimator):
@@ -67,7 +64,7 @@ class Sigmoid(Estimator):
     support = "all"
     binary = False
     rated = False
-    law: Law = "none"
+    law: Noise = NONE
     reference = "Bengio, Léonard, Courville 2013, arXiv:1308.3432, section 5"
 
     def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
@@ -85,10 +82,6 @@ class Sigmoid(Estimator):
     def open_value(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
         """Return σ(a)."""
         return logits.sigmoid()
-
-    def breaks(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N J"]:
-        """Return none: the gate is smooth."""
-        return logits.new_zeros((*logits.shape, 0))
 
 
 class NoisySigmoid(Sigmoid):
@@ -109,9 +102,7 @@ class NoisySigmoid(Sigmoid):
     Neurons for Conditional Computation", 2013, arXiv:1308.3432, section 5, "Baseline Sigmoid + Noise".
     """
 
-    piecewise_constant = False
-    law: Law = "gaussian"
-    variants = ({"std": 0.5},)
+    law = GAUSSIAN
 
     def __init__(self, std: float = 1.0) -> None:
         super().__init__()

@@ -3,14 +3,14 @@
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn import functional as F
 
-from gatelet.estimators._base import Estimator, Kind, Objective, evaluate, one_hot, wide
+from gatelet.estimators._base import Evaluating, Objective, evaluate
+from gatelet.estimators._noise import NONE, wide
 
 MAX_OUTCOMES = 1 << 16
 
 
-class Enumeration(Estimator):
+class Enumeration(Evaluating):
     """The expected loss itself, summed over all outcomes of the gates, with its exact gradient.
 
     E[L] = Σ_h Π_i P(h_i)·L(h), over 2^N outcomes (C^N for categorical units), differentiated as it stands.
@@ -19,7 +19,8 @@ class Enumeration(Estimator):
     whatever else the objective depends on receives the gradient of E[L]. Cost: 2^N evaluations in one call.
 
     Args:
-        kind: ``"bernoulli"`` or ``"categorical"``.
+        kind: ``"bernoulli"``, ``"categorical"`` or ``"subset"``: the sum is over the C(N, k) sets.
+        k: of subset units, how many are open.
 
     Raises:
         ValueError: for more than 65536 outcomes (16 binary units).
@@ -36,16 +37,9 @@ class Enumeration(Estimator):
     """
 
     unbiased = True
-    needs = "objective"
-    support = "none"
-    law = "none"
-    several_layers = False
-    kinds = ("bernoulli", "categorical")
+    law = NONE
+    kinds = ("bernoulli", "categorical", "subset")
     reference = "Bengio, Léonard, Courville 2013, arXiv:1308.3432, proof of Theorem 1"
-
-    def __init__(self, kind: Kind = "bernoulli") -> None:
-        super().__init__(kind)
-        self.law = "none"
 
     def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
         """Return the most probable gates: without noise there is nothing to draw, and the surrogate draws nothing."""
@@ -60,24 +54,16 @@ class Enumeration(Estimator):
         """Return E[L], differentiable in the logits and in everything that the objective uses."""
         gates = self.outcomes(logits.detach())
         losses = evaluate(objective, gates, self.event_dims)
-        exact = logits.to(wide(logits))
-        if self.kind == "bernoulli":
-            log_mass = torch.where(gates > 0, F.logsigmoid(exact), F.logsigmoid(-exact)).sum(-1)
-        else:
-            log_mass = (gates * exact.log_softmax(-1)).sum((-1, -2))
+        log_mass = self.form.log_probability(logits.to(wide(logits)), gates)
         return (log_mass.exp() * losses).sum(0).to(losses.dtype)
 
     def outcomes(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "Q *lead N"]:
         """Return every outcome of the gates, for every example."""
-        units, values = (logits.shape[-1], 2) if self.kind == "bernoulli" else logits.shape[-2:]
-        if values**units > MAX_OUTCOMES:
+        count = self.form.count(logits.shape)
+        if count > MAX_OUTCOMES:
             raise ValueError(
-                f"logits: {units} units of {values} values have {values}^{units} outcomes; Enumeration sums at most "
+                f"logits: {self.form.describe(logits.shape)} outcomes; Enumeration sums at most "
                 f"{MAX_OUTCOMES}; the other estimators of gatelet.estimators.ALL take a sample of them"
             )
-        index = torch.arange(values**units, device=logits.device)
-        digits = index[:, None] // values ** torch.arange(units, device=logits.device) % values
-        digits = digits.reshape(-1, *(1,) * (logits.dim() - self.event_dims), units)
-        if self.kind == "bernoulli":
-            return digits.to(logits.dtype).expand(-1, *logits.shape)
-        return one_hot(digits.expand(-1, *logits.shape[:-1]), logits.expand(len(index), *logits.shape))
+        index = torch.arange(count, device=logits.device)
+        return self.form.outcomes(logits.shape, index).to(logits.dtype).expand(-1, *logits.shape)

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatelet._checks import check_positive
-from gatelet.estimators._base import Estimator, Kind, straight_through
+from gatelet.estimators._base import AnyKind, Estimator, straight_through
 from gatelet.estimators._temperature import keep, relax
 
 
@@ -47,10 +47,9 @@ class GappedStraightThrough(Estimator):
     support = "all"
     kinds = ("bernoulli", "categorical")
     reference = "Fan, Chi, Rudnicky, Ramadge 2022, arXiv:2206.07235"
-    variants = ({"temperature": 0.5},)
     temperature: float | Tensor
 
-    def __init__(self, gap: float = 1.0, temperature: float | Tensor = 1.0, kind: Kind = "bernoulli") -> None:
+    def __init__(self, gap: float = 1.0, temperature: float | Tensor = 1.0, kind: AnyKind = "bernoulli") -> None:
         super().__init__(kind)
         self.gap = check_positive(gap, "gap")
         keep(self, temperature)
@@ -59,12 +58,19 @@ class GappedStraightThrough(Estimator):
         """Return the sample, with the derivative of the relaxation at the gapped logits."""
         wide = logits.to(noise.dtype).contiguous()
         gates = self.sample(wide, noise)
-        path = relax(straight_through(self._gapped(wide.detach(), gates), wide), self.temperature, self.kind)
+        gapped = _GAPPED[self.form.name](wide.detach(), gates, self.gap)
+        path = relax(straight_through(gapped, wide), self.temperature, self.form)
         return straight_through(gates, path).to(logits.dtype)
 
-    def _gapped(self, logits: Float[Tensor, "*lead N"], gates: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
-        """Return a + m₁ + m₂."""
-        if self.kind == "bernoulli":
-            return torch.where(gates > 0, logits.clamp_min(self.gap), logits.clamp_max(-self.gap))
-        top = logits.amax(-1, keepdim=True)
-        return torch.where(gates > 0, top, torch.minimum(logits, top - self.gap))
+
+def _gapped_gate(logits: Tensor, gates: Tensor, gap: float) -> Tensor:
+    return torch.where(gates > 0, logits.clamp_min(gap), logits.clamp_max(-gap))
+
+
+def _gapped_classes(logits: Tensor, gates: Tensor, gap: float) -> Tensor:
+    top = logits.amax(-1, keepdim=True)
+    return torch.where(gates > 0, top, torch.minimum(logits, top - gap))
+
+
+# By kind, a + m₁ + m₂.
+_GAPPED = {"bernoulli": _gapped_gate, "categorical": _gapped_classes}

@@ -4,8 +4,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatelet._checks import check_count
-from gatelet.estimators._base import Estimator, Kind, straight_through
-from gatelet.estimators._temperature import condition, keep, relax
+from gatelet.estimators._base import AnyKind, Estimator, straight_through
+from gatelet.estimators._noise import LOGISTIC
+from gatelet.estimators._temperature import keep, relax
 
 
 class GumbelRao(Estimator):
@@ -45,16 +46,14 @@ class GumbelRao(Estimator):
     unbiased = False
     needs = "path"
     support = "all"
-    piecewise_constant = False
     kinds = ("bernoulli", "categorical")
     reference = "Paulus, Maddison, Krause 2021, arXiv:2010.04838"
-    variants = ({"inner": 1},)
     temperature: float | Tensor
 
-    def __init__(self, inner: int = 10, temperature: float | Tensor = 0.5, kind: Kind = "bernoulli") -> None:
+    def __init__(self, inner: int = 10, temperature: float | Tensor = 0.5, kind: AnyKind = "bernoulli") -> None:
         super().__init__(kind)
         self.inner = check_count(inner, "inner")
-        self.extra_laws = ("logistic" if kind == "bernoulli" else "gumbel",) * inner
+        self.more = (self.form.noise(LOGISTIC),) * inner
         keep(self, temperature)
 
     def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N S"]) -> Float[Tensor, "*lead N"]:
@@ -62,6 +61,6 @@ class GumbelRao(Estimator):
         wide = logits.to(noise.dtype).contiguous()
         drawn = noise.movedim(-1, 0).contiguous()
         gates = self.sample(wide, drawn[0])
-        z = condition(wide.detach(), gates, drawn[1:], self.kind)
-        path = relax(straight_through(z, wide.expand_as(z)), self.temperature, self.kind).mean(0)
+        z = self.form.condition(wide.detach(), gates, drawn[1:])
+        path = relax(straight_through(z, wide.expand_as(z)), self.temperature, self.form).mean(0)
         return straight_through(gates, path).to(logits.dtype)

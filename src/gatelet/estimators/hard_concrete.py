@@ -7,8 +7,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatelet._checks import check_positive
-from gatelet.estimators._base import Estimator, Law, wide
-from gatelet.estimators._temperature import at, keep, relax, softplus
+from gatelet.estimators._base import Estimator
+from gatelet.estimators._kinds import softplus
+from gatelet.estimators._noise import LOGISTIC, wide
+from gatelet.estimators._temperature import at, keep, relax
 
 
 class HardConcrete(Estimator):
@@ -43,10 +45,8 @@ class HardConcrete(Estimator):
     needs = "path"
     support = "open"
     binary = False
-    piecewise_constant = False
-    law: Law = "logistic"
+    law = LOGISTIC
     reference = "Louizos, Welling, Kingma 2018, arXiv:1712.01312"
-    variants = ({"temperature": 0.5, "low": -0.2, "high": 1.3},)
     temperature: float | Tensor
 
     def __init__(self, temperature: float | Tensor = 2 / 3, low: float = -0.1, high: float = 1.1) -> None:
@@ -75,7 +75,7 @@ class HardConcrete(Estimator):
         beyond = exact - opens
         return self._stretch(opens + softplus(beyond) + (2 - beyond.sigmoid()).log()).to(logits.dtype)
 
-    def breaks(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N J"]:
+    def ends(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N 2"]:
         """Return the noise at which the unit opens, and at which it reaches 1."""
         full = at(self.temperature, logits.dtype) * math.log((1 - self.low) / (self.high - 1))
         return torch.stack([self._opens(logits.dtype) - logits, full - logits], -1)
@@ -85,4 +85,4 @@ class HardConcrete(Estimator):
         return at(self.temperature, dtype) * math.log(-self.low / self.high)
 
     def _stretch(self, z: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
-        return (relax(z, self.temperature, "bernoulli") * (self.high - self.low) + self.low).clamp(0.0, 1.0)
+        return (relax(z, self.temperature, self.form) * (self.high - self.low) + self.low).clamp(0.0, 1.0)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gatelet._checks import check_positive
 from gatelet.estimators._base import Estimator
+from gatelet.estimators._noise import NONE
 
 
 class JumpReLU(Estimator):
@@ -48,10 +49,9 @@ class JumpReLU(Estimator):
     needs = "path"
     support = "open"
     binary = False
-    law = "none"
+    law = NONE
     rated = False
     reference = "Rajamanoharan, Lieberum, Sonnerat, Conmy, Varma, Kramár, Nanda 2024, arXiv:2407.14435"
-    variants = ({"threshold": 0.5, "bandwidth": 0.1},)
 
     def __init__(self, threshold: float | Tensor = 0.001, bandwidth: float = 0.001) -> None:
         super().__init__()
@@ -88,10 +88,6 @@ class JumpReLU(Estimator):
     def open_value(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
         """Return a."""
         return logits
-
-    def breaks(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N J"]:
-        """Return none: there is no noise."""
-        return logits.new_zeros((*logits.shape, 0))
 
 
 def jump_relu(

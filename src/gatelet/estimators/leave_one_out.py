@@ -3,10 +3,10 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from gatelet.estimators._base import Estimator, Kind
+from gatelet.estimators._base import Sampled
 
 
-class LeaveOneOut(Estimator):
+class LeaveOneOut(Sampled):
     """Score function whose baseline is the mean loss of the example's other replicas (RLOO, VarGrad).
 
     ĝ = (1/K) Σ_k (h_k − σ(a))·(L_k − (1/(K − 1)) Σ_{j≠k} L_j).
@@ -16,7 +16,9 @@ class LeaveOneOut(Estimator):
     (1 + 1/(K − 1)). No state.
 
     Args:
-        kind: ``"bernoulli"``, or ``"categorical"``: h one-hot, softmax(a) in place of σ(a).
+        kind: ``"bernoulli"``, or ``"categorical"``: h one-hot, softmax(a) in place of σ(a); or ``"subset"``: the
+            marginals P(h_i = 1) in place of σ(a).
+        k: of subset units, how many are open.
 
     >>> import torch
     >>> unit = LeaveOneOut()
@@ -30,18 +32,9 @@ class LeaveOneOut(Estimator):
     """
 
     unbiased = True
-    needs = "loss"
-    support = "none"
     replicas = 2
-    kinds = ("bernoulli", "categorical")
+    kinds = ("bernoulli", "categorical", "subset")
     reference = "Kool, van Hoof, Welling 2019; Mnih, Rezende 2016, arXiv:1602.06725"
-
-    def __init__(self, kind: Kind = "bernoulli") -> None:
-        super().__init__(kind)
-
-    def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
-        """Return the sample; it carries no gradient."""
-        return self.sample(logits, noise)
 
     def coefficients(
         self,
@@ -52,5 +45,4 @@ class LeaveOneOut(Estimator):
     ) -> Float[Tensor, "K *lead N"]:
         """Return (h − σ(a))·(L − mean of the others' L)."""
         others = (losses.sum(0) - losses) / (losses.shape[0] - 1)
-        difference = gates.to(losses.dtype) - self.probability(logits.to(losses.dtype))
-        return difference * (losses - others).unsqueeze(-1)
+        return self.score(logits, gates, losses) * (losses - others).unsqueeze(-1)

@@ -4,10 +4,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gatelet.estimators._base import Estimator, Kind, Objective, carry, evaluate, wide
+from gatelet.estimators._base import Evaluating, Objective, evaluate
+from gatelet.estimators._noise import wide
 
 
-class LocalExpectation(Estimator):
+class LocalExpectation(Evaluating):
     """Each unit's exact marginal difference, given the drawn gates of the others (also: RAM; measure-valued).
 
     ĝ_i = (1/K) Σ_k σ(a_i)(1 − σ(a_i))·(L(h_k with h_i = 1) − L(h_k with h_i = 0)).
@@ -35,52 +36,49 @@ class LocalExpectation(Estimator):
     """
 
     unbiased = True
-    needs = "objective"
-    support = "none"
-    several_layers = False
     kinds = ("bernoulli", "categorical")
     reference = "Titsias, Lázaro-Gredilla 2015, arXiv:1503.01494; Tokui, Sato 2017"
 
-    def __init__(self, kind: Kind = "bernoulli") -> None:
-        super().__init__(kind)
-
-    def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
-        """Return the sample; it carries no gradient."""
-        return self.sample(logits, noise)
-
-    def surrogate(
+    def estimate(
         self,
         objective: Objective,
-        logits: Float[Tensor, "*lead N"],
+        logits: Float[Tensor, "K *lead N"],
+        gates: Float[Tensor, "K *lead N"],
+        losses: Float[Tensor, "K *batch"],
         noise: Float[Tensor, "..."],
-    ) -> Float[Tensor, "*batch"]:
-        """Return the mean loss over the replicas, with this estimator's gradient for the logits."""
-        replicas = self.replicate(logits, noise)
-        gates = self(replicas, noise)
-        losses = evaluate(objective, gates, self.event_dims)
-        with torch.no_grad():
-            exact = replicas.to(wide(logits)).contiguous()
-            others = self.others(gates)  # (S, K, *lead, N): the S further values of every unit
-            units = torch.eye(logits.shape[-self.event_dims], dtype=torch.bool, device=logits.device)
-            units = units.reshape(len(units), 1, *(1,) * (gates.dim() - self.event_dims), len(units))
-            if self.kind == "categorical":
-                units = units.unsqueeze(-1)
-            changed = torch.where(units, others, gates)  # (N, S, K, *lead, N)
-            at = evaluate(objective, changed.flatten(0, 2), self.event_dims).unflatten(0, changed.shape[:3])
-            at = at.to(exact.dtype).movedim(0, -1)  # (S, K, *batch, N)
-            if self.kind == "bernoulli":
-                difference = (losses.unsqueeze(-1) - at[0]) * (2 * gates - 1)
-                value = difference * exact.sigmoid() * (-exact).sigmoid()
-            else:
-                # Class c has the loss of the one change that leads to it, or that of the drawn gates.
-                each = gates * losses[..., None, None] + (others * at.unsqueeze(-1)).sum(0)
-                probability = exact.softmax(-1)
-                value = probability * (each - (probability * each).sum(-1, keepdim=True))
-        return (losses + carry(value, replicas, losses)).mean(0)
+    ) -> Float[Tensor, "K *lead N"]:
+        """Return σ(a)(1 − σ(a))·(L(h_i = 1) − L(h_i = 0)), or its form for classes."""
+        exact = logits.to(wide(logits)).contiguous()
+        others, weigh = _FORMS[self.form.name]
+        values = others(gates)  # (S, K, *lead, N): the S further values of every unit
+        count, lead = logits.shape[-self.event_dims], gates.dim() - self.event_dims
+        units = torch.eye(count, dtype=torch.bool, device=logits.device)
+        units = units.reshape(count, *(1,) * (1 + lead), count, *(1,) * (self.event_dims - 1))
+        changed = torch.where(units, values, gates)  # (N, S, K, *lead, N)
+        at = evaluate(objective, changed.flatten(0, 2), self.event_dims).unflatten(0, changed.shape[:3])
+        at = at.to(exact.dtype).movedim(0, -1)  # (S, K, *batch, N)
+        return weigh(exact, gates, losses, values, at)
 
-    def others(self, gates: Float[Tensor, "K *lead N"]) -> Float[Tensor, "S K *lead N"]:
-        """Return what else each unit could be: the opposite gate, or the C − 1 other classes."""
-        if self.kind == "bernoulli":
-            return (1 - gates).unsqueeze(0)
-        shifts = [gates.roll(shift, -1) for shift in range(1, gates.shape[-1])]
-        return torch.stack(shifts) if shifts else gates.new_zeros(0, *gates.shape)
+
+def _opposite(gates: Tensor) -> Tensor:
+    return (1 - gates).unsqueeze(0)
+
+
+def _other_classes(gates: Tensor) -> Tensor:
+    shifts = [gates.roll(shift, -1) for shift in range(1, gates.shape[-1])]
+    return torch.stack(shifts) if shifts else gates.new_zeros(0, *gates.shape)
+
+
+def _weigh_gates(logits: Tensor, gates: Tensor, losses: Tensor, others: Tensor, at: Tensor) -> Tensor:
+    return (losses.unsqueeze(-1) - at[0]) * (2 * gates - 1) * logits.sigmoid() * (-logits).sigmoid()
+
+
+def _weigh_classes(logits: Tensor, gates: Tensor, losses: Tensor, others: Tensor, at: Tensor) -> Tensor:
+    # Class c has the loss of the one change that leads to it, or that of the drawn gates.
+    each = gates * losses[..., None, None] + (others * at.unsqueeze(-1)).sum(0)
+    probability = logits.softmax(-1)
+    return probability * (each - (probability * each).sum(-1, keepdim=True))
+
+
+# By kind: what else each unit could be, and the estimate from the losses there.
+_FORMS = {"bernoulli": (_opposite, _weigh_gates), "categorical": (_other_classes, _weigh_classes)}

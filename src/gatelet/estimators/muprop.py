@@ -4,10 +4,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gatelet.estimators._base import Estimator, Objective, carry, evaluate, wide
+from gatelet.estimators._base import Evaluating, Objective, evaluate
+from gatelet.estimators._noise import wide
 
 
-class MuProp(Estimator):
+class MuProp(Evaluating):
     """Score function of the loss less its Taylor expansion at the mean gates, whose own gradient is known exactly.
 
     With μ = σ(a) and s = ∂L/∂h at h = μ:
@@ -32,35 +33,26 @@ class MuProp(Estimator):
     """
 
     unbiased = True
-    needs = "objective"
-    support = "none"
-    several_layers = False
     reference = "Gu, Levine, Sutskever, Mnih 2015, arXiv:1511.05176"
 
-    def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
-        """Return the sample; it carries no gradient."""
-        return self.sample(logits, noise)
-
-    def surrogate(
+    def estimate(
         self,
         objective: Objective,
-        logits: Float[Tensor, "*lead N"],
+        logits: Float[Tensor, "K *lead N"],
+        gates: Float[Tensor, "K *lead N"],
+        losses: Float[Tensor, "K *batch"],
         noise: Float[Tensor, "..."],
-    ) -> Float[Tensor, "*batch"]:
-        """Return the mean loss over the replicas, with this estimator's gradient for the logits."""
-        replicas = self.replicate(logits, noise)
-        gates = self(replicas, noise)
-        losses = evaluate(objective, gates, self.event_dims)
+    ) -> Float[Tensor, "K *lead N"]:
+        """Return the score of the remainder, and the expansion's own gradient."""
 
         def mean_field(mean: Tensor) -> tuple[Tensor, Tensor]:
             value = evaluate(objective, mean.to(logits.dtype).unsqueeze(0), self.event_dims).squeeze(0)
             return value.sum(), value
 
-        with torch.no_grad():
-            exact = logits.to(wide(logits)).contiguous()
-            mean = exact.sigmoid()
-            slope, centre = torch.func.grad(mean_field, has_aux=True)(mean)
-            difference = gates.to(mean.dtype) - mean
-            remainder = losses.to(mean.dtype) - centre - (slope * difference).sum(-1)
-            value = difference * remainder.unsqueeze(-1) + slope * mean * (-exact).sigmoid()
-        return (losses + carry(value, replicas, losses)).mean(0)
+        exact = logits[0].to(wide(logits)).contiguous()
+        mean = exact.sigmoid()
+        slope, centre = torch.func.grad(mean_field, has_aux=True)(mean)
+        difference = gates.to(mean.dtype) - mean
+        remainder = losses.to(mean.dtype) - centre - (slope * difference).sum(-1)
+        estimate: Tensor = difference * remainder.unsqueeze(-1) + slope * mean * (-exact).sigmoid()
+        return estimate

@@ -1,6 +1,7 @@
 """Section 2.1: the noisy rectifier."""
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -8,7 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatelet._checks import check_choice, check_positive
-from gatelet.estimators._base import Estimator, wide
+from gatelet.estimators._base import Estimator
+from gatelet.estimators._noise import GAUSSIAN, LOGISTIC, Noise, wide
+
+_LAWS: Mapping[str, Noise] = {law.name: law for law in (GAUSSIAN, LOGISTIC)}
 
 
 class NoisyRectifier(Estimator):
@@ -41,13 +45,11 @@ class NoisyRectifier(Estimator):
     needs = "path"
     support = "open"
     binary = False
-    piecewise_constant = False
     reference = "Bengio, Léonard, Courville 2013, arXiv:1308.3432, section 2.1"
-    variants = ({"noise": "logistic"}, {"noise": "gaussian", "std": 0.5})
 
     def __init__(self, noise: Literal["gaussian", "logistic"] = "gaussian", std: float = 1.0) -> None:
         super().__init__()
-        self.law = "gaussian" if check_choice(noise, ("gaussian", "logistic"), "noise") == "gaussian" else "logistic"
+        self.law = _LAWS[check_choice(noise, _LAWS, "noise")]
         self.noise: str = noise
         self.std = check_positive(std, "std")
 
@@ -58,25 +60,21 @@ class NoisyRectifier(Estimator):
     def fire_probability(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
         """Return P(z > −a/s)."""
         ratio = logits / self.std
-        return torch.special.ndtr(ratio) if self.law == "gaussian" else ratio.sigmoid()
+        return torch.special.ndtr(ratio) if self.law == GAUSSIAN else ratio.sigmoid()
 
     def logit_at(self, probability: float) -> float:
         """Return s times the quantile of the noise."""
-        if self.law == "logistic":
+        if self.law == LOGISTIC:
             return self.std * super().logit_at(probability)
         return self.std * float(torch.special.ndtri(torch.tensor(probability, dtype=torch.float64, device="cpu")))
 
     def open_value(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
         """Return E[h]: the noise is integrated out, so a unit at or below zero still has a value when open."""
         ratio = (logits / self.std).to(wide(logits))
-        if self.law == "logistic":
+        if self.law == LOGISTIC:
             mean = torch.nn.functional.softplus(ratio)
         else:
             density = torch.exp(-0.5 * ratio.square()) / math.sqrt(2 * math.pi)
             # Far below zero the two terms cancel to less than rounding; E[h] is positive.
             mean = (ratio * torch.special.ndtr(ratio) + density).clamp_min(torch.finfo(ratio.dtype).tiny)
         return (self.std * mean).to(logits.dtype)
-
-    def breaks(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N J"]:
-        """Return the noise at which the unit opens."""
-        return (-logits / self.std).unsqueeze(-1)

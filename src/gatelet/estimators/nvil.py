@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gatelet._checks import check_count
-from gatelet.estimators._base import Estimator, wide
+from gatelet.estimators._base import Sampled
+from gatelet.estimators._noise import wide
 
 
-class NVIL(Estimator):
+class NVIL(Sampled):
     """Score function whose baseline is learned: the loss, as a small network predicts it from the logits.
 
     ĝ = (h − σ(a))·(L − b(a)), b(a) = v·tanh(W a + c) + d, with W, c, v, d descending (L − b(a))². The
@@ -51,8 +52,6 @@ class NVIL(Estimator):
     """
 
     unbiased = True
-    needs = "loss"
-    support = "none"
     reference = "Mnih, Gregor 2014, arXiv:1402.0030"
 
     def __init__(self, hidden: int = 64, units: int | None = None) -> None:
@@ -65,10 +64,6 @@ class NVIL(Estimator):
         if units is not None:
             self._size(check_count(units, "units"))
 
-    def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
-        """Return the sample; it carries no gradient."""
-        return self.sample(logits, noise)
-
     def coefficients(
         self,
         logits: Float[Tensor, "K *lead N"],
@@ -77,8 +72,9 @@ class NVIL(Estimator):
         noise: Float[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "K *lead N"]:
         """Return (h − σ(a))·(L − b(a))."""
-        difference = gates.to(losses.dtype) - self.probability(logits.to(losses.dtype))
-        return difference * (losses - self.predict(logits).detach().to(losses.dtype)).unsqueeze(-1)
+        return self.score(logits, gates, losses) * (losses - self.predict(logits).detach().to(losses.dtype)).unsqueeze(
+            -1
+        )
 
     def signal(
         self,

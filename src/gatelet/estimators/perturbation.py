@@ -10,38 +10,34 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatelet._checks import check_positive
-from gatelet.estimators._base import Estimator, Objective, carry, evaluate, wide
+from gatelet.estimators._base import Evaluating, Objective, evaluate
+from gatelet.estimators._noise import GAUSSIAN, SIGN, wide
 
 
-class _Perturbation(Estimator):
+class _Perturbation(Evaluating):
     """Compares the losses of the gates of shifted logits, at the same noise."""
 
     unbiased = False
-    needs = "objective"
-    support = "none"
-    several_layers = False
 
     def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "..."]) -> Float[Tensor, "*lead N"]:
         """Return the sample at the logits themselves; it carries no gradient."""
-        return self.sample(logits, noise[..., 0] if self.extra_laws else noise)
+        return self.sample(logits, noise[..., 0] if self.more else noise)
 
-    def surrogate(
+    def estimate(
         self,
         objective: Objective,
-        logits: Float[Tensor, "*lead N"],
+        logits: Float[Tensor, "K *lead N"],
+        gates: Float[Tensor, "K *lead N"],
+        losses: Float[Tensor, "K *batch"],
         noise: Float[Tensor, "..."],
-    ) -> Float[Tensor, "*batch"]:
-        """Return the mean loss over the replicas, with this estimator's gradient for the logits."""
-        replicas = self.replicate(logits, noise)
-        losses = evaluate(objective, self(replicas, noise), self.event_dims)
-        with torch.no_grad():
-            exact = replicas.to(wide(logits))
-            uniform = noise[..., 0] if self.extra_laws else noise
-            shifts = self.shifts(exact, noise)
-            gates = torch.stack([self.sample(exact + shift, uniform) for shift in shifts]).to(logits.dtype)
-            moved = evaluate(objective, gates.flatten(0, 1), self.event_dims).unflatten(0, gates.shape[:2])
-            value = self.compare(moved.to(exact.dtype), losses.to(exact.dtype), shifts)
-        return (losses + carry(value, replicas, losses)).mean(0)
+    ) -> Float[Tensor, "K *lead N"]:
+        """Compare the losses at shifted logits with each other, or with those at the logits themselves."""
+        exact = logits.to(wide(logits))
+        uniform = noise[..., 0] if self.more else noise
+        shifts = self.shifts(exact, noise)
+        moved = torch.stack([self.sample(exact + shift, uniform) for shift in shifts]).to(logits.dtype)
+        at = evaluate(objective, moved.flatten(0, 1), self.event_dims).unflatten(0, moved.shape[:2])
+        return self.compare(at.to(exact.dtype), losses.to(exact.dtype), shifts)
 
     def shifts(self, logits: Float[Tensor, "K *lead N"], noise: Float[Tensor, "..."]) -> Float[Tensor, "M K *lead N"]:
         """Return the M shifts of the logits at which the objective is evaluated."""
@@ -95,10 +91,6 @@ class FiniteDifferences(_Perturbation):
         difference: Tensor = up - down
         return difference / (2 * self.step)
 
-    def breaks(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N J"]:
-        """Return σ(a) and σ(a ± c)."""
-        return torch.stack([(logits + shift).sigmoid() for shift in (-self.step, 0.0, self.step)], -1)
-
 
 class SPSA(_Perturbation):
     """Central difference of the loss along one random direction of signs, for all units at once.
@@ -124,7 +116,7 @@ class SPSA(_Perturbation):
     """
 
     reference = "Spall 1992"
-    extra_laws = ("sign",)
+    more = (SIGN,)
 
     def __init__(self, step: float = 0.5) -> None:
         super().__init__()
@@ -140,10 +132,6 @@ class SPSA(_Perturbation):
     ) -> Float[Tensor, "K *lead N"]:
         """Return (L₊ − L₋)/(2cΔ)."""
         return (moved[0] - moved[1]).unsqueeze(-1) / (2 * shifts[0])
-
-    def breaks(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N J"]:
-        """Return σ(a) and σ(a ± c)."""
-        return torch.stack([(logits + shift).sigmoid() for shift in (-self.step, 0.0, self.step)], -1)
 
 
 class FieteSeung(_Perturbation):
@@ -169,9 +157,7 @@ class FieteSeung(_Perturbation):
     """
 
     reference = "Fiete, Seung 2006"
-    extra_laws = ("gaussian",)
-    piecewise_constant = False
-    enumerable = False  # where a gate jumps depends on the perturbation
+    more = (GAUSSIAN,)
 
     def __init__(self, std: float = 0.5) -> None:
         super().__init__()

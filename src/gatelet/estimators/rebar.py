@@ -6,11 +6,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatelet.estimators._base import Estimator, Kind, Law, Objective, carry, evaluate
-from gatelet.estimators._temperature import condition, harden, keep, relax
+from gatelet.estimators._base import AnyKind, Evaluating, Objective, carry, evaluate
+from gatelet.estimators._noise import LOGISTIC
+from gatelet.estimators._temperature import keep, relax
 
 
-class REBAR(Estimator):
+class REBAR(Evaluating):
     """Score function whose control variate is the loss at relaxed gates, its mean given back by their path.
 
     ĝ = (L(h) − η L(σ(z̃/τ)))·(h − σ(a)) + η ∂/∂a [L(σ(z/τ)) − L(σ(z̃/τ))], with z = a + ℓ, ℓ standard logistic,
@@ -49,31 +50,24 @@ class REBAR(Estimator):
     """
 
     unbiased = True
-    needs = "objective"
-    support = "none"
-    piecewise_constant = False
-    law: Law = "logistic"
-    extra_laws: tuple[Law, ...] = ("logistic",)
+    law = LOGISTIC
+    more = (LOGISTIC,)
+    several_layers = True
     kinds = ("bernoulli", "categorical")
     reference = "Tucker, Mnih, Maddison, Lawson, Sohl-Dickstein 2017, arXiv:1703.07370"
-    variants = ({"eta": 0.5, "temperature": 1.0},)
     eta: float | Tensor
     temperature: float | Tensor
 
-    def __init__(self, eta: float | Tensor = 1.0, temperature: float | Tensor = 0.5, kind: Kind = "bernoulli") -> None:
+    def __init__(
+        self, eta: float | Tensor = 1.0, temperature: float | Tensor = 0.5, kind: AnyKind = "bernoulli"
+    ) -> None:
         super().__init__(kind)
-        if kind == "categorical":
-            self.extra_laws = ("gumbel",)
         keep(self, eta, "eta", positive=False)
         keep(self, temperature)
 
     def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N 2"]) -> Float[Tensor, "*lead N"]:
         """Return 1[a + ℓ > 0] or one-hot argmax(a + g); it carries no gradient."""
-        return harden(logits.detach().to(noise.dtype) + noise[..., 0], self.kind).to(logits.dtype)
-
-    def breaks(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N J"]:
-        """Return −a, where the gate jumps."""
-        return -logits.unsqueeze(-1)
+        return self.form.harden(logits.detach().to(noise.dtype) + noise[..., 0]).to(logits.dtype)
 
     def surrogate(
         self, objective: Objective, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "..."]
@@ -123,14 +117,14 @@ class REBAR(Estimator):
                 return self._control(objective, z, values, logits.dtype)
 
             free = control(a + drawn)
-            bound = control(condition(a, hard, again, self.kind))
+            bound = control(self.form.condition(a, hard, again))
             return (free - bound).sum(), bound
 
         path, bound = torch.func.grad(difference, has_aux=True)(exact)
         eta = values.get("eta", self.eta)
         signal = losses.to(noise.dtype) - eta * bound
         score = hard - self.probability(exact)
-        slope: Tensor = score * signal.reshape(*signal.shape, *(1,) * self.event_dims) + eta * path
+        slope: Tensor = score * self.form.spread(signal) + eta * path
         return slope
 
     def _control(
@@ -141,7 +135,7 @@ class REBAR(Estimator):
         dtype: torch.dtype,
     ) -> Float[Tensor, "K *batch"]:
         """Return the control variate of perturbed logits, L(σ(z/τ))."""
-        gates = relax(z, values.get("temperature", self.temperature), self.kind)
+        gates = relax(z, values.get("temperature", self.temperature), self.form)
         return evaluate(objective, gates.to(dtype), self.event_dims).to(z.dtype)
 
 
@@ -185,7 +179,7 @@ class RELAX(REBAR):
         control: nn.Module | None = None,
         eta: float | Tensor = 1.0,
         temperature: float | Tensor = 0.5,
-        kind: Kind = "bernoulli",
+        kind: AnyKind = "bernoulli",
     ) -> None:
         super().__init__(eta, temperature, kind)
         self.control = _Features(self.event_dims) if control is None else control

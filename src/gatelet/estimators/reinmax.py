@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatelet._checks import check_positive
-from gatelet.estimators._base import Estimator, Kind, straight_through
+from gatelet.estimators._base import AnyKind, Estimator, straight_through
 
 
 class ReinMax(Estimator):
@@ -44,31 +44,17 @@ class ReinMax(Estimator):
     support = "all"
     kinds = ("bernoulli", "categorical")
     reference = "Liu, Dong, Liu, Yu, Gao 2023, arXiv:2304.08612"
-    variants = ({"temperature": 1.5},)
 
-    def __init__(self, temperature: float = 1.0, kind: Kind = "bernoulli") -> None:
+    def __init__(self, temperature: float = 1.0, kind: AnyKind = "bernoulli") -> None:
         super().__init__(kind)
         self.temperature = check_positive(temperature, "temperature")
 
     def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
         """Return the sample, with the second-order derivative behind it."""
         wide = logits.to(noise.dtype).contiguous()
-        if self.kind == "bernoulli":  # the slope is a number per unit
-            with torch.no_grad():
-                p = wide.sigmoid()
-                tempered = p if self.temperature == 1 else (wide / self.temperature).sigmoid()
-                gates = (noise < p).to(wide.dtype)
-                middle = (gates + tempered) / 2
-                slope = 2 * middle * (1 - middle) - p * (1 - p) / 2
-            return straight_through(gates, wide * slope).to(logits.dtype)
-        gates = self.sample(wide, noise)
-        middle = (gates + self.probability(wide / self.temperature)) / 2
-        path = 2 * self._slope(middle, wide) - self._slope(self.probability(wide), wide) / 2
-        return straight_through(gates, path).to(logits.dtype)
-
-    def _slope(
-        self, probability: Float[Tensor, "*lead N"], logits: Float[Tensor, "*lead N"]
-    ) -> Float[Tensor, "*lead N"]:
-        """Return a function linear in the logits, with the derivative of the softmax where it has this value."""
-        fixed = probability.detach()
-        return fixed * (logits - (fixed * logits).sum(-1, keepdim=True))
+        with torch.no_grad():
+            p = self.probability(wide)
+            tempered = p if self.temperature == 1 else self.probability(wide / self.temperature)
+            gates = self.sample(wide, noise)
+            middle = (gates + tempered) / 2
+        return straight_through(gates, self.form.mixed(wide, ((2.0, middle), (-0.5, p)))).to(logits.dtype)

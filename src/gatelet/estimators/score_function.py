@@ -7,11 +7,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatelet._checks import check_choice, check_rate
-from gatelet.estimators._base import Estimator, Kind
+from gatelet.estimators._base import AnyKind, Sampled
 from gatelet.estimators._distributed import mean_of_sums
 
 
-class ScoreFunction(Estimator):
+class ScoreFunction(Sampled):
     """Binary unit that learns from the correlation of its own noise with the loss (REINFORCE).
 
     h ~ Bernoulli(σ(a)); ĝ_i = (h_i − σ(a_i)) · (L − L̄_i) (Theorem 1 with L̄_i = 0, eq. 4; Corollary 1 otherwise).
@@ -25,7 +25,9 @@ class ScoreFunction(Estimator):
         baseline: ``"per_unit"``: the minimum-variance constant, as two moving averages per unit; ``"running_mean"``:
             one moving average of the loss; ``"none"``.
         decay: the moving averages' coefficient (paper's code: 0.9).
-        kind: ``"bernoulli"``, or ``"categorical"``: h one-hot, ĝ = (h − softmax(a))·(L − L̄), L̄ per class.
+        kind: ``"bernoulli"``, or ``"categorical"``: h one-hot, ĝ = (h − softmax(a))·(L − L̄), L̄ per class; or
+            ``"subset"``: the marginals P(h_i = 1) in place of σ(a).
+        k: of subset units, how many are open.
 
     Raises:
         ValueError: for an unknown baseline, or a decay outside (0, 1); when units of another number share
@@ -45,11 +47,8 @@ class ScoreFunction(Estimator):
     """
 
     unbiased = True
-    needs = "loss"
-    support = "none"
     reference = "Bengio, Léonard, Courville 2013, arXiv:1308.3432, section 3; Williams 1992; Weaver, Tao 2001"
-    kinds = ("bernoulli", "categorical")
-    variants = ({"baseline": "running_mean"}, {"baseline": "none"})
+    kinds = ("bernoulli", "categorical", "subset")
 
     numerator: Tensor
     denominator: Tensor
@@ -58,19 +57,16 @@ class ScoreFunction(Estimator):
         self,
         baseline: Literal["per_unit", "running_mean", "none"] = "per_unit",
         decay: float = 0.9,
-        kind: Kind = "bernoulli",
+        kind: AnyKind = "bernoulli",
+        k: int | None = None,
     ) -> None:
-        super().__init__(kind)
+        super().__init__(kind, k)
         self.baseline = check_choice(baseline, ("per_unit", "running_mean", "none"), "baseline")
         self.decay = check_rate(decay, "decay")
         # L̄ = numerator / denominator: averages of wL and w, with w = (h − σ)² per unit, or 1. Both start at
         # zero, so the ratio needs no correction for its start. The units' number is known at the first call.
         self.register_buffer("numerator", torch.zeros(0))
         self.register_buffer("denominator", torch.zeros(0))
-
-    def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
-        """Return the sample; it carries no gradient."""
-        return self.sample(logits, noise)
 
     def coefficients(
         self,
@@ -80,7 +76,7 @@ class ScoreFunction(Estimator):
         noise: Float[Tensor, "..."] | None = None,
     ) -> Float[Tensor, "K *lead N"]:
         """Return (h − σ(a))·(L − L̄), then take these losses into L̄."""
-        difference = gates.to(losses.dtype) - self.probability(logits.to(losses.dtype))
+        difference = self.score(logits, gates, losses)
         losses = losses.unsqueeze(-1)
         if self.baseline == "none":
             return difference * losses

@@ -4,7 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gatelet.estimators._base import Estimator, wide
+from gatelet.estimators._base import Estimator
+from gatelet.estimators._noise import wide
 
 
 class SmoothTimesStochastic(Estimator):
@@ -54,7 +55,3 @@ class SmoothTimesStochastic(Estimator):
     def open_value(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
         """Return E[h] = p."""
         return logits.sigmoid()
-
-    def breaks(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N J"]:
-        """Return √p, where b jumps."""
-        return self.fire_probability(logits).unsqueeze(-1)

@@ -5,7 +5,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatelet._checks import check_rate
-from gatelet.estimators._base import Estimator, Law, straight_through
+from gatelet.estimators._base import Estimator, straight_through
+from gatelet.estimators._noise import UNIFORM
 
 
 class StraightThroughOpen(Estimator):
@@ -67,9 +68,8 @@ class StraightThroughSampled(Estimator):
     unbiased = False
     needs = "path"
     support = "sampled"
-    extra_laws: tuple[Law, ...] = ("uniform",)
+    more = (UNIFORM,)
     reference = "this library, 2026; after Bengio, Léonard, Courville 2013, arXiv:1308.3432, section 4"
-    variants = ({"share": 0.5},)
 
     def __init__(self, share: float = 0.1) -> None:
         super().__init__()

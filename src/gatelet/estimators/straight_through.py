@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatelet._checks import check_choice
-from gatelet.estimators._base import Estimator, Kind, straight_through
+from gatelet.estimators._base import AnyKind, Estimator, straight_through
+from gatelet.estimators._noise import NONE
 
 
 class StraightThrough(Estimator):
@@ -23,7 +24,9 @@ class StraightThrough(Estimator):
     Args:
         slope: ``"identity"`` (the paper found it better) or ``"sigmoid"``.
         unit: ``"sampled"`` or ``"hard"``, which ignores the noise.
-        kind: ``"bernoulli"``, or ``"categorical"``: h one-hot, the sigmoid replaced by the softmax.
+        kind: ``"bernoulli"``, or ``"categorical"``: h one-hot, the sigmoid replaced by the softmax; or ``"subset"``:
+            k ones, the sigmoid replaced by the marginals P(h_i = 1), which is SIMPLE's gradient.
+        k: of subset units, how many are open.
 
     >>> import torch
     >>> a = torch.tensor([0.0, 0.0], requires_grad=True)
@@ -42,24 +45,20 @@ class StraightThrough(Estimator):
     needs = "path"
     support = "all"
     reference = "Bengio, Léonard, Courville 2013, arXiv:1308.3432, section 4; Hinton 2012, lecture 15b"
-    kinds = ("bernoulli", "categorical")
-    variants = (
-        {"slope": "sigmoid"},
-        {"unit": "hard"},
-        {"slope": "sigmoid", "unit": "hard"},
-    )
+    kinds = ("bernoulli", "categorical", "subset")
 
     def __init__(
         self,
         slope: Literal["identity", "sigmoid"] = "identity",
         unit: Literal["sampled", "hard"] = "sampled",
-        kind: Kind = "bernoulli",
+        kind: AnyKind = "bernoulli",
+        k: int | None = None,
     ) -> None:
-        super().__init__(kind)
+        super().__init__(kind, k)
         self.slope = check_choice(slope, ("identity", "sigmoid"), "slope")
         self.unit = check_choice(unit, ("sampled", "hard"), "unit")
         if self.unit == "hard":
-            self.law = "none"
+            self.law = NONE
 
     def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
         """Return the sample (or the hard threshold) with the chosen slope behind it."""
@@ -74,10 +73,6 @@ class StraightThrough(Estimator):
     def logit_at(self, probability: float) -> float:
         """Return the logit of the probability; on a hard unit 0, where it opens."""
         return super().logit_at(probability) if self.unit == "sampled" else 0.0
-
-    def breaks(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N J"]:
-        """Return σ(a), where a sampled gate jumps; nothing for a hard one."""
-        return super().breaks(logits) if self.unit == "sampled" else logits.new_zeros((*logits.shape, 0))
 
 
 class ClippedStraightThrough(StraightThrough):
@@ -104,7 +99,6 @@ class ClippedStraightThrough(StraightThrough):
 
     reference = "Hubara, Courbariaux, Soudry, El-Yaniv, Bengio 2016, arXiv:1602.02830"
     kinds = ("bernoulli",)  # type: ignore[assignment]  # mypy takes the base's value for its type
-    variants = ({"unit": "hard"},)  # type: ignore[assignment]
 
     def __init__(self, unit: Literal["sampled", "hard"] = "sampled") -> None:
         super().__init__(unit=unit)

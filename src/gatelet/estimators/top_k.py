@@ -6,6 +6,7 @@ from torch import Tensor
 
 from gatelet._checks import check_count
 from gatelet.estimators._base import Estimator
+from gatelet.estimators._noise import NONE
 
 
 class TopK(Estimator):
@@ -38,7 +39,7 @@ class TopK(Estimator):
     needs = "path"
     support = "open"
     binary = False
-    law = "none"
+    law = NONE
     rated = False
     reference = "Makhzani, Frey 2013, arXiv:1312.5663; Gao et al. 2024, arXiv:2406.04093"
 
@@ -66,10 +67,6 @@ class TopK(Estimator):
     def open_value(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
         """Return a."""
         return logits
-
-    def breaks(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N J"]:
-        """Return none: there is no noise."""
-        return logits.new_zeros((*logits.shape, 0))
 
 
 def top_k(logits: Float[Tensor, "*lead N"], k: int) -> Float[Tensor, "*lead N"]:

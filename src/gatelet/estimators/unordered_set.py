@@ -6,12 +6,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gatelet.estimators._base import Estimator, Kind, Objective, carry, evaluate, one_hot, wide
+from gatelet.estimators._base import AnyKind, Evaluating, Objective, carry, evaluate
+from gatelet.estimators._kinds import one_hot
+from gatelet.estimators._noise import wide
 
 MAX_SAMPLES = 10
 
 
-class UnorderedSet(Estimator):
+class UnorderedSet(Evaluating):
     """K different classes of one categorical variable, weighted as if their order were not known.
 
     For the drawn set S, ĝ = Σ_{s∈S} ∇p(s)·R(S, s)·(L(s) − Σ_{s'∈S} p(s')·R_s(S, s')·L(s')). The
@@ -49,15 +51,11 @@ class UnorderedSet(Estimator):
     """
 
     unbiased = True
-    enumerable = False  # a draw depends on the ones before it
-    needs = "objective"
-    support = "none"
     replicas = 2
-    several_layers = False
     kinds = ("categorical",)
     reference = "Kool, van Hoof, Welling 2020, arXiv:2002.06043"
 
-    def __init__(self, kind: Kind = "categorical") -> None:
+    def __init__(self, kind: AnyKind = "categorical") -> None:
         super().__init__(kind)
 
     def forward(

@@ -6,10 +6,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gatelet.estimators._base import Estimator, Kind, Objective, carry, evaluate, wide
+from gatelet.estimators._base import Evaluating, Objective, carry, evaluate
+from gatelet.estimators._noise import wide
 
 
-class VIMCO(Estimator):
+class VIMCO(Evaluating):
     """Score function of the K-sample bound, each sample's signal being what it adds to the bound.
 
     L̂ = −log (1/K) Σ_k exp(−L_k); ĝ = Σ_k (h_k − σ(a))·(L̂ − L̂_{−k}), where L̂_{−k} is L̂ with L_k replaced by
@@ -37,19 +38,9 @@ class VIMCO(Estimator):
     """
 
     unbiased = True
-    needs = "objective"
-    support = "none"
     replicas = 2
-    several_layers = False
     kinds = ("bernoulli", "categorical")
     reference = "Mnih, Rezende 2016, arXiv:1602.06725"
-
-    def __init__(self, kind: Kind = "bernoulli") -> None:
-        super().__init__(kind)
-
-    def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
-        """Return the sample; it carries no gradient."""
-        return self.sample(logits, noise)
 
     def surrogate(
         self,
@@ -68,8 +59,7 @@ class VIMCO(Estimator):
             own = torch.eye(samples, dtype=torch.bool, device=exact.device)
             own = own.reshape(samples, samples, *(1,) * (exact.dim() - 1))
             signal = bound(exact, 0) - bound(torch.where(own, others, exact), 1)
-            signal = signal.reshape(*signal.shape, *(1,) * self.event_dims)
-            value = signal * (gates - self.probability(replicas.to(signal.dtype)))
+            value = self.form.spread(signal) * (gates - self.probability(replicas.to(signal.dtype)))
         return bound(losses, 0) + carry(value, replicas, losses).sum(0)
 
 

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from gatelet._checks import check_positive, check_rate
 from gatelet.estimators import Estimator
-from gatelet.estimators._base import wide
 from gatelet.estimators._distributed import batch_mean
+from gatelet.estimators._noise import wide
 from gatelet.sparsity._controller import Controller
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from gatelet._checks import check_logits, check_rate
-from gatelet.estimators._base import wide
 from gatelet.estimators._distributed import is_distributed
+from gatelet.estimators._noise import wide
 from gatelet.units import StochasticUnit, sampling
 
 _KEPT = 1 << 20
