@@ -361,6 +361,33 @@ def test_the_machine_is_measured_once_and_says_something_plausible():
     assert numba.measured("unit", torch.float32) is cost
 
 
+@pytest.mark.cpu
+def test_auto_goes_by_the_processor_not_by_a_clock(monkeypatch):
+    """Two processes of one seed must choose alike; only who asks for it gets a measurement."""
+    asked = []
+    monkeypatch.setattr(numba, "measured", lambda *given: asked.append(given) or numba.Costs(0.4, 3.0))
+    x, weight, gate = torch.zeros(512, 256), torch.zeros(512, 256), torch.zeros(512, 512)
+    before = explain(x, weight, gate)
+    assert not asked
+    assert before == explain(x, weight, gate)
+    kernels.measure_costs()
+    try:
+        assert explain(x, weight, gate).limit < before.limit
+    finally:
+        kernels.measure_costs(False)
+    assert asked
+    assert before == explain(x, weight, gate)
+
+
+@pytest.mark.parametrize("kind", [("AMD", "AVX512"), ("AMD", "AVX2"), ("", "AVX512"), ("", "DEFAULT")])
+def test_every_processor_has_costs(kind, monkeypatch):
+    monkeypatch.setattr(numba, "processor", lambda: kind)
+    for kernel in ("unit", "group"):
+        cost = numba.costs(kernel, torch.float32)
+        assert 0 <= cost.fixed <= 0.4
+        assert 0.5 <= cost.slope <= 3
+
+
 def layer(batch, width, units):
     return Layer(batch, width, units, 1, torch.float32, torch.device("cpu"), False)
 

@@ -6,6 +6,7 @@ Imports go one way: ``pattern ← backends ← choose ← ops``.
 from gatelet.kernels.backends.dense import ACTIVATIONS as ACTIVATIONS
 from gatelet.kernels.choose import Choice as Choice
 from gatelet.kernels.choose import explain as explain
+from gatelet.kernels.choose import measure_costs as measure_costs
 from gatelet.kernels.ops import SampledGates as SampledGates
 from gatelet.kernels.ops import gated_ffn as gated_ffn
 from gatelet.kernels.ops import gated_input_linear as gated_input_linear

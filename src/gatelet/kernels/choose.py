@@ -121,6 +121,23 @@ def _weigh(candidate: Backend, layer: Layer, look: Callable[[], float]) -> Choic
     return Choice("dense", "dense", rate, below, no)
 
 
+def measure_costs(enabled: bool = True) -> None:
+    """Let ``backend="auto"`` go by times of this machine, in this process and from now on.
+
+    By itself it goes by the processor's kind, so that a seed gives the same numbers in every process of a machine:
+    another choice means another order of summation, and that other last digits. Where the kind's costs do not fit, a
+    measurement (some 30 ms for each dtype and kernel, when it is first needed) may choose better.
+
+    Args:
+        enabled: False to go by the processor's kind again.
+
+    >>> measure_costs()
+    >>> measure_costs(False)
+    """
+    for backend in BACKENDS.values():
+        backend.measure(enabled)
+
+
 def settled(backend: str, layer: Layer) -> str:
     """Return the backend as far as it can be known without looking at values (inside tracing)."""
     if backend != "auto":

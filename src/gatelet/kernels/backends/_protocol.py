@@ -156,6 +156,9 @@ class Backend(ABC):
     def kernel(self, layer: Layer) -> Kernel:
         """Return which of its kernels runs."""
 
+    def measure(self, enabled: bool) -> None:  # noqa: B027 (few backends have anything to time)
+        """Let ``worth`` go by times of this machine, or again by what does not change from process to process."""
+
     @property
     @abstractmethod
     def products(self) -> Any:
