@@ -22,6 +22,7 @@ def main() -> None:
         bench_ffn,
         bench_kernels,
         claims,
+        convert,
         diagnose,
         frontier,
         reproduce,
@@ -57,6 +58,7 @@ def main() -> None:
         sweep.Sweep: sweep.run,
         claims.Claims: claims.run,
         frontier.Frontier: frontier.run,
+        convert.Convert: convert.run,
         diagnose.Diagnose: diagnose.run,
         Train: vae.run,
         bench_estimators.BenchEstimators: bench_estimators.run,
@@ -68,6 +70,7 @@ def main() -> None:
         | Annotated[sweep.Sweep, named("sweep")]
         | Annotated[claims.Claims, named("claims")]
         | Annotated[frontier.Frontier, named("frontier")]
+        | Annotated[convert.Convert, named("convert")]
         | Annotated[diagnose.Diagnose, named("diagnose")]
         | Annotated[Train, named("train")]
         | Annotated[Bench, named("bench")]

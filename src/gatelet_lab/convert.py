@@ -1,0 +1,187 @@
+"""`gatelet convert`: a language model whose feed-forward blocks compute, per token, the units that matter."""
+
+import copy
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from rich.console import Console
+from tyro.conf import Positional, UseAppendAction
+
+import gatelet
+from gatelet.convert import Report
+from gatelet.convert.progress import Progress
+from gatelet_lab.language import Language, Text, decoding, load_language, perplexity, read_text
+
+CHECKPOINT = "distil.pt"
+REQUEST = "convert.json"
+NOT_IN_REQUEST = ("resume", "out")
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Convert a causal language model, fit its gates, calibrate them, and report what that cost and gave."""
+
+    model: Positional[Path]
+    """A Hugging Face directory, or a .gguf file."""
+    text: Annotated[tuple[str, ...], UseAppendAction]
+    """Files to fit and to measure on, a glob; may be given several times. Every fifth file is held out."""
+    out: Path
+    """Directory for the model and the report."""
+    rate: float = 0.5
+    """Share of units to be open."""
+    gater: Literal["mlp", "self"] = "mlp"
+    """What opens them: a network, or the block's own activation."""
+    bottleneck: int = 64
+    """Width of the network's hidden layer."""
+    where: str | None = None
+    """Which blocks, a pattern of names; all by default."""
+    steps: int = 200
+    """Most steps of the fitting."""
+    fit_weights: bool = False
+    """Let the blocks' own weights learn too."""
+    tokens: int = 32768
+    """To fit and calibrate."""
+    held_out: int = 8192
+    """Tokens to measure perplexity on."""
+    length: int = 256
+    """Of a window of tokens."""
+    batch: int = 1
+    """For how many tokens at once expected times are said."""
+    resume: bool = False
+    """Go on from the checkpoint in OUT."""
+
+    def __post_init__(self) -> None:
+        for name in ("bottleneck", "steps", "tokens", "held_out", "batch"):
+            gatelet._checks.check_count(getattr(self, name), name)
+        if self.length < 8:
+            raise ValueError(f"length: a window has at least 8 tokens, not {self.length}")
+
+
+@dataclass
+class Outcome:
+    """What the report shows."""
+
+    perplexity: dict[str, float]
+    ms_per_token: dict[str, float]
+    layers: Report
+    errors: dict[str, tuple[float, float]]
+    """Block -> held-out error of its output before and after the fitting."""
+
+
+def run(options: Convert, console: Console) -> None:
+    """Do all of it."""
+    _request(options)
+    language = load_language(options.model)
+    text = read_text(language.tokenizer, options.text, options.length, options.tokens, options.held_out)
+    console.print(f"{text.fit.numel():,} tokens of {text.files[0]} files to fit, "
+                  f"{text.held_out.numel():,} of {text.files[1]} held out", highlight=False)  # fmt: skip
+    teacher = copy.deepcopy(language.model)
+    choice: dict[str, Any] = {"where": options.where, "gater": options.gater, "batch": options.batch}
+    console.print(repr(gatelet.convert(language.model, options.rate, options.bottleneck, **choice)), highlight=False)
+    outcome = fit_and_measure(options, language, teacher, text, Progress())
+    gatelet.save(language.model, options.out)
+    language.tokenizer.save_pretrained(options.out)
+    (options.out / CHECKPOINT).unlink(missing_ok=True)
+    lines = table(options, outcome)
+    (options.out / "report.md").write_text("\n".join(lines) + "\n")
+    draw(outcome, options.out / "report.png")
+    console.print("\n".join(lines), highlight=False, markup=False)
+    console.print(f"model and report: {options.out}", highlight=False)
+
+
+def fit_and_measure(options: Convert, language: Language, teacher: Any, text: Text, progress: Progress) -> Outcome:
+    """Distil, calibrate; return perplexity and speed of both models, and each block's numbers."""
+    model = language.model
+    found = gatelet.distil(
+        model,
+        teacher,
+        list(text.fit.split(2)),
+        steps=options.steps,
+        weights=options.fit_weights,
+        held_out=max(1, min(4, len(text.fit) // 8)),
+        every=max(1, min(50, options.steps // 4)),
+        calibration=max(1, min(16, len(text.fit) // 2)),
+        checkpoint=options.out / CHECKPOINT,
+    )
+    prompt = text.held_out[:1, :64]
+    seen = {
+        name: perplexity(each, text.held_out, progress.phase) for name, each in (("dense", teacher), ("gates", model))
+    }
+    speeds = decoding({"dense": teacher, "gates": model}, prompt)
+    layers = gatelet.report(model, prompt[:, : options.batch], seconds=0.05)
+    errors = {name: (found.first_errors[name], error) for name, error in found.errors.items()}
+    return Outcome(seen, speeds, layers, errors)
+
+
+def _request(options: Convert) -> None:
+    """Note what was asked for; with a checkpoint of something else, say so."""
+    asked = {name: str(value) for name, value in dataclasses.asdict(options).items() if name not in NOT_IN_REQUEST}
+    path, checkpoint = options.out / REQUEST, options.out / CHECKPOINT
+    if options.resume and not checkpoint.exists():
+        raise ValueError(f"resume: {options.out} holds no checkpoint to go on from")
+    if options.resume and path.exists():
+        before = json.loads(path.read_text())
+        other = [name for name in asked if before.get(name) != asked[name]]
+        if other:
+            raise ValueError(f"{other[0]}: was {before.get(other[0])} and is {asked[other[0]]}; a resumed run keeps it")
+    elif checkpoint.exists():
+        raise ValueError(f"out: an interrupted run left its checkpoint there; --resume, or remove {checkpoint}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asked, indent=1) + "\n")
+
+
+def table(options: Convert, outcome: Outcome) -> list[str]:
+    """Return the report's lines, Markdown."""
+    dense, gates = outcome.perplexity["dense"], outcome.perplexity["gates"]
+    slow, fast = outcome.ms_per_token["dense"], outcome.ms_per_token["gates"]
+    threads = torch.get_num_threads()
+    lines = [
+        f"# {options.model.name}: gater {options.gater}, {options.rate:.0%} open",
+        "",
+        f"| | perplexity | tokens/s, one at a time, {threads} thread{'s' * (threads > 1)} |",
+        "|---|---|---|",
+        f"| dense | {dense:.2f} | {1e3 / slow:.1f} |",
+        f"| with gates | {gates:.2f} ({gates / dense - 1:+.1%}) | {1e3 / fast:.1f} ({slow / fast:.2f} times) |",
+        "",
+        f"| block | open | error before | after | gater, of dense FLOPs | ms for {options.batch} | dense ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for layer in outcome.layers.layers:
+        before, after = outcome.errors.get(layer.name, (float("nan"), float("nan")))
+        share = "–" if layer.open_share is None else f"{layer.open_share:.1%}"
+        times = "– | –" if layer.ms is None or layer.dense_ms is None else f"{layer.ms:.3f} | {layer.dense_ms:.3f}"
+        cost = layer.flops_gater / layer.flops_dense
+        lines.append(f"| {layer.name} | {share} | {before:.4f} | {after:.4f} | {cost:.1%} | {times} |")
+    if fast >= slow:
+        lines += ["", "The gates save no time here: one token at a time is where they can; see the blocks' own times."]
+    return lines
+
+
+def draw(outcome: Outcome, path: Path) -> None:
+    """Draw each block's time beside dense, and its open share."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    rows = [layer for layer in outcome.layers.layers if layer.ms is not None and layer.dense_ms is not None]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    places = range(len(rows))
+    left.plot(places, [layer.dense_ms or 0 for layer in rows], "o-", color="0.6", label="dense")
+    left.plot(places, [layer.ms or 0 for layer in rows], "o-", label="with gates")
+    left.set(xlabel="block", ylabel="ms", ylim=(0, None))
+    left.legend(frameon=False)
+    right.bar(places, [layer.open_share or 0 for layer in rows], color="tab:blue", alpha=0.5, label="open")
+    right.plot(
+        places, [outcome.errors.get(layer.name, (0.0, 0.0))[1] for layer in rows], "o-", color="tab:red", label="error"
+    )
+    right.set(xlabel="block", ylim=(0, 1))
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
