@@ -37,9 +37,12 @@ class Line:
 
 
 LINES = [
-    *(Line(f"self, {rate:.0%} open", "self", rate) for rate in (0.7, 0.5, 0.35, 0.25)),
-    *(Line(f"network of 64, {rate:.0%} open", "mlp", rate) for rate in (0.5, 0.35)),
+    *(Line(f"self, {rate:.0%} open", "self", rate) for rate in (0.5, 0.7)),
+    Line("network of 64, 50% open", "mlp", 0.5),
+    *(Line(f"self, {rate:.0%} open", "self", rate) for rate in (0.35, 0.25)),
+    Line("network of 64, 70% open", "mlp", 0.7),
     Line("self, 50% open, weights fitted", "self", 0.5, 60, True),
+    Line("network of 64, 35% open", "mlp", 0.35),
 ]
 PRUNED = (0.7, 0.5)
 
@@ -86,9 +89,7 @@ def fit(out):
     language = source()
     text = standard_library(language.tokenizer)
     dense = language.model
-    print(
-        f"{text.fit.numel()} tokens of {text.files[0]} files to fit, {text.held_out.numel()} of {text.files[1]} held out"
-    )
+    print(f"{text.fit.numel()} tokens to fit, {text.held_out.numel()} held out, of disjoint files")
     found = {"dense": {"perplexity": perplexity(dense, text.held_out), "ffn": 1.0, "seconds": 0}}
     print("dense", found["dense"]["perplexity"], flush=True)
     for rate in PRUNED:
@@ -172,11 +173,9 @@ def show(found, out):
     rows = [(name, it) for name, it in found.items() if "ms" in it]
     lines = ["| | tokens/s | times dense | FFN ms per token | perplexity |", "|---|---|---|---|---|"]
     for name, it in rows:
-        worse = (
-            "–"
-            if "perplexity" not in it
-            else f"{it['perplexity']:.2f} ({it['perplexity'] / base['perplexity'] - 1:+.1%})"
-        )
+        worse = "–"
+        if "perplexity" in it:
+            worse = f"{it['perplexity']:.2f} ({it['perplexity'] / base['perplexity'] - 1:+.1%})"
         ffn = "–" if it.get("ffn_ms") is None else f"{it['ffn_ms']:.1f}"
         lines.append(f"| {name} | {1e3 / it['ms']:.1f} | {base['ms'] / it['ms']:.2f} | {ffn} | {worse} |")
     print("\n".join(lines))

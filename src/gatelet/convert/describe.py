@@ -22,6 +22,9 @@ def note(model: nn.Module) -> None:
     """Write what is converted into a Hugging Face model's configuration, so that ``save_pretrained`` does too."""
     if not is_hugging_face(model):
         return
+    method = getattr(getattr(model.config, "quantization_config", None), "quant_method", "")
+    if getattr(method, "value", method) == "gguf":  # its weights are plain numbers again, and are saved as such
+        model.hf_quantizer.remove_quantization_config(model)
     try:
         described: dict[str, Any] = {"blocks": describe(model)}
     except ValueError as error:  # from_pretrained will say so
