@@ -217,8 +217,12 @@ def slots(kernel: Any) -> tuple[str, ...]:
     return tuple(kernel.__code__.co_varnames[2 : 1 + unpacked])
 
 
+NUMBERS = {64: np.float64, 32: np.float32, 16: np.uint16, 8: np.int8}
+"""What kernels are compiled for, by bits: float64, float32, bfloat16 (as it is stored), int8."""
+
+
 class Kernels:
-    """Kernels that are compiled when they first run, for float32 or float64 numbers.
+    """Kernels that are compiled when they first run, for numbers of some type.
 
     Args:
         make: returns the functions, by name, for numbers of the type of its argument.
@@ -229,7 +233,7 @@ class Kernels:
         self.find = functools.cache(self._find)
 
     def _find(self, name: str, bits: int) -> tuple[Any, tuple[str, ...]]:
-        function = inspect.unwrap(self.make(np.float32(1) if bits == 32 else np.float64(1))[name])
+        function = inspect.unwrap(self.make(NUMBERS[bits](1))[name])
         built = cfunc(types.void(types.voidptr), cache=True, error_model="numpy")(function)
         return built, slots(function)
 

@@ -1,0 +1,278 @@
+"""Vector microkernels over rows of float32, bfloat16 or int8 numbers, multiplied as float32.
+
+The argument ``kind`` carries nothing but how a row's numbers are stored: float32, bfloat16 as uint16, or int8.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from gatelet.kernels import _vector as v
+
+MOST = 4
+"""Examples that are multiplied with a row at once."""
+import os
+AHEAD = int(os.environ.get("AHEAD", "1"))
+ROWS = int(os.environ.get("ROWS", "8"))
+"""Rows that are multiplied with a single example at once."""
+LANES = v.VECTOR // 4
+SIZES = {types.float32: 4, types.uint16: 2, types.int8: 1}
+"""Bytes of a stored number."""
+_I32, _I64 = ir.IntType(32), ir.IntType(64)
+_FLOATS = ir.VectorType(ir.FloatType(), LANES)
+_FLOATS.element_size = 4
+
+
+def _stored(kind: Any) -> Any:
+    if kind == types.float32:
+        return _FLOATS
+    return ir.VectorType(ir.IntType(8 * SIZES[kind]), LANES)
+
+
+def _floats(builder: Any, value: Any, kind: Any) -> Any:
+    """Return stored numbers as float32."""
+    words = ir.VectorType(_I32, LANES)
+    if kind == types.uint16:
+        sixteen = ir.Constant(words, [16] * LANES)
+        return builder.bitcast(builder.shl(builder.zext(value, words), sixteen), _FLOATS)
+    return builder.sitofp(builder.sext(value, words), _FLOATS) if kind == types.int8 else value
+
+
+def _whole(builder: Any, address: Any, offset: int, kind: Any) -> Any:
+    stored = _stored(kind)
+    value = builder.load(v._at(builder, address, offset * SIZES[kind], stored), align=SIZES[kind])
+    return _floats(builder, value, kind)
+
+
+def _part(builder: Any, address: Any, count: Any, kind: Any) -> Any:
+    """Return the first ``count`` numbers, zero behind them, without touching memory there; none if it is negative."""
+    stored = _stored(kind)
+    lanes = ir.Constant(ir.VectorType(_I64, LANES), list(range(LANES)))
+    mask = builder.icmp_signed("<", lanes, v._splat(builder, count, LANES))
+    suffix = f"v{LANES}{'f' if kind == types.float32 else 'i'}{8 * SIZES[kind]}"
+    pointer = builder.inttoptr(address, stored.as_pointer())
+    args = [pointer, _I32(SIZES[kind]), mask, ir.Constant(stored, None)]
+    return _floats(builder, v._call(builder, f"llvm.masked.load.{suffix}.p0{suffix}", stored, args), kind)
+
+
+def _by_count(builder: Any, size: Any, body: Any, most: int = MOST) -> None:
+    """Emit ``body(k)`` for 1 … ``most``, and the switch between them."""
+    done = builder.append_basic_block("counts.done")
+    switch = builder.switch(size, done)
+    for k in range(1, most + 1):
+        block = builder.append_basic_block(f"count{k}")
+        switch.add_case(_I64(k), block)
+        builder.position_at_end(block)
+        body(k)
+        builder.branch(done)
+    builder.position_at_end(done)
+
+
+def _examples(builder: Any, base: Any, pitch: Any, places: Any, k: int) -> list[Any]:
+    """Return the addresses of the rows of the k examples that the bytes of ``places`` name."""
+    bytes_ = [builder.and_(builder.lshr(places, _I64(8 * e)), _I64(255)) for e in range(k)]
+    return [builder.add(base, builder.mul(each, pitch)) for each in bytes_]
+
+
+@v.intrinsic
+def row_dots(
+    typing: Any, size: Any, row: Any, x: Any, pitch: Any, places: Any, width: Any, later: Any, result: Any, kind: Any
+) -> Any:
+    """Write ⟨row, x[b]⟩ to ``result`` for ``size`` examples b, at most MOST; the row at ``later`` is asked for.
+
+    x is float32, its rows ``pitch`` bytes apart; the bytes of ``places`` number the examples.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        size, row, x, pitch, places, width, later, result, _ = args
+        kind = signature.args[8]
+        bytes_ = SIZES[kind]
+
+        def body(k: int) -> None:
+            # A chain of multiply-adds waits for itself: few examples have several each.
+            turns = max(4 // k, 1)
+            rows = _examples(builder, x, pitch, places, k)
+            whole = builder.mul(builder.sdiv(width, _I64(turns * LANES)), _I64(turns * LANES))
+            step = v._Loop(builder, whole, turns * LANES)
+            chains = [step.carry(ir.Constant(_FLOATS, None)) for _ in range(k * turns)]
+            step.open()
+            here = builder.mul(step.index, _I64(bytes_))
+            for line in range(0, turns * LANES * bytes_, 64):
+                v._prefetch(builder, builder.add(builder.add(later, here), _I64(line)))
+            at, over = builder.add(row, here), builder.mul(step.index, _I64(4))
+            following = []
+            for turn in range(turns):
+                own = _whole(builder, at, turn * LANES, kind)
+                for e in range(k):
+                    other = v._load(builder, builder.add(rows[e], over), 4 * turn * LANES, _FLOATS)
+                    following.append(v._fma(builder, own, other, chains[turn * k + e]))
+            step.close(following)
+            sums = list(chains)
+            for turn in range(turns):
+                first = builder.add(whole, _I64(turn * LANES))
+                rest = builder.sub(width, first)
+                own = _part(builder, builder.add(row, builder.mul(first, _I64(bytes_))), rest, kind)
+                for e in range(k):
+                    other = v._masked(builder, builder.add(rows[e], builder.mul(first, _I64(4))), rest, _FLOATS)
+                    sums[turn * k + e] = v._fma(builder, own, other, sums[turn * k + e])
+            for e in range(k):
+                total = sums[e]
+                for turn in range(1, turns):
+                    total = builder.fadd(total, sums[turn * k + e])
+                total = builder.extract_element(v._folded(builder, total, 1), _I32(0))
+                v._store(builder, total, result, 4 * e)
+
+        _by_count(builder, size, body)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 8, kind), generate
+
+
+@v.intrinsic
+def row_axpy(
+    typing: Any, size: Any, row: Any, y: Any, pitch: Any, places: Any, width: Any, later: Any, scales: Any, kind: Any
+) -> Any:
+    """Add scale[e] · row to y[b[e]] for ``size`` examples b, at most MOST. Arguments are as in ``row_dots``."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        size, row, y, pitch, places, width, later, scales, _ = args
+        kind = signature.args[8]
+        bytes_ = SIZES[kind]
+
+        def body(k: int) -> None:
+            rows = _examples(builder, y, pitch, places, k)
+            each = [v._splat(builder, v._load(builder, scales, 4 * e, ir.FloatType()), LANES) for e in range(k)]
+            turns = 64 // bytes_ // LANES if bytes_ < 4 else 1
+            whole = builder.mul(builder.sdiv(width, _I64(turns * LANES)), _I64(turns * LANES))
+            step = v._Loop(builder, whole, turns * LANES)
+            step.open()
+            here = builder.mul(step.index, _I64(bytes_))
+            v._prefetch(builder, builder.add(later, here))
+            at, over = builder.add(row, here), builder.mul(step.index, _I64(4))
+            for turn in range(turns):
+                own = _whole(builder, at, turn * LANES, kind)
+                for e in range(k):
+                    target = builder.add(rows[e], over)
+                    total = v._fma(builder, each[e], own, v._load(builder, target, 4 * turn * LANES, _FLOATS))
+                    v._store(builder, total, target, 4 * turn * LANES)
+            step.close([])
+            for turn in range(turns):
+                first = builder.add(whole, _I64(turn * LANES))
+                rest = builder.sub(width, first)
+                own = _part(builder, builder.add(row, builder.mul(first, _I64(bytes_))), rest, kind)
+                for e in range(k):
+                    target = builder.add(rows[e], builder.mul(first, _I64(4)))
+                    total = v._fma(builder, each[e], own, v._masked(builder, target, rest, _FLOATS))
+                    v._masked_store(builder, total, target, rest)
+
+        _by_count(builder, size, body)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 8, kind), generate
+
+
+def _listed(builder: Any, base: Any, pitch: Any, units: Any, k: int) -> list[Any]:
+    """Return the addresses of the rows of the next k units of a list whose entries are 16 bytes."""
+    numbers = [builder.load(v._at(builder, units, 16 * e, _I64), align=8) for e in range(k)]
+    return [builder.add(base, builder.mul(each, pitch)) for each in numbers]
+
+
+@v.intrinsic
+def rows_dots(
+    typing: Any, size: Any, units: Any, later: Any, base: Any, x: Any, width: Any, result: Any, kind: Any
+) -> Any:
+    """Write ⟨row of a unit, x⟩ to ``result`` for ``size`` listed units, at most ROWS; those at ``later`` are asked for.
+
+    Rows begin at ``base``, one behind the other: as many are read at once as the processor has streams for.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        size, units, later, base, x, width, result, _ = args
+        kind = signature.args[7]
+        bytes_ = SIZES[kind]
+
+        def body(k: int) -> None:
+            pitch = builder.mul(width, _I64(bytes_))
+            rows = _listed(builder, base, pitch, units, k)
+            ahead = _listed(builder, base, pitch, later, k)
+            turns = max(4 // bytes_, 1)
+            whole = builder.mul(builder.sdiv(width, _I64(turns * LANES)), _I64(turns * LANES))
+            step = v._Loop(builder, whole, turns * LANES)
+            chains = [step.carry(ir.Constant(_FLOATS, None)) for _ in range(k)]
+            step.open()
+            here, over = builder.mul(step.index, _I64(bytes_)), builder.mul(step.index, _I64(4))
+            sums = list(chains)
+            for e in range(k):
+                if AHEAD:
+                    v._prefetch(builder, builder.add(ahead[e], here))
+            for turn in range(turns):
+                other = v._load(builder, builder.add(x, over), 4 * turn * LANES, _FLOATS)
+                for e in range(k):
+                    own = _whole(builder, builder.add(rows[e], here), turn * LANES, kind)
+                    sums[e] = v._fma(builder, own, other, sums[e])
+            step.close(sums)
+            sums = list(chains)
+            for turn in range(turns):
+                first = builder.add(whole, _I64(turn * LANES))
+                rest = builder.sub(width, first)
+                other = v._masked(builder, builder.add(x, builder.mul(first, _I64(4))), rest, _FLOATS)
+                for e in range(k):
+                    own = _part(builder, builder.add(rows[e], builder.mul(first, _I64(bytes_))), rest, kind)
+                    sums[e] = v._fma(builder, own, other, sums[e])
+            for e in range(k):
+                total = builder.extract_element(v._folded(builder, sums[e], 1), _I32(0))
+                v._store(builder, total, result, 4 * e)
+
+        _by_count(builder, size, body, ROWS)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 7, kind), generate
+
+
+@v.intrinsic
+def rows_axpy(
+    typing: Any, size: Any, units: Any, later: Any, base: Any, y: Any, width: Any, scales: Any, kind: Any
+) -> Any:
+    """Add Σ scale · row to y for ``size`` listed units, at most ROWS. Arguments are as in ``rows_dots``."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        size, units, later, base, y, width, scales, _ = args
+        kind = signature.args[7]
+        bytes_ = SIZES[kind]
+
+        def body(k: int) -> None:
+            pitch = builder.mul(width, _I64(bytes_))
+            rows = _listed(builder, base, pitch, units, k)
+            ahead = _listed(builder, base, pitch, later, k)
+            each = [v._splat(builder, v._load(builder, scales, 4 * e, ir.FloatType()), LANES) for e in range(k)]
+            turns = max(4 // bytes_, 1)
+            whole = builder.mul(builder.sdiv(width, _I64(turns * LANES)), _I64(turns * LANES))
+            step = v._Loop(builder, whole, turns * LANES)
+            step.open()
+            here, over = builder.mul(step.index, _I64(bytes_)), builder.mul(step.index, _I64(4))
+            for e in range(k):
+                if AHEAD:
+                    v._prefetch(builder, builder.add(ahead[e], here))
+            for turn in range(turns):
+                target = builder.add(y, over)
+                total = v._load(builder, target, 4 * turn * LANES, _FLOATS)
+                for e in range(k):
+                    own = _whole(builder, builder.add(rows[e], here), turn * LANES, kind)
+                    total = v._fma(builder, each[e], own, total)
+                v._store(builder, total, target, 4 * turn * LANES)
+            step.close([])
+            for turn in range(turns):
+                first = builder.add(whole, _I64(turn * LANES))
+                rest = builder.sub(width, first)
+                target = builder.add(y, builder.mul(first, _I64(4)))
+                total = v._masked(builder, target, rest, _FLOATS)
+                for e in range(k):
+                    own = _part(builder, builder.add(rows[e], builder.mul(first, _I64(bytes_))), rest, kind)
+                    total = v._fma(builder, each[e], own, total)
+                v._masked_store(builder, total, target, rest)
+
+        _by_count(builder, size, body, ROWS)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 7, kind), generate
