@@ -12,9 +12,7 @@ from gatelet.kernels import _vector as v
 
 MOST = 4
 """Examples that are multiplied with a row at once."""
-import os
-AHEAD = int(os.environ.get("AHEAD", "1"))
-ROWS = int(os.environ.get("ROWS", "8"))
+ROWS = 8
 """Rows that are multiplied with a single example at once."""
 LANES = v.VECTOR // 4
 SIZES = {types.float32: 4, types.uint16: 2, types.int8: 1}
@@ -203,9 +201,9 @@ def rows_dots(
             step.open()
             here, over = builder.mul(step.index, _I64(bytes_)), builder.mul(step.index, _I64(4))
             sums = list(chains)
-            for e in range(k):
-                if AHEAD:
-                    v._prefetch(builder, builder.add(ahead[e], here))
+            if bytes_ < 4:  # longer rows are foreseen by the processor
+                for each_ahead in ahead:
+                    v._prefetch(builder, builder.add(each_ahead, here))
             for turn in range(turns):
                 other = v._load(builder, builder.add(x, over), 4 * turn * LANES, _FLOATS)
                 for e in range(k):
@@ -251,9 +249,9 @@ def rows_axpy(
             step = v._Loop(builder, whole, turns * LANES)
             step.open()
             here, over = builder.mul(step.index, _I64(bytes_)), builder.mul(step.index, _I64(4))
-            for e in range(k):
-                if AHEAD:
-                    v._prefetch(builder, builder.add(ahead[e], here))
+            if bytes_ < 4:  # longer rows are foreseen by the processor
+                for each_ahead in ahead:
+                    v._prefetch(builder, builder.add(each_ahead, here))
             for turn in range(turns):
                 target = builder.add(y, over)
                 total = v._load(builder, target, 4 * turn * LANES, _FLOATS)
