@@ -1,57 +1,23 @@
 """One to sixteen examples and weights of few bytes, as functions of tensors; inference alone, no gradients.
 
-A weight is float32 or bfloat16 (N, D), or :class:`Int8Rows`. Activations are float32 or bfloat16; products are summed in
+A weight is float32 or bfloat16 (N, D), or ``Int8Rows``. Activations are float32 or bfloat16; products are summed in
 float32, and results have the activations' type.
 """
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from gatelet.kernels import _team as team
-from gatelet.kernels._products import ACTIVATIONS
-from gatelet.kernels._sparse import DENSE
-from gatelet.kernels.backends.numba.narrow_kernels import EXAMPLES, NEAR, narrow
+from gatelet.kernels.backends.dense import ACTIVATIONS
+from gatelet.kernels.backends.numba import team
+from gatelet.kernels.backends.numba.narrow_kernels import NEAR, narrow
+from gatelet.kernels.backends.numba.products import DENSE
+from gatelet.kernels.backends.rows import Int8Rows, Rows
 
 PARTS = 8
 """Parts of the units, each with sums of its own, whatever the number of threads: so that this changes no bit."""
 
 
-class Int8Rows(NamedTuple):
-    """A weight (N, D) as int8 with a scale per row: W[n] ≈ scales[n] · values[n], off by at most scales[n] / 2 each.
-
-    Attributes:
-        values: (N, D) int8, −127 … 127.
-        scales: (N,) float32.
-    """
-
-    values: Tensor
-    scales: Tensor
-
-
-def int8_rows(weight: Tensor) -> Int8Rows:
-    """Return a weight (N, D) rounded to int8: each row is scaled so that its largest number becomes 127.
-
-    Raises:
-        ValueError: if a number is not finite.
-
-    >>> int8_rows(torch.tensor([[1.0, -0.5], [0.0, 0.0]])).values
-    tensor([[127, -64],
-            [  0,   0]], dtype=torch.int8)
-    """
-    weight = weight.detach().float()
-    if not weight.isfinite().all():
-        raise ValueError("weight must be finite to be rounded to int8")
-    scales = weight.abs().amax(1) / 127 if weight.shape[1] else weight.new_zeros(len(weight))
-    steps = weight / torch.where(scales == 0, 1, scales)[:, None]
-    return Int8Rows(steps.round_().clamp_(-127, 127).to(torch.int8), scales)
-
-
-Weight = Tensor | Int8Rows
-
-
-def linear(x: Tensor, weight: Weight, bias: Tensor | None, gate: Tensor, activation: str = "identity") -> Tensor:
+def linear(x: Tensor, weight: Rows, bias: Tensor | None, gate: Tensor, activation: str = "identity") -> Tensor:
     """Return act(x Wᵀ + b) ∘ gate, zero where the gate is; closed rows are not read.
 
     Args:
@@ -59,7 +25,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, gate: Tensor, activat
         weight: (N, D).
         bias: (N,).
         gate: (B, N), or (B, G) for groups of N / G units.
-        activation: of :data:`ACTIVATIONS`.
+        activation: ``"identity"``, ``"relu"``, ``"gelu"`` or ``"silu"``.
 
     Returns:
         (B, N).
@@ -92,7 +58,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, gate: Tensor, activat
     return out.to(x.dtype)
 
 
-def input_linear(hidden: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+def input_linear(hidden: Tensor, weight: Rows, bias: Tensor | None) -> Tensor:
     """Return Σ_n hidden[b, n] · W[n] + bias, reading the rows of open units alone.
 
     Args:
@@ -108,13 +74,13 @@ def input_linear(hidden: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
 
 def ffn(
     x: Tensor,
-    w1: Weight,
+    w1: Rows,
     b1: Tensor | None,
     gate: Tensor,
     activation: str,
-    w2: Weight,
+    w2: Rows,
     b2: Tensor | None,
-    w3: Weight | None = None,
+    w3: Rows | None = None,
     b3: Tensor | None = None,
 ) -> Tensor:
     """Return (act(x W1ᵀ + b1) ∘ (x W3ᵀ + b3) ∘ gate) W2 + b2 in one pass over the open units; SwiGLU where act is silu.
@@ -124,7 +90,7 @@ def ffn(
         w1: (N, D).
         b1: (N,).
         gate: (B, N), or (B, G) for groups of N / G units.
-        activation: of :data:`ACTIVATIONS`.
+        activation: ``"identity"``, ``"relu"``, ``"gelu"`` or ``"silu"``.
         w2: (N, O), by unit.
         b2: (O,).
         w3: (N, D); without it its factor is left out.
@@ -138,13 +104,13 @@ def ffn(
 
 def _ffn(
     x: Tensor,
-    w1: Weight | None,
+    w1: Rows | None,
     b1: Tensor | None,
     gate: Tensor,
     activation: str,
-    w2: Weight,
+    w2: Rows,
     b2: Tensor | None,
-    w3: Weight | None,
+    w3: Rows | None,
     b3: Tensor | None,
 ) -> Tensor:
     rows, scales = _stored(w2)
@@ -152,11 +118,8 @@ def _ffn(
     sums = torch.empty((PARTS, batch, outputs))
     if not (sums.numel() and units):
         return sums.new_zeros((batch, outputs)).add_(0 if b2 is None else b2.float()).to(x.dtype)
-    first, first_scales = _stored(w1)
-    third, third_scales = _stored(w3)
-    for other in (first, third):
-        if other is not None and other.dtype != rows.dtype:
-            raise ValueError(f"the weights must be stored alike, not as {other.dtype} and {rows.dtype}")
+    first, first_scales = (None, None) if w1 is None else _stored(w1)
+    third, third_scales = (None, None) if w3 is None else _stored(w3)
     kept = [None if each is None else _floats(each) for each in (x, b1, b3, gate)]
     own, shift, third_shift, mask = kept
     assert mask is not None
@@ -189,16 +152,11 @@ def _ffn(
     return (total if b2 is None else total.add_(b2)).to(x.dtype)
 
 
-def fits(examples: int) -> bool:
-    """Whether so many examples are few enough."""
-    return examples <= EXAMPLES
-
-
-def _stored(weight: Weight | None) -> tuple[Tensor | None, Tensor | None]:
+def _stored(weight: Rows) -> tuple[Tensor, Tensor | None]:
     """Return a weight's rows and their scales."""
     if isinstance(weight, Int8Rows):
-        return weight.values, weight.scales
-    return weight, None
+        return weight.values.contiguous(), weight.scales.contiguous()
+    return weight.contiguous(), None
 
 
 def _floats(tensor: Tensor) -> Tensor:
@@ -207,7 +165,8 @@ def _floats(tensor: Tensor) -> Tensor:
 
 def _scratch(units: int) -> tuple[Tensor, int]:
     """Return memory for every part, and the bytes of each."""
-    stride = 4 * NEAR + 16 * 64 * -(-(-(-units // 64)) // PARTS) + 128
+    words = -(-units // 64)
+    stride = 4 * NEAR + 16 * 64 * -(-words // PARTS) + 128
     return torch.empty(PARTS * stride, dtype=torch.uint8), stride
 
 

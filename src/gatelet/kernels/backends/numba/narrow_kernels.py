@@ -1,8 +1,9 @@
 """One to sixteen examples and weights of few bytes, compiled by Numba. Import this module only to run them.
 
-The time is that of reading the rows of the units that are open for any example, so rows are stored in few bytes
-(float32, bfloat16, or int8 with a scale per row), read once, and asked for a row ahead. Numbers are multiplied and added
-as float32.
+The time is that of reading the rows of the units that are open for any example. So rows are stored in few bytes
+(float32, bfloat16, or int8 with a scale per row) and read once: for a single example eight rows at a time, as many as
+the processor has streams for, and one by one for several. Rows of few bytes are asked for before, for the processor
+does not foresee them in time. Numbers are multiplied and added as float32.
 
 Units are shared out in a fixed number of parts, each with sums of its own: results do not depend on who comes first.
 """
@@ -11,14 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from gatelet.kernels import _vector as v
-from gatelet.kernels._products import activate, compiled, open_word
 from gatelet.kernels.backends.numba import gather as g
 from gatelet.kernels.backends.numba import narrow_vector as n
+from gatelet.kernels.backends.numba import vector as v
+from gatelet.kernels.backends.numba.kernels import activate, compiled, open_word
 
 MOST, ROWS = n.MOST, n.ROWS
-EXAMPLES = 16
-"""The most examples: the bits of a unit's mask."""
 NEAR = 64
 """Numbers of a part's scratch memory before its list of units."""
 arguments, row_dots, row_axpy = g.arguments, n.row_dots, n.row_axpy
@@ -76,7 +75,9 @@ def _make(kind: Any) -> dict[str, Any]:
 
     def linear(p: Any) -> None:
         """out = act(x Wᵀ + bias) ∘ gate, zero where closed; a task is a part of the units."""
-        counter, x, weight, scales, bias, gate, out, examples, units, width, group, code, scratch, stride, parts = arguments(p, 15)
+        counter, x, weight, scales, bias, gate, out, examples, units, width, group, code, scratch, stride, parts = (
+            arguments(p, 15)
+        )
         words, gates = (units + 63) // 64, units // group
         while True:
             part = take(counter)
@@ -99,7 +100,7 @@ def _make(kind: Any) -> dict[str, Any]:
                     z = activate(shifted(read(near + 4 * e, one), scales, bias, unit, one), code, one)
                     write(out + unit * 4, z * read(gate + unit // group * 4, one))
                 i += k
-            for i in range(i, count):
+            for i in range(count if examples == 1 else 0, count):
                 unit, mask = read_word(rows + 16 * i), read_word(rows + 16 * i + 8)
                 later = weight + read_word(rows + 16 * min(i + 1, count - 1)) * width * size
                 while mask != 0:
@@ -117,7 +118,29 @@ def _make(kind: Any) -> dict[str, Any]:
 
         Without W3 its factor is left out; without W1 hidden is the gate.
         """
-        counter, x, w1, s1, b1, w3, s3, b3, gate, w2, s2, out, examples, units, width, outputs, group, code, scratch, stride, parts = arguments(p, 21)
+        (
+            counter,
+            x,
+            w1,
+            s1,
+            b1,
+            w3,
+            s3,
+            b3,
+            gate,
+            w2,
+            s2,
+            out,
+            examples,
+            units,
+            width,
+            outputs,
+            group,
+            code,
+            scratch,
+            stride,
+            parts,
+        ) = arguments(p, 21)
         words, gates = (units + 63) // 64, units // group
         while True:
             part = take(counter)
@@ -146,7 +169,7 @@ def _make(kind: Any) -> dict[str, Any]:
                     write(near + 4 * e, h * read(s2 + 4 * unit, one) if s2 != 0 else h)
                 rows_axpy(k, some, later, w2, target, outputs, near, kind)
                 i += k
-            for i in range(i, count):
+            for i in range(count if examples == 1 else 0, count):
                 unit, mask = read_word(rows + 16 * i), read_word(rows + 16 * i + 8)
                 soon = read_word(rows + 16 * min(i + 1, count - 1))
                 at, later = unit * width * size, soon * width * size

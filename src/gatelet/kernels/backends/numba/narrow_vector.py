@@ -8,7 +8,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from gatelet.kernels import _vector as v
+from gatelet.kernels.backends.numba import vector as v
 
 MOST = 4
 """Examples that are multiplied with a row at once."""

@@ -1,0 +1,95 @@
+"""Weights kept in few bytes for inference: bfloat16, or int8 with a scale per row. Plain PyTorch."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Float32, Int8
+from torch import Tensor
+from torch.nn import functional as F
+
+from gatelet.kernels.backends.dense import activate
+from gatelet.kernels.pattern import spread
+
+
+class Int8Rows(NamedTuple):
+    """A weight (N, D) as int8 with a scale per row: W[n] ≈ scales[n] · values[n], off by at most scales[n] / 2 each.
+
+    Attributes:
+        values: (N, D) int8, −127 … 127.
+        scales: (N,) float32.
+    """
+
+    values: Int8[Tensor, "N D"]
+    scales: Float32[Tensor, " N"]
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, D)."""
+        return self.values.shape
+
+
+Rows = Tensor | Int8Rows
+"""A weight: float32 or bfloat16, or rounded by :func:`int8_rows`."""
+
+
+def int8_rows(weight: Float[Tensor, "N D"]) -> Int8Rows:
+    """Return a weight rounded to int8, each row scaled so that its largest number becomes ±127.
+
+    A product with it is off by at most scales[n] / 2 · Σ_d |x_d|, beside float32's own rounding.
+
+    Args:
+        weight: (N, D).
+
+    Raises:
+        ValueError: if a number is not finite.
+
+    >>> int8_rows(torch.tensor([[1.0, -0.5], [0.0, 0.0]])).values
+    tensor([[127, -64],
+            [  0,   0]], dtype=torch.int8)
+    """
+    weight = weight.detach().float()
+    if not weight.isfinite().all():
+        raise ValueError("weight must be finite to be rounded to int8")
+    scales = weight.abs().amax(1) / 127 if weight.shape[1] else weight.new_zeros(len(weight))
+    steps = weight / torch.where(scales == 0, 1, scales)[:, None]
+    return Int8Rows(steps.round_().clamp_(-127, 127).to(torch.int8), scales)
+
+
+def as_float(weight: Rows) -> Tensor:
+    """Return the weight as float32."""
+    if isinstance(weight, Int8Rows):
+        return weight.values.float() * weight.scales[:, None]
+    return weight.float()
+
+
+def linear(x: Tensor, weight: Rows, bias: Tensor | None, gate: Tensor, activation: str = "identity") -> Tensor:
+    """Return act(x Wᵀ + b) ∘ gate; everything is computed, then closed units are discarded."""
+    each = spread(gate, weight.shape[0]).float()
+    out = activate(F.linear(x.float(), as_float(weight), None if bias is None else bias.float()), activation)
+    return torch.where(each != 0, out * each, 0).to(x.dtype)
+
+
+def input_linear(hidden: Tensor, weight: Rows, bias: Tensor | None) -> Tensor:
+    """Return hidden W + b, W (N, O) by unit."""
+    out = hidden.float() @ as_float(weight)
+    return (out if bias is None else out + bias.float()).to(hidden.dtype)
+
+
+def ffn(
+    x: Tensor,
+    w1: Rows,
+    b1: Tensor | None,
+    gate: Tensor,
+    activation: str,
+    w2: Rows,
+    b2: Tensor | None,
+    w3: Rows | None = None,
+    b3: Tensor | None = None,
+) -> Tensor:
+    """Return (act(x W1ᵀ + b1) ∘ (x W3ᵀ + b3) ∘ gate) W2 + b2, W2 (N, O) by unit."""
+    own = x.float()
+    hidden = linear(own, w1, b1, gate, activation)
+    if w3 is not None:
+        factor = F.linear(own, as_float(w3), None if b3 is None else b3.float())
+        hidden = torch.where(hidden != 0, hidden * factor, 0)
+    return input_linear(hidden, w2, b2).to(x.dtype)
