@@ -9,11 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from gatelet.estimators import Estimator
+from gatelet.kernels import OpenPattern
 from gatelet.nn.conditional_ffn import ACTIVATIONS, Affine, by_unit
 from gatelet.nn.gating import Gating
 
-Kind = Literal["module", "transformer", "bert", "sequential"]
-METHOD = {"module": "forward", "transformer": "_ff_block", "bert": "feed_forward_chunk", "sequential": "forward"}
+Kind = Literal["module", "transformer", "bert", "sequential", "pair", "up", "down"]
+METHOD = {
+    "module": "forward",
+    "transformer": "_ff_block",
+    "bert": "feed_forward_chunk",
+    "sequential": "forward",
+    "pair": "forward",
+    "up": "forward",
+    "down": "forward",
+}
 """The method of a block's owner that computes it."""
 KNOWN = f"known: {', '.join(ACTIVATIONS)}"
 NATIVE = (torch.float32, torch.float64)
@@ -24,7 +33,8 @@ class Block:
     """Where the parts of a feed-forward block lie in the module that owns it, by attribute path.
 
     Args:
-        kind: whose computation is replaced (``METHOD``).
+        kind: whose computation is replaced (``METHOD``); of a ``"pair"``, whose owner calls W1, the activation and W2
+            among other things, that of the two maps (``"up"``, ``"down"``).
         up, down, glu: the affine maps W1, W2 and, gated, W_g.
         activation: a name of ``ACTIVATIONS``.
         inner: the dropout of the hidden layer.
@@ -67,6 +77,8 @@ class BlockGating(Gating):
 
     block: Block
     options: Options
+    passed: OpenPattern | None = None
+    """Of a pair: the units that W1 opened in the call that W2's belongs to."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A state_dict of the dense model knows nothing of gaters: they stay as they are. What is put here is seen by

@@ -11,6 +11,8 @@ from gatelet.convert.block import KNOWN, NATIVE, Block, affine_at, affine_of
 from gatelet.convert.run import Swapped
 from gatelet.nn.conditional_ffn import ACTIVATIONS, hidden_layer
 
+PAIRS = (("fc1", "fc2", "activation_fn"), ("ffn", "ffn_output", "activation"))
+"""W1, W2 and the activation of layers that call them themselves, by name: OPT's, BART's and Whisper's, and ALBERT's."""
 CONVERTED = "already converted: revert it first"
 
 
@@ -57,7 +59,7 @@ def find(name: str, module: nn.Module) -> list[tuple[str, nn.Module, Block | str
     if isinstance(module, nn.Sequential):
         return list(_sequential(name, module)) if dense_class.forward is nn.Sequential.forward else []
     if isinstance(module, Swapped):
-        return [(name, module, CONVERTED)]
+        return [] if module.kind in ("up", "down") else [(name, module, CONVERTED)]
     if isinstance(module, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer):
         own = (
             nn.TransformerEncoderLayer if isinstance(module, nn.TransformerEncoderLayer) else nn.TransformerDecoderLayer
@@ -71,6 +73,9 @@ def find(name: str, module: nn.Module) -> list[tuple[str, nn.Module, Block | str
         return [(name, module, Block("transformer", "linear1", "linear2", activation, None, "dropout", outer))]
     if hasattr(module, "feed_forward_chunk") and hasattr(module, "intermediate") and hasattr(module, "output"):
         return [(name, module, _bert(cast(Any, module)))]
+    for names in PAIRS:
+        if all(key in module._modules for key in names[:2]) and hasattr(module, names[2]):
+            return [(name, module, _pair(module, *names))]
     affine = {key: child for key, child in module.named_children() if is_affine(child)}
     if len(affine) not in (2, 3):
         return []
@@ -89,6 +94,18 @@ def _evaluated(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
+
+
+def _pair(module: nn.Module, up: str, down: str, activation: str) -> Block | str:
+    """Recognise a layer that calls W1, its activation and W2 among other things (OPT, BART, Whisper, ALBERT)."""
+    first, last = module._modules[up], module._modules[down]
+    affine = is_affine(first) and is_affine(last)
+    if not affine or _shape(cast(nn.Module, first))[0] != _shape(cast(nn.Module, last))[1]:
+        return f"its {up} and {down} are no two affine maps that fit together"
+    found = which_activation(getattr(module, activation))
+    if found is None:
+        return f"its activation {activation} is unknown ({KNOWN})"
+    return Block("pair", up, down, found)
 
 
 def _bert(module: Any) -> Block | str:

@@ -1,12 +1,12 @@
 """Gates in the place where they belong: put into a block's owner, and found again."""
 
 import sys
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import nn
 
-from gatelet.convert.block import Block, BlockGating, Options, affine_at, lay_by_unit
+from gatelet.convert.block import Block, BlockGating, Kind, Options, affine_at, at, lay_by_unit
 from gatelet.convert.run import Swapped, swapped
 
 
@@ -22,6 +22,11 @@ def put(owner: nn.Module, holder: nn.Module, block: Block, made: Options) -> str
     holder.add_module("gating", gating)
     if not isinstance(owner, Swapped):
         owner.__class__ = swapped(type(owner), block.kind)
+    if block.kind == "pair":
+        for path, kind in ((block.up, "up"), (block.down, "down")):
+            module = at(owner, path)
+            module.__class__ = swapped(type(module), cast(Kind, kind))
+            module.__dict__["gating_of_pair"] = gating  # no submodule of it: the owner's
     sizes = " → ".join(map(str, (width, units, down.weight.shape[0])))
     return f"{sizes}, {'gated ' if block.glu else ''}{block.activation}"
 

@@ -2,10 +2,14 @@
 
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from gatelet.convert.block import METHOD, BlockGating, Kind, affine_at, at, dropout_rate
-from gatelet.nn.conditional_ffn import feed_forward
+from gatelet.convert.block import METHOD, BlockGating, Kind, affine_at, affine_of, at, dropout_rate
+from gatelet.kernels import gated_input_linear, gated_linear, open_pattern
+from gatelet.nn.conditional_ffn import ACTIVATIONS, feed_forward
+from gatelet.nn.gaters import SelfGater
 
 
 def run_block(owner: nn.Module, gating: BlockGating, x: Tensor) -> Tensor:
@@ -49,6 +53,35 @@ def swapped(dense_class: type[nn.Module], kind: Kind) -> type[nn.Module]:
     return _CLASSES[dense_class, kind]
 
 
+def _up(self: nn.Module, x: Tensor) -> Tensor:
+    """Return W1 x + b1 at open units and zero at closed ones, which every activation that is known leaves at zero."""
+    gating: BlockGating = self.__dict__["gating_of_pair"]
+    own = affine_of(self)
+    if gating.mask is not None and gating.mask.shape != x.shape[:-1] and gating.mask.numel() == x.shape[:-1].numel():
+        gating.mask = gating.mask.view(x.shape[:-1])  # the owner flattens its tokens
+    if isinstance(gating.gater, SelfGater):
+        out = F.linear(x, *own)
+        gates, support = gating.gates(x, activation=ACTIVATIONS[gating.block.activation](out))
+        gating.passed = None if gating.needs_dense(x, gates) else open_pattern(gates, 1)
+        return out * gates
+    gates, support = gating.gates(x)
+    if gating.needs_dense(x, gates) or torch.compiler.is_compiling():
+        gating.passed = None
+        return F.linear(x, *own) * (gates.repeat_interleave(gating.group_size, -1) if gating.group_size > 1 else gates)
+    computed = gates if support is None else support.to(gates.dtype)
+    gating.passed = open_pattern(computed, gating.group_size)
+    return gated_linear(x, *own, gates, pattern=gating.passed, active_fraction=gating.unit.target_rate)
+
+
+def _down(self: nn.Module, hidden: Tensor) -> Tensor:
+    """Return W2 hidden + b2, reading the units that W1 opened."""
+    gating: BlockGating = self.__dict__["gating_of_pair"]
+    pattern, gating.passed = gating.passed, None
+    if pattern is None or pattern.lead != hidden.shape[:-1]:
+        return F.linear(hidden, *affine_of(self))
+    return gated_input_linear(hidden, pattern, *affine_of(self))
+
+
 def _subclass(dense_class: type[nn.Module], kind: Kind) -> type[nn.Module]:
 
     def compute(self: nn.Module, x: Tensor) -> Tensor:
@@ -70,8 +103,10 @@ def _subclass(dense_class: type[nn.Module], kind: Kind) -> type[nn.Module]:
                 x = cast(nn.Module, module)(x)
         return x
 
-    methods = {"bert": compute_bert, "sequential": compute_sequential}
-    body: dict[str, Any] = {METHOD[kind]: methods.get(kind, compute), "dense_class": dense_class, "kind": kind}
+    methods = {"bert": compute_bert, "sequential": compute_sequential, "up": _up, "down": _down}
+    body: dict[str, Any] = {"dense_class": dense_class, "kind": kind}
+    if kind != "pair":
+        body[METHOD[kind]] = methods.get(kind, compute)
     if kind == "transformer":
         # torch fuses the whole layer in eval() where it can; that path knows nothing of gates.
         body["activation_relu_or_gelu"] = property(lambda self: 0, lambda self, value: None)

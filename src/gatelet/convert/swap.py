@@ -1,5 +1,6 @@
 """Conditional feed-forward blocks put into an existing model, and taken out again."""
 
+import copy
 import fnmatch
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from gatelet.convert.find import find
 from gatelet.convert.place import blocks, put, without_nested_tensors
 from gatelet.convert.promise import Promise, promise
 from gatelet.convert.run import Swapped
-from gatelet.estimators import Estimator
+from gatelet.estimators import Estimator, resolve
 from gatelet.nn.conditional_ffn import check_saves
 from gatelet.nn.gaters import NAMES
 from gatelet.nn.gating import Gating
@@ -162,6 +163,8 @@ def _why_not(owner: nn.Module, block: Block, made: Options, uses: dict[int, int]
             f"its weights are {up.weight.dtype} on the CPU, where closed units are skipped in float32 and float64 "
             "only; model.float() first"
         )
+    if block.kind == "pair" and not resolve(copy.deepcopy(made.estimator)).binary:
+        return "its activation comes after the gates, which must be 0 or 1 then; those of this estimator are not"
     if units % made.group_size:
         return f"group_size {made.group_size} does not divide its {units} units"
     sizes = (width, down.weight.shape[0], units, made.bottleneck, made.group_size, made.target_rate)
@@ -216,8 +219,10 @@ def revert(model: nn.Module) -> nn.Module:
                 weight.data = weight.data.contiguous()
         holder = at(owner, gating.block.up) if gating.block.kind == "sequential" else owner
         del holder._modules["gating"]
-    for owner in {id(owner): owner for owner, _ in found.values()}.values():
-        owner.__class__ = cast(Swapped, owner).dense_class
+    for module in list(model.modules()):
+        if isinstance(module, Swapped):
+            cast(Any, module).__class__ = module.dense_class
+            module.__dict__.pop("gating_of_pair", None)
     note(model)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and hasattr(module, "_dense_use_nested_tensor"):

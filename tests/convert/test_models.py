@@ -1,0 +1,149 @@
+"""More models of transformers, tiny and random: open gates are the dense model, closed units closed, saved, reverted."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from torch.nn import functional as F
+
+import gatelet
+from gatelet.convert import blocks
+from gatelet.convert.block import affine_at
+
+IDS = torch.randint(5, 50, (2, 7), generator=torch.Generator().manual_seed(0))
+SIZES = {"num_attention_heads": 2, "vocab_size": 50, "pad_token_id": 1}
+ENCODER_DECODER = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 64,
+                   "decoder_ffn_dim": 64, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 50}  # fmt: skip
+
+
+def opt():
+    config = transformers.OPTConfig(hidden_size=16, ffn_dim=64, num_hidden_layers=2, word_embed_proj_dim=16, **SIZES)
+    return transformers.OPTForCausalLM(config), {"input_ids": IDS}, 2
+
+
+def bart():
+    config = transformers.BartConfig(max_position_embeddings=32, **ENCODER_DECODER)
+    return transformers.BartForConditionalGeneration(config), {"input_ids": IDS, "decoder_input_ids": IDS[:, :5]}, 3
+
+
+def whisper():
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    sizes = {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 16}
+    config = transformers.WhisperConfig(**sizes, **ENCODER_DECODER, **special)
+    inputs = {"input_features": torch.randn(2, 8, 20), "decoder_input_ids": IDS[:, :5]}
+    return transformers.WhisperForConditionalGeneration(config), inputs, 3
+
+
+def albert():
+    sizes = {"hidden_size": 16, "intermediate_size": 64, "embedding_size": 8, "num_hidden_layers": 3}
+    return transformers.AlbertForMaskedLM(transformers.AlbertConfig(**sizes, **SIZES)), {"input_ids": IDS}, 1
+
+
+MODELS = {each.__name__: each for each in (opt, bart, whisper, albert)}
+
+
+@pytest.fixture(params=MODELS)
+def case(request):
+    torch.manual_seed(0)
+    model, inputs, count = MODELS[request.param]()
+    return model.eval(), inputs, count
+
+
+def run(model, inputs):
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+@pytest.mark.parametrize("gater", ["mlp", "self"])
+def test_open_gates_give_the_dense_model(case, gater, tmp_path):
+    model, inputs, count = case
+    dense, want = copy.deepcopy(model), run(model, inputs)
+    found = gatelet.convert(model, target_rate=0.4, bottleneck=2, gater=gater)
+    assert len(found.converted) == count
+    assert not found.left
+    with gatelet.nn.fully_open(model):
+        torch.testing.assert_close(run(model, inputs), want)
+    gatelet.sparsity.calibrate_thresholds(model, [inputs], forward=lambda module, batch: module(**batch))
+    have = run(model, inputs)
+    assert not torch.allclose(have, want, atol=1e-5)
+    again = gatelet.convert(copy.deepcopy(dense), target_rate=0.4, bottleneck=2, gater=gater)
+    assert list(again.converted) == list(found.converted)
+    gatelet.save(model, tmp_path)
+    assert torch.equal(run(gatelet.load(tmp_path), inputs), have)
+    assert torch.equal(run(copy.deepcopy(model), inputs), have)
+    torch.save(model, tmp_path / "whole.pt")
+    assert torch.equal(run(torch.load(tmp_path / "whole.pt", weights_only=False), inputs), have)
+    assert torch.equal(run(gatelet.revert(model), inputs), want)
+    assert type(model) is type(dense)
+    assert {type(module) for module in model.modules()} == {type(module) for module in dense.modules()}
+
+
+@pytest.mark.parametrize("gater", ["mlp", "self"])
+@pytest.mark.parametrize("training", [False, True])
+def test_what_is_closed_is_closed(case, gater, training):
+    """The owner's output is that of its own code with the hidden layer's closed units at zero."""
+    model, inputs, _ = case
+    gatelet.convert(model, target_rate=0.3, bottleneck=2, gater=gater, estimator="straight_through_open")
+    gatelet.sparsity.calibrate_thresholds(model, [inputs], forward=lambda module, batch: module(**batch))
+    owner, gating = next(iter(blocks(model).values()))
+    seen = {}
+    first, second = owner.get_submodule(gating.block.up), owner.get_submodule(gating.block.down)
+    hooks = [
+        first.register_forward_hook(lambda module, args, out: seen.update(x=args[0], pre=out)),
+        second.register_forward_hook(lambda module, args, out: seen.update(hidden=args[0], out=out)),
+        gating.unit.register_forward_hook(lambda module, args, out: seen.update(gates=out)),
+    ]
+    model.eval()
+    gating.train(training)
+    run(model, inputs)
+    for hook in hooks:
+        hook.remove()
+    gates = (seen["gates"] != 0).float()
+    assert 0 < gates.mean() < 1
+    torch.testing.assert_close(seen["pre"], F.linear(seen["x"], *affine_at(owner, gating.block.up)) * gates)
+    assert bool((seen["hidden"][gates == 0] == 0).all())
+    torch.testing.assert_close(seen["out"], F.linear(seen["hidden"], *affine_at(owner, gating.block.down)))
+
+
+def test_gaters_and_weights_learn(case):
+    model, inputs, _ = case
+    gatelet.convert(model, target_rate=0.3, bottleneck=2)
+    run_with_gradient = model.train()(**inputs).logits.square().mean() + gatelet.sparsity.penalty(model)
+    run_with_gradient.backward()
+    for owner, gating in blocks(model).values():
+        for parameter in (*gating.gater.parameters(), owner.get_submodule(gating.block.up).weight):
+            assert parameter.grad is not None
+            assert bool(parameter.grad.abs().sum() > 0)
+
+
+def test_distil_fits_a_pair():
+    torch.manual_seed(0)
+    teacher, _, _ = opt()
+    model = copy.deepcopy(teacher)
+    gatelet.convert(model, target_rate=0.3, bottleneck=8)
+    loader = list(torch.randint(5, 50, (6, 4, 20), generator=torch.Generator().manual_seed(1)))
+    found = gatelet.distil(model, teacher, loader, held_out=2, steps=20, every=10)
+    assert sum(found.errors.values()) < sum(found.first_errors.values())
+    assert list(found.open_share.values()) == pytest.approx([0.3, 0.3], abs=0.02)
+
+
+def test_gates_that_are_numbers_are_refused_before_an_activation():
+    model, _, _ = opt()
+    with pytest.raises(ValueError, match="its activation comes after the gates, which must be 0 or 1 then"):
+        gatelet.convert(model, target_rate=0.3, bottleneck=2, estimator="noisy_rectifier")
+
+
+def test_padding_reaches_layers_that_flatten_their_tokens():
+    torch.manual_seed(0)
+    model, inputs, _ = opt()
+    model.eval()
+    gatelet.convert(model, target_rate=0.3, bottleneck=2)
+    gatelet.sparsity.calibrate_thresholds(model, [inputs], forward=lambda module, batch: module(**batch))
+    mask = torch.ones_like(IDS)
+    mask[0, 4:] = 0
+    _, gating = next(iter(blocks(model).values()))
+    gating.reset_statistics()
+    with gatelet.nn.masking(model, mask):
+        run(model, inputs)
+    assert int(gating.tokens) == int(mask.sum())
