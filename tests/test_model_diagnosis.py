@@ -33,9 +33,9 @@ def two_layers(first="straight_through", second="straight_through"):
 
 
 def conditional():
-    layers = [gatelet.nn.ConditionalLinear(5, 8, 4, target_rate=0.3), nn.BatchNorm1d(8)]
+    layers = [gatelet.nn.ConditionalLinear(5, 8, 1, target_rate=0.3), nn.BatchNorm1d(8)]
     sparsity = [gatelet.sparsity.AdaptiveL1(0.3), gatelet.sparsity.FiringRateBias(0.3)]
-    layers.append(gatelet.nn.ConditionalLinear(8, 6, 4, estimator="score_function", target_rate=0.3, sparsity=sparsity))
+    layers.append(gatelet.nn.ConditionalLinear(8, 6, 1, estimator="score_function", target_rate=0.3, sparsity=sparsity))
     return nn.Sequential(*layers, nn.Linear(6, 3))
 
 

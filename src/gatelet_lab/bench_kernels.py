@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from gatelet.kernels import Choice, choose, explain, gated_ffn, gated_linear
 from gatelet.kernels.backends import Layer
-from gatelet.nn import ConditionalLinear, conditional_linear
+from gatelet.nn import ConditionalLinear, Gater, conditional_linear
 from gatelet_lab import data
 from gatelet_lab.bench_busy import show_busy
 from gatelet_lab.recipes import recipe
@@ -457,7 +457,7 @@ def open_at(layer: ConditionalLinear, x: Tensor, rate: float) -> None:
             low = middle
         else:
             high = middle
-    layer.gater.gates.bias.add_(low)
+    cast(Gater, layer.gater).gates.bias.add_(low)
 
 
 def steps(trainer: Trainer) -> dict[str, Callable[[], Any]]:

@@ -157,8 +157,8 @@ def run(options: Claims, console: Console) -> None:
     if not 0 < options.width <= 1:
         raise ValueError(f"--width: must lie in (0, 1], not {options.width:g}")
     sbn = variant(options, "sbn")
-    if (sbn.members, sbn.layers, sbn.mixture) != (1, 1, False):
-        raise ValueError("--set: members, layers and mixture must stay as they are; the variance is of one gated layer")
+    if (sbn.members, sbn.layers, sbn.kind) != (1, 1, "gates"):
+        raise ValueError("--set: members, layers and kind must stay as they are; the variance is of one gated layer")
     planned = [Job(variant(options, name), seed) for name in VARIANTS for seed in range(options.seeds)]
     results = jobs.train(options, planned, console)
     for result in results:

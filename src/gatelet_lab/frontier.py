@@ -114,7 +114,7 @@ def point(method: str, share: float, epochs: int) -> Recipe:
         title=name,
         paper=None,
         estimator="sigmoid" if dense or mixture else method,
-        mixture=mixture,
+        kind="mixture" if mixture else "gates",
         experts=1000,
         bottleneck=100,
         group_size=1000 // _GROUPS if mixture else 1,

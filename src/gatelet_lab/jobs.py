@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from queue import Empty
@@ -20,7 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from gatelet._checks import check_count
 from gatelet_lab import data, plots
-from gatelet_lab.recipes import DEFAULTS, Recipe
+from gatelet_lab.model import build
+from gatelet_lab.recipes import DEFAULTS, Recipe, teacher
 from gatelet_lab.train import CheckpointError, Epoch, Trainer, write_atomically, write_json
 
 
@@ -89,6 +90,8 @@ def train(
     )
     finished = {job.name: result for job in jobs if (result := read_result(options.out, job)) is not None}
     open_jobs = sorted((job for job in jobs if job.name not in finished), key=lambda job: -job.cost)
+    teachers = {each.name: each for job in open_jobs if (each := teacher_of(job.recipe)) is not None}
+    before = [job for job in teachers.values() if read_result(options.out, job) is None]
     if finished:
         console.print(f"{len(finished)} of them were finished before")
 
@@ -96,6 +99,9 @@ def train(
         finished[job.name] = result
         finish([finished[each.name] for each in jobs if each.name in finished])
 
+    if before:
+        console.print(f"first {', '.join(job.name for job in before)}, which others learn from")
+        train_all(options, before, console, lambda job, result: None)
     if open_jobs:
         train_all(options, open_jobs, console, take)
     return [finished[job.name] for job in jobs]
@@ -196,7 +202,7 @@ def _work(job: Job, options: Run) -> dict[str, Any]:
     from torch.utils.tensorboard.writer import SummaryWriter
 
     split = options.load()
-    trainer = Trainer(job.recipe, job.seed, split, options.device)
+    trainer = Trainer(job.recipe, job.seed, split, options.device, read_teacher(options, job.recipe, split))
     checkpoint = options.out / "checkpoints" / f"{job.name}.pt"
     if checkpoint.is_file():
         trainer.load(checkpoint)
@@ -211,15 +217,30 @@ def _work(job: Job, options: Run) -> dict[str, Any]:
             _events.put((job.name, row))
     _events.put((job.name, None))
     result = trainer.result()
-    if job.recipe.target_rate is not None and not job.recipe.mixture:
+    if job.recipe.target_rate is not None and job.recipe.kind == "gates":
         by_class, result["probabilities"] = trainer.gates()
         plots.save_gates(by_class, options.out / "rows" / f"{job.name}.gates.npy")
-    if options.keeps_weights:
+    if options.keeps_weights or job.recipe.row == teacher.__name__:
         write_atomically(weights_file(options.out, job), lambda file: torch.save(trainer.best, file))
     result["history"] = [asdict(row) for row in trainer.history]
     write_json(options.out / "rows" / f"{job.name}.json", result)
     checkpoint.unlink(missing_ok=True)  # 30 MB that nothing needs any more
     return result
+
+
+def teacher_of(recipe: Recipe) -> Job | None:
+    """Return the run whose network a recipe learns from. It saw the same images, or validation would mean little."""
+    return Job(replace(teacher(), more_training=recipe.more_training), 0) if recipe.teacher_share else None
+
+
+def read_teacher(options: Run, recipe: Recipe, split: data.Split) -> torch.nn.Module | None:
+    """Return the trained network that a recipe learns from."""
+    job = teacher_of(recipe)
+    if job is None:
+        return None
+    network = build(job.recipe, split.train_images.shape[1], split.classes).to(options.device)
+    network.load_state_dict(torch.load(weights_file(options.out, job), map_location=options.device, weights_only=True))
+    return network.eval()
 
 
 def weights_file(out: Path, job: Job) -> Path:

@@ -18,7 +18,7 @@ class PaperNet(nn.Module):
     def __init__(self, recipe: Recipe, features: int, classes: int) -> None:
         super().__init__()
         self.recipe = recipe
-        make: Callable[[Recipe, int], Layer] = mixture_layer if recipe.mixture else conditional_layer
+        make: Callable[[Recipe, int], Layer] = _MAKE[recipe.kind]
         self.layer = make(recipe, features)
         self.above = nn.ModuleList(make(recipe, recipe.experts) for _ in range(recipe.layers - 1))
         self.output = nn.Linear(recipe.experts, classes)
@@ -104,20 +104,40 @@ def conditional_layer(recipe: Recipe, features: int) -> gatelet.nn.ConditionalLi
     layer = gatelet.nn.ConditionalLinear(
         features,
         recipe.experts,
-        recipe.bottleneck,
         estimator=gatelet.estimators.ALL[recipe.estimator](**recipe.options),
         target_rate=recipe.target_rate,
         group_size=recipe.group_size,
         sparsity=controllers(recipe),
+        gater=(gater := make_gater(recipe, features)),
     )
     if recipe.gater_norm:
-        layer.gater.hidden = NormedLinear(layer.gater.hidden)
+        gater.hidden = NormedLinear(gater.hidden)
+    if recipe.bfloat16:
+        layer.gater.register_forward_hook(_in_float32)
     return layer
+
+
+def _in_float32(_: nn.Module, __: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+    """Return the logits as noise needs them: a probability has too few digits in bfloat16."""
+    return logits.float()
+
+
+def make_gater(recipe: Recipe, features: int) -> gatelet.nn.Gater | gatelet.nn.TwoStageGater:
+    """Return the gater of a conditional layer."""
+    sizes = features, recipe.experts // recipe.group_size, recipe.bottleneck
+    if recipe.gater == "mlp":
+        return gatelet.nn.Gater(*sizes)
+    return gatelet.nn.TwoStageGater(
+        *sizes,
+        groups=recipe.gater_groups,
+        group_rate=recipe.gater_group_rate,
+        weight=0.1 if recipe.kl_weight is None else recipe.kl_weight,
+    )
 
 
 def start_gates(layer: gatelet.nn.ConditionalLinear, recipe: Recipe) -> None:
     """Draw the gates' weights and set their biases as the recipe says."""
-    gates = layer.gater.gates
+    gates = cast(gatelet.nn.Gater | gatelet.nn.TwoStageGater, layer.gater).gates
     with torch.no_grad():
         if recipe.sparse_gates is None:
             bound = recipe.gate_scale * math.sqrt(6 / (gates.in_features + gates.out_features))
@@ -192,7 +212,29 @@ class Mixture(nn.Module):
         return F.relu(units)  # route is positive: relu(u)·r = relu(u·r)
 
 
-Layer = gatelet.nn.ConditionalLinear | Mixture
+class Dense(nn.Module):
+    """All units computed: relu(W x + b), batch normalised before ReLU on request."""
+
+    def __init__(self, features: int, units: int, norm: bool) -> None:
+        super().__init__()
+        self.units = nn.Linear(features, units)
+        nn.init.kaiming_uniform_(self.units.weight, nonlinearity="relu")
+        nn.init.zeros_(self.units.bias)
+        if norm:
+            self.units = NormedLinear(self.units)
+        self.active_fraction = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the units (B, N)."""
+        return F.relu(self.units(x))
+
+
+Layer = gatelet.nn.ConditionalLinear | Mixture | Dense
+
+
+def dense_layer(recipe: Recipe, features: int) -> Dense:
+    """Return a layer of the recipe's width."""
+    return Dense(features, recipe.experts, recipe.norm)
 
 
 def mixture_layer(recipe: Recipe, features: int) -> Mixture:
@@ -202,9 +244,18 @@ def mixture_layer(recipe: Recipe, features: int) -> Mixture:
     return Mixture(features, recipe.experts, groups, chosen)
 
 
+_MAKE: Mapping[str, Callable[[Recipe, int], Layer]] = {
+    "gates": conditional_layer,
+    "mixture": mixture_layer,
+    "dense": dense_layer,
+}
+
+
 def penalty(model: PaperNet | Ensemble) -> Tensor:
     """Return what gates or routers add to the loss."""
-    if not model.recipe.mixture:
+    if model.recipe.kind == "dense":
+        return model.output.weight.new_zeros(()) if isinstance(model, PaperNet) else torch.zeros(())
+    if model.recipe.kind == "gates":
         return gatelet.sparsity.penalty(model)
     terms = [layer.balance for layer in model.layers if isinstance(layer, Mixture) and layer.balance is not None]
     return torch.stack(terms).sum()
@@ -216,11 +267,13 @@ def multiply_adds(recipe: Recipe, features: int, classes: int, open_share: float
     A layer above the first reads open units only; so do its experts and its gater. All members' are counted.
     """
     groups = recipe.experts // recipe.group_size
+    open_share = 1.0 if recipe.kind == "dense" else open_share
     gater = experts = 0.0
     dense = 0
     inputs: float = features
     for layer in range(recipe.layers):
-        gater += inputs * groups if recipe.mixture else (inputs + groups) * recipe.bottleneck
+        if recipe.kind != "dense":
+            gater += inputs * groups if recipe.kind == "mixture" else (inputs + groups) * recipe.bottleneck
         experts += inputs * recipe.experts * open_share
         dense += (features if layer == 0 else recipe.experts) * recipe.experts
         inputs = recipe.experts * open_share

@@ -8,12 +8,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from gatelet._checks import check_choice, check_count, check_positive, check_rate
 from gatelet.estimators import ALL
 
-Preset = Literal["quick", "paper", "best"]
+Preset = Literal["quick", "paper", "best", "teacher"]
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,20 @@ class Recipe:
     experts: int = 2000
     """Units of each conditional layer."""
     bottleneck: int = 400
+    gater: Literal["mlp", "two_stage"] = "mlp"
+    gater_groups: int | None = None
+    """Of a gater in two stages; None: about the square root of the gates' number."""
+    gater_group_rate: float | None = None
+    """The share of its groups that it holds open, with the penalty's weight ``kl_weight``; None: its own default."""
     members: int = 1
     """Networks of this size, trained side by side; their mean class probabilities are what is tested."""
     group_size: int = 1
     """Consecutive units that share a gate."""
-    mixture: bool = False
-    """Instead of gates: a top-k mixture of experts, each a group of units, with ``target_rate`` of them open."""
+    kind: Literal["gates", "mixture", "dense"] = "gates"
+    """mixture, instead of gates: a top-k mixture of experts, each a group of units, with ``target_rate`` of them open.
+    dense: a layer of ReLU units that are all computed, without a gater."""
+    norm: bool = False
+    """Batch normalisation before a dense layer's ReLU."""
     target_rate: float | None = 0.1
 
     # How the share of open gates is held (A.1, A.2); None: not by this.
@@ -68,6 +76,11 @@ class Recipe:
     input_dropout: float = 0.0
     hidden_dropout: float = 0.0
     label_smoothing: float = 0.0
+    teacher_share: float = 0.0
+    """Share of the class probabilities that :func:`teacher` gives an image among what is to be learned of it; the rest
+    is its label."""
+    bfloat16: bool = False
+    """Products in bfloat16 in training; weights, noise, validation and tests stay in float32."""
     average: float = 0.0
     """Decay per step of a moving average of the weights, which is what is validated and tested; 0: none."""
     gater_norm: bool = False
@@ -111,6 +124,7 @@ class Recipe:
             "epochs",
             "patience",
             "sparse_gates",
+            "gater_groups",
         ):
             if getattr(self, name) is not None:
                 check_count(getattr(self, name), name)
@@ -129,6 +143,12 @@ class Recipe:
             raise ValueError(f"group_size must divide experts: {self.group_size} does not divide {self.experts}")
         if self.target_rate is not None:
             check_rate(self.target_rate)
+        if self.gater_group_rate is not None:
+            check_rate(self.gater_group_rate, "gater_group_rate")
+        for name in ("kind", "gater", "optimizer", "schedule"):
+            check_choice(getattr(self, name), get_args(_TYPES[name]), name)
+        if not 0 <= self.teacher_share <= 1:
+            raise ValueError(f"teacher_share must lie in [0, 1], not {self.teacher_share!r}")
         if not 0 < self.adversarial_share <= 1:
             raise ValueError(f"adversarial_share must lie in (0, 1], not {self.adversarial_share!r}")
         if self.beta_noise is not None and not 1 < self.beta_noise < math.inf:
@@ -144,6 +164,8 @@ class Recipe:
         if self.gate_bias is not None and not math.isfinite(self.gate_bias):
             raise ValueError(f"gate_bias must be a finite number, not {self.gate_bias!r}")
 
+
+_TYPES = get_type_hints(Recipe)
 
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {each.name: each.default for each in fields(Recipe) if each.default is not MISSING}
@@ -328,6 +350,35 @@ def best() -> Recipe:
     )
 
 
+def teacher() -> Recipe:
+    """What ``best`` learns from: dense, batch-normalised, and with the same adversarial steps."""
+    return Recipe(
+        row="teacher",
+        title="Its teacher",
+        paper=None,
+        estimator="rectifier",
+        kind="dense",
+        layers=3,
+        experts=800,
+        target_rate=None,
+        norm=True,
+        adversarial=2.0,
+        adversarial_share=0.5,
+        hidden_dropout=0.2,
+        average=0.998,
+        bfloat16=True,
+        optimizer="adamw",
+        schedule="cosine",
+        batch=256,
+        rate=0.003,
+        max_norm=None,
+        gater_max_norm=None,
+        output_max_norm=None,
+        epochs=40,
+        more_training=9000,
+    )
+
+
 ROWS: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
     {
         recipe.__name__: recipe
@@ -346,7 +397,7 @@ ROWS: Mapping[str, Callable[[], Recipe]] = MappingProxyType(
 
 def rows(preset: Preset) -> Mapping[str, Callable[[], Recipe]]:
     """Return the rows of a preset."""
-    return {"best": best} if preset == "best" else ROWS
+    return {"best": {"best": best}, "teacher": {"teacher": teacher}}.get(preset, ROWS)
 
 
 def recipe(row: str, preset: Preset) -> Recipe:

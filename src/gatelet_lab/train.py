@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import gatelet
 from gatelet_lab.data import Split
-from gatelet_lab.model import build, multiply_adds, penalty
+from gatelet_lab.model import Dense, build, multiply_adds, penalty
 from gatelet_lab.recipes import DEFAULTS, Recipe
 
 VERSION = 1  # of the checkpoints
@@ -53,7 +53,15 @@ class Trainer:
     epoch, the noise from the saved random state. So a resumed run gives the numbers of an uninterrupted one.
     """
 
-    def __init__(self, recipe: Recipe, seed: int, split: Split, device: str = "cpu") -> None:
+    def __init__(
+        self, recipe: Recipe, seed: int, split: Split, device: str = "cpu", teacher: nn.Module | None = None
+    ) -> None:
+        if bool(recipe.teacher_share) != (teacher is not None):
+            raise ValueError(
+                f"teacher: teacher_share is {recipe.teacher_share}, and a teacher was "
+                f"{'not given' if teacher is None else 'given'}"
+            )
+        self.teacher = teacher
         split = split.with_more_training(recipe.more_training) if recipe.more_training else split
         self.recipe, self.seed, self.split = recipe, seed, split
         self.device = torch.device(device)
@@ -61,7 +69,8 @@ class Trainer:
         self.model = build(recipe, split.train_images.shape[1], split.classes).to(self.device)
         # What is validated and tested: the weights themselves, or their moving average.
         self.averaged = copy.deepcopy(self.model) if recipe.average else self.model
-        gater = [parameter for layer in self.model.layers for parameter in layer.gater.parameters()]
+        gated = [layer for layer in self.model.layers if not isinstance(layer, Dense)]
+        gater = [parameter for layer in gated for parameter in layer.gater.parameters()]
         known = {id(parameter) for parameter in gater}
         rest = [parameter for parameter in self.model.parameters() if id(parameter) not in known]
         groups = [{"params": rest, "scale": 1.0}, {"params": gater, "scale": recipe.gater_rate}]
@@ -164,7 +173,10 @@ class Trainer:
         arXiv:1412.6572.
         """
         moved = x.clone().requires_grad_()
-        with gatelet.Tape():  # what needs a tape gives no gradient here: only what passes through the gates counts
+        with (
+            self._products(),
+            gatelet.Tape(),
+        ):  # what needs a tape gives no gradient here: only what passes through the gates counts
             each = [F.cross_entropy(network(moved), y, reduction="sum") for network in self.model.networks]
         (gradient,) = torch.autograd.grad(each, moved)
         return x + self.recipe.adversarial * F.normalize(gradient, dim=1)
@@ -174,10 +186,11 @@ class Trainer:
             moved = math.ceil(self.recipe.adversarial_share * len(x))
             x = torch.cat([self._adversary(x[:moved], y[:moved]), x[moved:]])
         total, value = torch.zeros((), device=self.device), 0.0
+        target = self._target(x, y)
         for network in self.model.networks:  # each learns by its own losses: they share no weight, and no tape
-            with gatelet.Tape() as tape:
-                scores = network(x)
-                losses = F.cross_entropy(scores, y, reduction="none", label_smoothing=self.recipe.label_smoothing)
+            with self._products(), gatelet.Tape() as tape:
+                scores = network(x).float()
+                losses = F.cross_entropy(scores, target, reduction="none", label_smoothing=self.recipe.label_smoothing)
             total = total + tape.surrogate(losses).mean()
             value += losses.detach().mean().item() / self.recipe.members
         loss = total + penalty(self.model)
@@ -193,9 +206,27 @@ class Trainer:
                     weight.mul_((limit / norms).clamp(max=1))
         return value
 
+    def _products(self) -> torch.autocast:
+        """Return what makes matrix products be taken in bfloat16, or does nothing."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bfloat16)
+
+    @torch.no_grad()
+    def _target(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return what is to be learned: labels, or class probabilities that are in part the teacher's.
+
+        Reference: G. Hinton, O. Vinyals, J. Dean, "Distilling the Knowledge in a Neural Network", 2015,
+        arXiv:1503.02531.
+        """
+        if self.teacher is None:
+            return y
+        with self._products():
+            known = self.teacher(x).float().softmax(-1)
+        target: Tensor = known.lerp(F.one_hot(y, known.shape[-1]).float(), 1 - self.recipe.teacher_share)
+        return target
+
     def calibrate(self) -> None:
         """Set the test-time threshold on some training images."""
-        if self.recipe.target_rate is not None and not self.recipe.mixture:
+        if self.recipe.target_rate is not None and self.recipe.kind == "gates":
             images = self.split.train_images[:_CALIBRATION]
             batches = [self._put(batch) for batch in images.split(_EVAL_BATCH)]
             gatelet.sparsity.calibrate_thresholds(self.averaged, batches)

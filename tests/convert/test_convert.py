@@ -348,8 +348,8 @@ def as_user():
         (
             MLP,
             {"bottleneck": 64},
-            r"a gater of width 64 costs 20,480 FLOPs per token, but closing 75% of a feed-forward layer 32 → 128 → 10 "
-            r"saves only 8,064 of its 10,752; take a bottleneck far under 25",
+            r"gater: it costs 20,480 FLOPs per token, but closing 75% of the 128 units saves only 8,064 of their "
+            r"10,752; take a bottleneck far under 25",
         ),
         (MLP, {"bottleneck": 0}, "bottleneck must be an integer of at least 1"),
         (MLP, {"target_rate": 1.0}, "target_rate must lie strictly between 0 and 1"),

@@ -111,7 +111,7 @@ def test_the_estimator_learns_a_threshold_per_unit_and_holds_a_rate():
 
 @pytest.mark.parametrize("make", [lambda: JumpReLU(0.5, 0.5), lambda: TopK(3)])
 def test_a_conditional_layer_has_the_same_gates_in_eval_and_needs_no_calibration(make):
-    layer = gatelet.nn.ConditionalLinear(10, 12, bottleneck=4, estimator=make(), target_rate=0.1)
+    layer = gatelet.nn.ConditionalLinear(10, 12, bottleneck=3, estimator=make(), target_rate=0.1)
     x = torch.randn(20, 10)
     seen = [gate.detach() for gate in (layer.gating if hasattr(layer, "gating") else layer).gates(x)[:1]]
     with torch.no_grad():

@@ -111,7 +111,7 @@ def test_no_count_of_zero(name, tmp_path):
 
 @pytest.mark.parametrize("setting", ["members=2", "layers=2"])
 def test_no_other_network(setting, tmp_path):
-    with pytest.raises(ValueError, match="--set: members, layers and mixture"):
+    with pytest.raises(ValueError, match="--set: members, layers and kind"):
         claims.run(claims.Claims(**SMALL, settings=(setting,), out=tmp_path / "out"), Console())
     assert not (tmp_path / "out").exists()
 

@@ -68,7 +68,7 @@ MODERN = {
 
 @pytest.mark.parametrize(
     "changes",
-    [MODERN, MODERN | {"members": 2, "layers": 1}, MODERN | {"mixture": True, "group_size": 10, "gater_norm": False}],
+    [MODERN, MODERN | {"members": 2, "layers": 1}, MODERN | {"kind": "mixture", "group_size": 10, "gater_norm": False}],
 )
 def test_what_the_paper_has_not_is_resumed_too(changes, digits, tmp_path):
     recipe = small("straight_through", **changes)
@@ -144,7 +144,7 @@ def test_the_adversary_moves_its_share_of_a_batch(digits):
 
 
 def test_a_mixture_computes_the_share_and_balances_its_load(digits):
-    recipe = small("straight_through", mixture=True, group_size=6, target_rate=0.2, gate_bias=None)
+    recipe = small("straight_through", kind="mixture", group_size=6, target_rate=0.2, gate_bias=None)
     trainer = run(Trainer(recipe, 0, digits), 1)
     layer = trainer.model.layer.eval()
     with torch.no_grad():
@@ -200,7 +200,7 @@ def test_multiply_adds_are_counted_by_hand():
     assert count["output"] == 6 * 10
     assert count["dense"] == 64 * 60 + 60 * 60 + 60 * 10
     assert multiply_adds(replace(recipe, members=3), 64, 10, 0.1) == {key: 3 * value for key, value in count.items()}
-    mixed = multiply_adds(replace(recipe, layers=1, mixture=True, group_size=6), 64, 10, 0.1)
+    mixed = multiply_adds(replace(recipe, layers=1, kind="mixture", group_size=6), 64, 10, 0.1)
     assert mixed["gater"] == 64 * 10
 
 

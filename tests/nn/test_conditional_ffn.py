@@ -265,8 +265,8 @@ def test_repr():
         ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), not 1.0"),
         (
             {"bottleneck": 12},
-            r"a gater of width 12 costs 960 FLOPs per token, but closing 90% of a feed-forward layer 8 → 32 → 8 saves "
-            r"only 922 of its 1,024; take a bottleneck far under 11",
+            r"gater: it costs 960 FLOPs per token, but closing 90% of the 32 units saves only 922 of their 1,024; "
+            r"take a bottleneck far under 11",
         ),
     ],
 )

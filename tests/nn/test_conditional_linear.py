@@ -31,7 +31,7 @@ def as_user():
 
 
 def layer(**options) -> ConditionalLinear:
-    return ConditionalLinear(6, 8, bottleneck=4, **options)
+    return ConditionalLinear(6, 8, bottleneck=2, **options)
 
 
 # ---------------------------------------------------------------- Gater
@@ -216,7 +216,7 @@ def test_no_target_rate_means_open_above_one_half():
 
 
 def test_stacked_in_a_sequential():
-    net = nn.Sequential(layer(estimator="score_function"), ConditionalLinear(8, 5, 3), nn.Linear(5, 2))
+    net = nn.Sequential(layer(estimator="score_function"), ConditionalLinear(8, 5, 1), nn.Linear(5, 2))
     x, sgd = torch.randn(16, 6), torch.optim.SGD(net.parameters(), 0.1)
     for _ in range(3):
         with Tape() as tape:
@@ -385,7 +385,7 @@ def test_bad_noise():
 )
 def test_bad_options(options, says):
     with pytest.raises(ValueError, match=says):
-        ConditionalLinear(**{"in_features": 6, "out_features": 8, "bottleneck": 4, **options})
+        ConditionalLinear(**{"in_features": 6, "out_features": 8, "bottleneck": 2, **options})
 
 
 @pytest.mark.usefixtures("as_user")

@@ -31,7 +31,7 @@ def batches(count=3, size=20, width=6) -> list[torch.Tensor]:
 
 
 def layer(width_in=6, width=50, **options) -> ConditionalLinear:
-    return ConditionalLinear(width_in, width, bottleneck=4, **options)
+    return ConditionalLinear(width_in, width, bottleneck=1, **options)
 
 
 def share(model: nn.Module, unit: StochasticUnit, data) -> float:
@@ -52,7 +52,7 @@ def share(model: nn.Module, unit: StochasticUnit, data) -> float:
 @pytest.mark.parametrize("rate", [0.001, 0.1, 0.5, 0.95])
 @pytest.mark.parametrize("group_size", [1, 5])
 def test_target_share_is_reached(name, rate, group_size):
-    net, data = layer(estimator=name, target_rate=rate, group_size=group_size), batches()
+    net, data = layer(60, estimator=name, target_rate=rate, group_size=group_size), batches(width=60)
     found = calibrate_thresholds(net, data)
     gates = 60 * 50 // group_size
     assert list(found) == ["unit"]

@@ -10,7 +10,7 @@ from gatelet.sparsity import Controller, KLRate, penalty
 
 
 def layer(width_in=6, width=8, **options) -> ConditionalLinear:
-    return ConditionalLinear(width_in, width, bottleneck=4, **options)
+    return ConditionalLinear(width_in, width, bottleneck=2, **options)
 
 
 def test_it_is_the_controllers_penalty():

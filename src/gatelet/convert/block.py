@@ -57,17 +57,17 @@ class Options:
     """With what a block was converted: the arguments of :func:`gatelet.convert`."""
 
     target_rate: float
-    bottleneck: int
+    bottleneck: int | None
     estimator: str | Estimator
     group_size: int
-    gater: str
+    gater: str | nn.Module
     further: dict[str, Any] = field(default_factory=dict)
 
     def gating(self, width: int, units: int, flops_per_unit: int) -> "BlockGating":
         """Return new gates for a block of these sizes."""
-        estimator = copy.deepcopy(self.estimator)
+        estimator, gater = copy.deepcopy((self.estimator, self.gater))
         sizes = (width, units, self.bottleneck, flops_per_unit)
-        made = BlockGating(*sizes, estimator, self.target_rate, self.group_size, gater=self.gater, **self.further)
+        made = BlockGating(*sizes, estimator, self.target_rate, self.group_size, gater=gater, **self.further)
         made.options = self
         return made
 

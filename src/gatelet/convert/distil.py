@@ -324,10 +324,14 @@ class _Fit:
     def _begin_gaters(self) -> dict[str, float]:
         """Start each gater where no step is needed, if that is better than what it is; return the errors then."""
         first, held_out = self.found.first_errors, self.plan.held_out
-        fits = {student: student.beginning() for student in self.students}
+        beginnings = {student: student.beginning() for student in self.students}
+        fits = {student: fit for student, fit in beginnings.items() if fit is not None}
+        if not fits:
+            return dict(first)
         for batch in self.progress.phase("begin", _but_first(self.batches.loader, held_out)):
             for student, x, _ in self.batches.examples(batch):
-                student.add_to(fits[student], x)
+                if student in fits:
+                    student.add_to(fits[student], x)
             if all(fit.enough for fit in fits.values()):
                 break
         written = [(student, fit) for student, fit in fits.items() if fit.write()]

@@ -12,7 +12,7 @@ from gatelet.convert.block import BlockGating, affine_at
 from gatelet.convert.gater_regression import GaterRegression, ScaleFit
 from gatelet.convert.place import blocks
 from gatelet.nn.conditional_ffn import ACTIVATIONS, hidden_layer
-from gatelet.nn.gaters import SelfGater
+from gatelet.nn.gaters import Gater, SelfGater
 
 
 class Student:
@@ -84,10 +84,12 @@ class Student:
             cost = cost.unflatten(-1, (-1, gating.group_size)).sum(-1)
         return cost - top(cost, 0.5 if target is None else target)
 
-    def beginning(self) -> GaterRegression | ScaleFit:
-        """Return what finds a first state of this gater."""
+    def beginning(self) -> GaterRegression | ScaleFit | None:
+        """Return what finds a first state of this gater; None: it begins as it is."""
         gater = self.gating.gater
-        return ScaleFit(gater) if isinstance(gater, SelfGater) else GaterRegression(gater)
+        if isinstance(gater, SelfGater):
+            return ScaleFit(gater)
+        return GaterRegression(gater) if type(gater) is Gater else None
 
     @torch.no_grad()
     def add_to(self, fit: GaterRegression | ScaleFit, x: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from gatelet._checks import check_choice, check_count, check_rate
+from gatelet._checks import check_count, check_rate
 from gatelet.convert.block import NATIVE, Block, BlockGating, Options, affine_at, at
 from gatelet.convert.describe import note
 from gatelet.convert.find import find
@@ -16,8 +16,7 @@ from gatelet.convert.place import blocks, put, without_nested_tensors
 from gatelet.convert.promise import Promise, promise
 from gatelet.convert.run import Swapped
 from gatelet.estimators import Estimator, resolve
-from gatelet.nn.conditional_ffn import check_saves
-from gatelet.nn.gaters import NAMES
+from gatelet.nn.gaters import GaterError
 from gatelet.nn.gating import Gating
 
 Where = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -47,11 +46,11 @@ class Conversion:
 def convert(
     model: nn.Module,
     target_rate: float = 0.1,
-    bottleneck: int = 64,
+    bottleneck: int | None = None,
     where: Where | None = None,
     estimator: str | Estimator = "straight_through",
     group_size: int = 1,
-    gater: str = "mlp",
+    gater: str | nn.Module = "mlp",
     batch: int | None = None,
     **options: Any,
 ) -> Conversion:
@@ -69,13 +68,15 @@ def convert(
     Args:
         model: changed in place.
         target_rate: the share of gates to be open.
-        bottleneck: M, the width of the gaters' hidden layer.
+        bottleneck: M, the width of the gaters' hidden layer; 64 by default, and None where ``gater`` is a module.
         where: which blocks: a name or pattern (``"*.layer.3*"``), several, or a predicate of name and module. All
             that are found by default.
         estimator: a name of ``gatelet.estimators.ALL`` or an instance, of which every block gets a copy.
         group_size: consecutive units that share a gate.
-        gater: ``"mlp"``, or ``"self"``: the block's own activation decides, by a threshold, and nothing is to be
-            fitted; next comes :func:`gatelet.sparsity.calibrate_thresholds`, or ``distil``, which calibrates too
+        gater: ``"mlp"``, ``"two_stage"``, or a module that maps (..., D) to (..., N / group_size) logits, of which
+            every block gets a copy (:class:`gatelet.nn.ConditionalLinear`); or ``"self"``: the block's own activation
+            decides, by a threshold, and nothing is to be fitted; next comes
+            :func:`gatelet.sparsity.calibrate_thresholds`, or ``distil``, which calibrates too
             (:class:`gatelet.nn.ConditionalFFN`).
         batch: for how many tokens at once to say what to expect: each block is then timed with random gates beside
             dense (once per shape, some 30 ms), and where nothing is saved the list says so.
@@ -85,7 +86,7 @@ def convert(
         what was converted, what was left and why; print it.
 
     Raises:
-        ValueError: if nothing was converted, with the reasons: blocks of unknown shape, a bottleneck that saves
+        ValueError: if nothing was converted, with the reasons: blocks of unknown shape, a gater that saves
             nothing, weights in half precision on a CPU, tied weights, blocks already converted, or a ``where`` that
             names no block.
 
@@ -97,9 +98,11 @@ def convert(
     >>> _ = gatelet.revert(model)
     """
     check_rate(target_rate)
-    check_count(bottleneck, "bottleneck")
+    if bottleneck is None and isinstance(gater, str):
+        bottleneck = 64
+    if bottleneck is not None:
+        check_count(bottleneck, "bottleneck")
     check_count(group_size, "group_size")
-    check_choice(gater, NAMES, "gater")
     if batch is not None:
         check_count(batch, "batch")
     made = Options(target_rate, bottleneck, estimator, group_size, gater, options)
@@ -114,12 +117,16 @@ def convert(
         reason = block if isinstance(block, str) else _why_not(owner, block, made, uses)
         if isinstance(block, str) or reason is not None:
             report.left[name] = str(reason)
-        else:
+            continue
+        try:
             report.converted[name] = what = put(owner, holder, block, made)
-            if batch is not None:
-                gating = cast(BlockGating, holder._modules["gating"])
-                timed[what] = timed.get(what) or promise(owner, gating, batch)
-                report.promises[name] = timed[what]
+        except GaterError as error:
+            report.left[name] = str(error)
+            continue
+        if batch is not None:
+            gating = cast(BlockGating, holder._modules["gating"])
+            timed[what] = timed.get(what) or promise(owner, gating, batch)
+            report.promises[name] = timed[what]
     if not report.converted:
         if not seen:
             names = [name or "(the model)" for name, *_ in candidates]
@@ -152,8 +159,8 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module, Block
 
 def _why_not(owner: nn.Module, block: Block, made: Options, uses: dict[int, int]) -> str | None:
     """Return why this block is to be left dense, None if it can be converted."""
-    up, down = affine_at(owner, block.up), affine_at(owner, block.down)
-    units, width = up.weight.shape
+    up = affine_at(owner, block.up)
+    units = up.weight.shape[0]
     paths = [path for path in (block.up, block.down, block.glu) if path is not None]
     tied = [path for path in paths if uses[id(at(owner, path).weight)] > 1]
     if tied:
@@ -167,12 +174,6 @@ def _why_not(owner: nn.Module, block: Block, made: Options, uses: dict[int, int]
         return "its activation comes after the gates, which must be 0 or 1 then; those of this estimator are not"
     if units % made.group_size:
         return f"group_size {made.group_size} does not divide its {units} units"
-    sizes = (width, down.weight.shape[0], units, made.bottleneck, made.group_size, made.target_rate)
-    try:
-        if made.gater != "self":
-            check_saves(*sizes, block.glu is not None)
-    except ValueError as error:
-        return str(error)
     return None
 
 

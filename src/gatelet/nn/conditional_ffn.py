@@ -215,22 +215,6 @@ def hidden_layer(x: Tensor, activation: str, up: Affine, glu: Affine | None) -> 
     return act(F.linear(x, *up)) if glu is None else act(F.linear(x, *glu)) * F.linear(x, *up)
 
 
-def check_saves(
-    d_model: int, d_out: int, d_ff: int, bottleneck: int, group_size: int, target_rate: float | None, gated: bool
-) -> None:
-    """Raise if the gater costs as much as the closed units save."""
-    dense = 2 * d_ff * (d_model * (2 if gated else 1) + d_out)
-    saved = dense * (1 - (target_rate or 0))
-    gater = 2 * bottleneck * (d_model + d_ff // group_size)
-    if gater >= saved:
-        most = int(saved / (2 * (d_model + d_ff // group_size)))
-        raise ValueError(
-            f"bottleneck: a gater of width {bottleneck} costs {gater:,} FLOPs per token, but closing "
-            f"{1 - (target_rate or 0):.0%} of a feed-forward layer {d_model} → {d_ff} → {d_out} saves only "
-            f"{saved:,.0f} of its {dense:,}; take a bottleneck far under {most}"
-        )
-
-
 class ConditionalFFN(Gating):
     """Feed-forward layer of a transformer of which a gater opens a few hidden units per token.
 
@@ -246,7 +230,7 @@ class ConditionalFFN(Gating):
     Args:
         d_model: D, of input and output.
         d_ff: N, the hidden units.
-        bottleneck: M, the width of the gater's hidden layer; its cost must stay under what closed units save.
+        bottleneck: M, the width of the gater's hidden layer; None where ``gater`` is a module.
         activation: ``"relu"``, ``"gelu"`` (exact), ``"gelu_tanh"``, ``"silu"`` or ``"tanh"``.
         gated: with W_g.
         estimator: a name of ``gatelet.estimators.ALL`` or an instance.
@@ -256,8 +240,9 @@ class ConditionalFFN(Gating):
         detach_gater_input: let no gradient pass from the gates into the input.
         dropout: on the hidden layer, in training.
         bias: with b1, b2 and b_g.
-        gater: ``"mlp"``, or ``"self"``: act(W_g x + b_g) (or, without W_g, act(W1 x + b1)) is computed in full, and
-            open are the units where its absolute value exceeds a threshold, which
+        gater: ``"mlp"``, ``"two_stage"`` or a module, as for :class:`ConditionalLinear`, which must cost less than
+            closed units save; or ``"self"``: act(W_g x + b_g) (or, without W_g, act(W1 x + b1)) is computed in full,
+            and open are the units where its absolute value exceeds a threshold, which
             :func:`gatelet.sparsity.calibrate_thresholds` sets before the first call. Nothing is trained; neither
             ``bottleneck`` nor ``estimator`` counts.
 
@@ -265,9 +250,9 @@ class ConditionalFFN(Gating):
         active_fraction: the share of gates ≠ 0 in the last forward pass, over the tokens that are not padding.
 
     Raises:
-        ValueError: for sizes that are not integers of at least 1, a group size that does not divide N, a bottleneck
-            that saves nothing, a rate or a dropout outside of its range, an unknown activation or estimator; at
-            the call for an input of another width or not finite.
+        ValueError: for sizes that are not integers of at least 1, a group size that does not divide N, a gater
+            that saves nothing or gives another width, a rate or a dropout outside of its range, an unknown activation,
+            estimator or gater; at the call for an input of another width or not finite.
 
     >>> import torch
     >>> layer = ConditionalFFN(64, 256, bottleneck=8, activation="silu", gated=True, target_rate=0.25)
@@ -282,7 +267,7 @@ class ConditionalFFN(Gating):
         self,
         d_model: int,
         d_ff: int,
-        bottleneck: int,
+        bottleneck: int | None = None,
         activation: str = "gelu",
         gated: bool = False,
         estimator: str | Estimator = "straight_through",
@@ -292,13 +277,11 @@ class ConditionalFFN(Gating):
         detach_gater_input: bool = False,
         dropout: float = 0.0,
         bias: bool = True,
-        gater: str = "mlp",
+        gater: str | nn.Module = "mlp",
     ) -> None:
         flops = 2 * check_count(d_model, "d_model") * (3 if gated else 2)
         gating = (estimator, target_rate, group_size, sparsity, detach_gater_input)
         super().__init__(d_model, d_ff, bottleneck, flops, *gating, gater, units_name="d_ff")
-        if gater != "self":
-            check_saves(d_model, d_model, d_ff, bottleneck, group_size, target_rate, gated)
         self.activation = check_choice(activation, ACTIVATIONS, "activation")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1), not {dropout!r}")

@@ -30,7 +30,7 @@ class ConditionalLinear(Gating):
     Args:
         in_features: D.
         out_features: N.
-        bottleneck: M, the width of the gater's hidden layer.
+        bottleneck: M, the width of the gater's hidden layer; None where ``gater`` is a module.
         estimator: a name of ``gatelet.estimators.ALL`` or an instance.
         target_rate: the share of gates to be open; ``None``: no constraint, and in ``eval()`` a gate is open iff its
             firing probability exceeds ½. Without meaning for gates that are always open (``"sigmoid"``).
@@ -38,13 +38,17 @@ class ConditionalLinear(Gating):
         sparsity: the controllers that hold the rate; by default ``KLRate(target_rate)``, or ``AdaptiveL1(target_rate)``
             where the firing probability has no gradient.
         detach_gater_input: let no gradient pass from the gates into the input.
+        gater: a name of ``gatelet.nn.gaters.ALL``: ``"mlp"`` (the paper's, :class:`gatelet.nn.Gater`) or
+            ``"two_stage"`` (:class:`gatelet.nn.TwoStageGater`); or any module that maps (..., D) to
+            (..., N / group_size) logits.
 
     Attributes:
         active_fraction: the share of gates ≠ 0 in the last forward pass, a tensor (reading it may synchronise).
 
     Raises:
         ValueError: for sizes that are not integers of at least 1, a group size that does not divide N, a rate
-            outside (0, 1), an unknown estimator; at the call for an input of another width or not finite.
+            outside (0, 1), an unknown estimator or gater, a gater whose output has another width or which costs as
+            much as closed units save; at the call for an input of another width or not finite.
 
     >>> import torch
     >>> layer = ConditionalLinear(784, 2000, bottleneck=400, estimator="straight_through", target_rate=0.1)
@@ -59,16 +63,17 @@ class ConditionalLinear(Gating):
         self,
         in_features: int,
         out_features: int,
-        bottleneck: int,
+        bottleneck: int | None = None,
         estimator: str | Estimator = "straight_through",
         target_rate: float | None = 0.1,
         group_size: int = 1,
         sparsity: Sequence[Controller] | None = None,
         detach_gater_input: bool = False,
+        gater: str | nn.Module = "mlp",
     ) -> None:
         gating = (estimator, target_rate, group_size, sparsity, detach_gater_input)
         flops = 2 * check_count(in_features, "in_features")
-        super().__init__(in_features, out_features, bottleneck, flops, *gating, units_name="out_features")
+        super().__init__(in_features, out_features, bottleneck, flops, *gating, gater=gater, units_name="out_features")
         self.expert = nn.Linear(in_features, out_features)
         glorot_(self.expert)
 

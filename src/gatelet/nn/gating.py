@@ -10,11 +10,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gatelet._checks import check_choice, check_count, check_logits, check_rate, is_transformed
+from gatelet._checks import check_count, check_logits, check_rate, is_transformed
 from gatelet._recompute import Passes, recomputing
 from gatelet.estimators import Estimator, resolve
 from gatelet.estimators._distributed import alone, noting, repeating
-from gatelet.nn.gaters import NAMES, Gater, SelfGater, ThresholdUnit
+from gatelet.nn import gaters
+from gatelet.nn.gaters import Gater, GaterError, SelfGater, ThresholdUnit, TwoStageGater
 from gatelet.sparsity._controller import Controller, Penalised
 from gatelet.sparsity.adaptive_l1 import AdaptiveL1
 from gatelet.sparsity.kl_rate import KLRate
@@ -30,11 +31,13 @@ class Gating(Penalised):
     Args:
         in_features: D.
         units: N, a multiple of ``group_size``.
-        bottleneck: M, the width of the gater's hidden layer.
+        bottleneck: M, the width of the gater's hidden layer; None where ``gater`` is a module.
         flops_per_unit: what a token spends on an open unit, for :func:`gatelet.report`.
         estimator, target_rate, group_size, sparsity, detach_gater_input: as for :class:`ConditionalLinear`.
-        gater: ``"mlp"``, a network with a bottleneck (:class:`Gater`), or ``"self"``, the layer's own activation
-            (:class:`SelfGater`), for which neither ``bottleneck`` nor ``estimator`` counts.
+        gater: ``"mlp"``, a network with a bottleneck (:class:`Gater`); ``"two_stage"``, one that looks closer at some
+            groups of units (:class:`TwoStageGater`); ``"self"``, the layer's own activation (:class:`SelfGater`), for
+            which neither ``bottleneck`` nor ``estimator`` counts; or any module that maps (..., D) to
+            (..., N / group_size) logits.
 
     Attributes:
         active_fraction: the share of gates ≠ 0 in the last forward pass, a tensor (reading it may synchronise).
@@ -44,14 +47,15 @@ class Gating(Penalised):
 
     Raises:
         ValueError: for sizes that are not integers of at least 1, a group size that does not divide N, a rate
-            outside (0, 1), an unknown estimator; at the call for an input of another width or not finite.
+            outside (0, 1), an unknown estimator or gater, a gater whose output has another width or which costs as
+            much as closed units save; at the call for an input of another width or not finite.
 
     >>> import torch
     >>> Gating(8, 32, bottleneck=4, flops_per_unit=16)(torch.randn(3, 8)).shape
     torch.Size([3, 32])
     """
 
-    gater: Any  # Gater or SelfGater
+    gater: Any  # a module
     unit: StochasticUnit
     tokens: int | Tensor
 
@@ -59,14 +63,14 @@ class Gating(Penalised):
         self,
         in_features: int,
         units: int,
-        bottleneck: int,
+        bottleneck: int | None,
         flops_per_unit: int,
         estimator: str | Estimator = "straight_through",
         target_rate: float | None = 0.1,
         group_size: int = 1,
         sparsity: Sequence[Controller] | None = None,
         detach_gater_input: bool = False,
-        gater: str = "mlp",
+        gater: str | nn.Module = "mlp",
         *,
         units_name: str = "units",
     ) -> None:
@@ -76,15 +80,15 @@ class Gating(Penalised):
             raise ValueError(f"group_size must divide {units_name}: {group_size} does not divide {units}")
         if target_rate is not None:
             check_rate(target_rate)
-        self.in_features, self.group_size = in_features, group_size
+        self.in_features, self.num_gates, self.group_size = in_features, units // group_size, group_size
         self.flops_per_unit = flops_per_unit
-        if check_choice(gater, NAMES, "gater") == "self":
-            self._gate_by_itself(in_features, units, target_rate, sparsity)
+        if gater == "self":
+            self._gate_by_itself(target_rate, sparsity)
         else:
-            shape = (in_features, units // group_size, bottleneck)
-            self._gate_by_network(shape, estimator, target_rate, sparsity, detach_gater_input)
+            self.gater = gaters.resolve(gater, in_features, self.num_gates, bottleneck, detach_gater_input)
+            self._gate_by_network(estimator, target_rate, sparsity)
         for controller in self.sparsity:
-            cast(Controller, controller).for_gates(units // group_size)
+            cast(Controller, controller).for_gates(self.num_gates)
         self.fully_open = False
         self.mask: Tensor | None = None
         self.mask_met = False  # whether a call has had the mask's own shape since it was set
@@ -94,32 +98,27 @@ class Gating(Penalised):
         self._last: tuple[Tensor, Any] | None = None  # counts and tokens of the last forward pass
 
     def _gate_by_network(
-        self,
-        shape: tuple[int, int, int],
-        estimator: str | Estimator,
-        target_rate: float | None,
-        sparsity: Sequence[Controller] | None,
-        detach_input: bool,
+        self, estimator: str | Estimator, target_rate: float | None, sparsity: Sequence[Controller] | None
     ) -> None:
-        self.gater = gater = Gater(*shape, detach_input)
+        self._probed_flops = gaters.probe(self.gater, self.in_features, self.num_gates)
         estimator = resolve(estimator)
         if not estimator.rated:
             target_rate = None
         self.unit = StochasticUnit(estimator, 0.5 if target_rate is None else None, target_rate)
         if target_rate is not None:  # start at the target: the paper starts at 0, most gates open, and loses epochs
-            nn.init.constant_(gater.gates.bias, estimator.logit_at(target_rate))
+            if (start_at := getattr(self.gater, "start_at", None)) is not None:
+                start_at(estimator.logit_at(target_rate), target_rate)
+            self._check_saves(target_rate)
         if sparsity is None:
             sparsity = [] if target_rate is None else [self._default_controller(target_rate)]
         self.sparsity = nn.ModuleList(sparsity)
 
-    def _gate_by_itself(
-        self, in_features: int, units: int, target_rate: float | None, sparsity: Sequence[Controller] | None
-    ) -> None:
+    def _gate_by_itself(self, target_rate: float | None, sparsity: Sequence[Controller] | None) -> None:
         if self.group_size > 1:
             raise ValueError(f"group_size must be 1 with gater='self', where each unit decides, not {self.group_size}")
         if target_rate is None:
             raise ValueError("target_rate: gater='self' needs one; its threshold is calibrated to it")
-        self.gater = SelfGater(in_features, units)
+        self.gater = SelfGater(self.in_features, self.num_gates)
         self.unit = ThresholdUnit(target_rate)
         self.sparsity = nn.ModuleList(sparsity or [])
 
@@ -130,20 +129,37 @@ class Gating(Penalised):
 
     @property
     def flops_gater(self) -> int:
-        """What a token spends on the gates: for ``"self"`` the map that is computed in full."""
-        if isinstance(self.gater, Gater):
-            return 2 * self.gater.hidden.out_features * (self.in_features + self.gater.gates.out_features)
-        return 2 * self.in_features * self.units
+        """What a token spends on the gates: for ``"self"`` the map that is computed in full.
+
+        A gater that does not say it itself (``flops``) has what was counted in its matrix products.
+        """
+        if isinstance(self.gater, SelfGater):
+            return 2 * self.in_features * self.units
+        return int(getattr(self.gater, "flops", self._probed_flops))
 
     @property
     def flops_open(self) -> int:
         """What a token spends on an open unit besides."""
-        return self.flops_per_unit - (0 if isinstance(self.gater, Gater) else 2 * self.in_features)
+        return self.flops_per_unit - (2 * self.in_features if isinstance(self.gater, SelfGater) else 0)
+
+    def _check_saves(self, target_rate: float) -> None:
+        """Raise if the gater costs as much as the closed units save."""
+        dense, cost = self.units * self.flops_per_unit, self.flops_gater
+        saved = (1 - target_rate) * dense
+        if cost < saved:
+            return
+        most = "a cheaper one"
+        if type(self.gater) is Gater:
+            most = f"a bottleneck far under {int(saved / (2 * (self.in_features + self.num_gates)))}"
+        raise GaterError(
+            f"gater: it costs {cost:,} FLOPs per token, but closing {1 - target_rate:.0%} of the {self.units:,} units "
+            f"saves only {saved:,.0f} of their {dense:,}; take {most}"
+        )
 
     @property
     def units(self) -> int:
         """N."""
-        return int(self.gater.num_gates * self.group_size)
+        return self.num_gates * self.group_size
 
     def forward(
         self,
@@ -196,7 +212,7 @@ class Gating(Penalised):
         """Return what :meth:`gates` does, for what :meth:`without_padding` returned."""
         if self.fully_open:
             self.keep_penalty(x.new_zeros(()), x)
-            return x.new_ones((*x.shape[:-1], self.gater.num_gates)), None
+            return x.new_ones((*x.shape[:-1], self.num_gates)), None
         if mask is None and noise is None and not self.training and (settled := self._settled(x)) is not None:
             return settled, None
         if torch.compiler.is_compiling() or not self.training or is_transformed(x):
@@ -247,8 +263,9 @@ class Gating(Penalised):
         activation: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the gates, where their gradient is wanted besides, and in training the penalty of their rate."""
-        logits: Tensor = self.gater(x) if activation is None else self.gater(x, activation)
         controllers = cast(list[Controller], list(self.sparsity))
+        further = (self.unit.threshold,) if self._skips(controllers) else () if activation is None else (activation,)
+        logits: Tensor = self.gater(x, *further)
         for controller in controllers:
             logits = controller.shift(logits, generator=generator)
         if mask is not None:
@@ -269,7 +286,22 @@ class Gating(Penalised):
             return gates, support, None
         seen = (logits, gates) if mask is None else (logits[mask], gates[mask])
         terms = [control.penalty(self.unit.estimator, *seen) for control in controllers]
+        if isinstance(self.gater, TwoStageGater):
+            terms.append(self.gater.penalty(mask))
         return gates, support, sum((term for term in terms if term is not None), start=logits.new_zeros(()))
+
+    def _skips(self, controllers: list[Controller]) -> bool:
+        """Whether only logits above the threshold matter, and the gater can leave out others.
+
+        They all matter to whoever listens to the unit, as calibration does.
+        """
+        unit, method = self.unit, self.unit.estimator
+        if not isinstance(self.gater, TwoStageGater) or self.training or unit.sample_in_eval:
+            return False
+        if unit._forward_hooks or unit._forward_pre_hooks or torch.compiler.is_compiling():
+            return False
+        compares = type(method).deterministic is Estimator.deterministic and method.kind != "categorical"
+        return compares and all(type(control).shift is Controller.shift for control in controllers)
 
     def _settled(self, x: Tensor) -> Tensor | None:
         """Return the gates of an ordinary call in ``eval()`` without gradients on the CPU; None: go the long way.

@@ -43,10 +43,9 @@ class Gater(nn.Module):
             glorot_(self.hidden)
             glorot_(self.gates, gain=4.0)
 
-    @property
-    def num_gates(self) -> int:
-        """N."""
-        return self.gates.out_features
+    def start_at(self, logit: float, target_rate: float) -> None:
+        """Set the biases to where all gates have this logit."""
+        nn.init.constant_(self.gates.bias, logit)
 
     def forward(self, x: Float[Tensor, "*lead D"]) -> Float[Tensor, "*lead N"]:
         """Return the logits, (..., N); raise for an input that is not floating and finite, or of another width."""
