@@ -26,6 +26,8 @@ from gatelet.kernels.backends import Layer
 from gatelet.nn import ConditionalLinear, Gater, conditional_linear
 from gatelet_lab import data
 from gatelet_lab.bench_busy import show_busy
+from gatelet_lab.bench_lists import show_lists
+from gatelet_lab.bench_rows import show_rows
 from gatelet_lab.recipes import recipe
 from gatelet_lab.train import Trainer, write_atomically, write_json
 
@@ -47,6 +49,10 @@ class BenchKernels:
     """Instead of the table: how far backend="auto" is from the faster of its choices, over a grid of layers."""
     step: bool = False
     """Instead of the table: where the time of a training step of the paper's network goes."""
+    lists: bool = False
+    """Instead of the table: few open units given as lists, beside embedding_bag, sampled_addmm and CSR products."""
+    rows: bool = False
+    """Instead of the table: inference over bfloat16 and int8 weights, beside dense layers of the same format."""
     busy: int | None = None
     """Instead of the table: how long single calls take beside so many processes that never wait."""
     plot: Path | None = None
@@ -96,6 +102,16 @@ def run(options: BenchKernels, console: Console) -> None:
     about = machine()
     console.print(", ".join(f"{key} {value}" for key, value in about.items()), highlight=False)
     budget = 0.2 if options.quick else 1.0
+    if options.lists or options.rows:
+
+        def seconds(ways: Ways) -> dict[Any, float]:
+            return interleaved(ways, budget, options.patience)[0]
+
+        if options.lists:
+            show_lists(options.quick, seconds, console)
+        if options.rows:
+            show_rows(options.quick, RATE, seconds, console)
+        return
     if options.busy is not None:
         if options.busy < 0:
             raise ValueError(f"--busy {options.busy}: a number of processes is at least 0")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gatelet.kernels.backends.numba import lists
+from gatelet.kernels.backends.numba import lists, memory
 
 pytestmark = pytest.mark.cpu
 DTYPES = (torch.float32, torch.float64)
@@ -174,3 +174,13 @@ def test_top_k_of_equals_infinities_and_nan() -> None:
     assert indices.tolist() == [[0, 1, 2, 3, 4]]
     with pytest.raises(ValueError, match="most must be between 1 and the number of units, 5, not 6"):
         lists.top_k(one, torch.ones(5, 1), None, 6)
+
+
+def test_large_results_are_ordinary_tensors() -> None:
+    like = torch.zeros(1, dtype=torch.float64)
+    for shape in ((3, 5), (memory.LARGE // 8, 3)):
+        found = memory.empty(like, shape)
+        assert found.shape == shape
+        assert found.dtype == torch.float64
+        found.zero_()
+        assert found.sum() == 0

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gatelet.kernels.backends.numba import team
+from gatelet.kernels.backends.numba import memory, team
 from gatelet.kernels.backends.numba.list_kernels import PAIR, products, turning
 
 TASK = 256
@@ -202,7 +202,7 @@ def by_unit(
     """
     width, pairs, count = table.shape[1], len(lists.places), len(lists.touched)
     rows = lists.units if dense else count
-    sums = table.new_empty((rows, width)) if values is not None and need_rows else None
+    sums = memory.empty(table, (rows, width)) if values is not None and need_rows else None
     total = table.new_empty(rows) if values is not None and need_total else None
     found = None if weight is None else table.new_empty(pairs)
     if not pairs:
