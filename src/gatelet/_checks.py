@@ -2,7 +2,7 @@
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -39,14 +39,16 @@ def is_transformed(tensor: Tensor) -> bool:
     return not torch.compiler.is_compiling() and bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
-def check_input(x: Any, weight: Tensor, name: str = "x") -> None:
+def check_input(x: Any, weight: Tensor | Callable[[], Tensor], name: str = "x") -> None:
     """Raise unless ``x`` is an input (..., D) of a linear map with this weight (N, D), without NaN and infinity."""
     check_logits(x, name)
+    if callable(weight):  # quantised modules give theirs when called
+        weight = weight()
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{name} must have {weight.shape[1]} features in its last dimension, but has shape {tuple(x.shape)}"
         )
-    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+    if x.dtype != weight.dtype and not weight.is_quantized and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(f"{name} has dtype {x.dtype}, but the layer's weights have {weight.dtype}: convert one of them")
 
 

@@ -99,7 +99,7 @@ def test_save_pretrained_and_from_pretrained_do_the_same(tmp_path, cls):
     again = cls.from_pretrained(tmp_path / "one")
     assert torch.equal(run(again, x), run(model, x))
     assert torch.equal(run(gatelet.load(tmp_path / "one"), x), run(model, x))
-    assert again.model.layers[0].mlp.down_proj.weight.stride() == (1, 32)
+    assert again.model.layers[0].mlp.down_proj.weight.is_contiguous()
     assert not again.is_quantized
     again.to(torch.float64)
     again.float().save_pretrained(tmp_path / "two")

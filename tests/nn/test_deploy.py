@@ -135,8 +135,6 @@ def test_safetensors_round_trip(make, tmp_path):
     safetensors.save_model(model, tmp_path / "model.safetensors")
     safetensors.load_model(other, tmp_path / "model.safetensors")
     assert torch.equal(other(X), model(X))
-    down = other.down if isinstance(other, ConditionalFFN) else other[3]
-    assert down.weight.t().is_contiguous()  # still laid out as the kernels like it
 
 
 @every

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from gatelet.estimators import Estimator
 from gatelet.kernels import OpenPattern
-from gatelet.nn.conditional_ffn import ACTIVATIONS, Affine, by_unit
+from gatelet.nn.conditional_ffn import ACTIVATIONS
 from gatelet.nn.gating import Gating
+from gatelet.nn.parts import Affine, Part, more_than_affine, part_of
 
 Kind = Literal["module", "transformer", "bert", "sequential", "pair", "up", "down"]
 METHOD = {
@@ -65,9 +66,11 @@ class Options:
 
     def gating(self, width: int, units: int, flops_per_unit: int) -> "BlockGating":
         """Return new gates for a block of these sizes."""
-        estimator, gater = copy.deepcopy((self.estimator, self.gater))
+        estimator, gater, further = copy.deepcopy(
+            (self.estimator, self.gater, self.further)
+        )  # controllers have a state
         sizes = (width, units, self.bottleneck, flops_per_unit)
-        made = BlockGating(*sizes, estimator, self.target_rate, self.group_size, gater=gater, **self.further)
+        made = BlockGating(*sizes, estimator, self.target_rate, self.group_size, gater=gater, **further)
         made.options = self
         return made
 
@@ -94,22 +97,43 @@ def at(owner: nn.Module, path: str) -> Any:
 
 
 def affine_of(module: nn.Module) -> Affine:
-    """Return weight (N, D) and bias of a Linear, or of a Conv1D, which keeps its weight transposed."""
+    """Return weight (N, D) and bias of a Linear, or of a Conv1D, which keeps its weight transposed.
+
+    For its sizes. What it computes is :func:`part_of`'s.
+    """
     weight = cast(Tensor, module.weight)
     return Affine(weight.t() if hasattr(module, "nf") else weight, cast(Tensor | None, module.bias))
 
 
 def affine_at(owner: nn.Module, path: str) -> Affine:
-    """Return weight (N, D) and bias of the affine map at this path."""
+    """Return weight (N, D) and bias of the affine map at this path; not what hangs on it."""
     return affine_of(at(owner, path))
 
 
-def lay_by_unit(owner: nn.Module, block: Block) -> None:
-    """Lay the block's weights out by hidden unit, as the kernels read them."""
-    for path in (block.up, block.down, block.glu):
-        if path is not None:
-            affine = at(owner, path)
-            by_unit(affine.weight, int((path == block.down) != hasattr(affine, "nf")))
+def all_of(owner: nn.Module, path: str) -> Affine:
+    """Return weight (N, D) and bias of the affine map at this path, which is no more than that.
+
+    Raises:
+        ValueError: for a module that is more: an adapter, hooks, a forward of its own.
+    """
+    part = part_at(owner, path)
+    if not isinstance(part, Affine):
+        module = at(owner, path)
+        raise ValueError(
+            f"model: {path} is a {type(module).__name__} whose weight must not be read alone, because "
+            f"{more_than_affine(module)}; take that off for this (merge an adapter, remove hooks), then put it on again"
+        )
+    return part
+
+
+def part_at(owner: nn.Module, path: str) -> Part:
+    """Return the affine map at this path, or the module where it is more."""
+    return part_of(at(owner, path))
+
+
+def holder_in(module: nn.Module) -> nn.Module | None:
+    """Return what holds a Sequential's gating: its block's first Linear, also where an adapter is around it."""
+    return next((part for part in module.modules() if isinstance(part._modules.get("gating"), BlockGating)), None)
 
 
 def dropout_rate(owner: nn.Module, path: str | None) -> float:

@@ -11,7 +11,6 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from gatelet.convert.block import lay_by_unit
 from gatelet.convert.describe import restore
 from gatelet.convert.place import blocks
 from gatelet.convert.save import check_format
@@ -48,8 +47,7 @@ class Converter(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
-        for owner, gating in blocks(model).values():
-            lay_by_unit(owner, gating.block)
+        for _, gating in blocks(model).values():
             gating.reset_statistics()
         self.remove_quantization_config(model)  # nothing is quantised: it moves and trains as others do
         model.config.quantization_config = self.quantization_config.to_dict()

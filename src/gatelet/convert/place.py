@@ -6,7 +6,7 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch import nn
 
-from gatelet.convert.block import Block, BlockGating, Kind, Options, affine_at, at, lay_by_unit
+from gatelet.convert.block import METHOD, Block, BlockGating, Kind, Options, affine_at, at, holder_in
 from gatelet.convert.run import Swapped, swapped
 
 
@@ -18,10 +18,13 @@ def put(owner: nn.Module, holder: nn.Module, block: Block, made: Options) -> str
         gating = made.gating(width, units, 2 * ((2 if block.glu else 1) * width + down.weight.shape[0]))
     gating.block = block
     gating.to(up.weight).train(owner.training)
-    lay_by_unit(owner, block)
     holder.add_module("gating", gating)
     if not isinstance(owner, Swapped):
+        owner.__dict__.pop(METHOD[block.kind], None)  # the class's own, as accelerate leaves it
         owner.__class__ = swapped(type(owner), block.kind)
+        owner.__dict__["gated"] = frozenset()
+    if block.kind == "sequential":
+        owner.__dict__["gated"] |= {block.up}
     if block.kind == "pair":
         for path, kind in ((block.up, "up"), (block.down, "down")):
             module = at(owner, path)
@@ -36,9 +39,9 @@ def blocks(model: nn.Module) -> dict[str, tuple[nn.Module, BlockGating]]:
     found: dict[str, tuple[nn.Module, BlockGating]] = {}
     for name, module in model.named_modules():
         if isinstance(module, Swapped):
-            holders = module.named_children() if isinstance(module, nn.Sequential) else [("", module)]
-            for key, holder in holders:
-                gating = holder._modules.get("gating")
+            of_sequential = [(key, holder_in(part)) for key, part in module.named_children() if key in module.gated]
+            for key, holder in of_sequential if isinstance(module, nn.Sequential) else [("", module)]:
+                gating = None if holder is None else holder._modules.get("gating")
                 if isinstance(gating, BlockGating):
                     found[".".join(part for part in (name, key, "gating") if part)] = (module, gating)
     return found

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gatelet.convert.block import METHOD, BlockGating, Kind, affine_at, affine_of, at, dropout_rate
+from gatelet.convert.block import METHOD, BlockGating, Kind, affine_of, at, dropout_rate, holder_in, part_at
 from gatelet.kernels import gated_input_linear, gated_linear, open_pattern
 from gatelet.nn.conditional_ffn import ACTIVATIONS, feed_forward
 from gatelet.nn.gaters import SelfGater
@@ -15,8 +15,8 @@ from gatelet.nn.gaters import SelfGater
 def run_block(owner: nn.Module, gating: BlockGating, x: Tensor) -> Tensor:
     """Return W2 (hidden ∘ h) + b2 of the owner's block, before any dropout of the output."""
     block = gating.block
-    glu = None if block.glu is None else affine_at(owner, block.glu)
-    up, down = affine_at(owner, block.up), affine_at(owner, block.down)
+    glu = None if block.glu is None else part_at(owner, block.glu)
+    up, down = part_at(owner, block.up), part_at(owner, block.down)
     return feed_forward(x, gating, block.activation, up, down, glu, dropout_rate(owner, block.inner))
 
 
@@ -33,6 +33,8 @@ class Swapped(nn.Module):
 
     dense_class: type[nn.Module]
     kind: Kind
+    gated: frozenset[str]
+    """Of a Sequential: the names of its modules that hold gates."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _rebuild, (self.dense_class, self.kind), self.__getstate__()
@@ -59,18 +61,20 @@ def _up(self: nn.Module, x: Tensor) -> Tensor:
     own = affine_of(self)
     if gating.mask is not None and gating.mask.shape != x.shape[:-1] and gating.mask.numel() == x.shape[:-1].numel():
         gating.mask = gating.mask.view(x.shape[:-1])  # the owner flattens its tokens
+    x, mask = gating.without_padding(x, None)
     if isinstance(gating.gater, SelfGater):
         out = F.linear(x, *own)
-        gates, support = gating.gates(x, activation=ACTIVATIONS[gating.block.activation](out))
+        gates, support = gating.gates_at(x, mask, None, None, ACTIVATIONS[gating.block.activation](out))
         gating.passed = None if gating.needs_dense(x, gates) else open_pattern(gates, 1)
         return out * gates
-    gates, support = gating.gates(x)
+    gates, support = gating.gates_at(x, mask, None, None)
     if gating.needs_dense(x, gates) or torch.compiler.is_compiling():
         gating.passed = None
         return F.linear(x, *own) * (gates.repeat_interleave(gating.group_size, -1) if gating.group_size > 1 else gates)
     computed = gates if support is None else support.to(gates.dtype)
     gating.passed = open_pattern(computed, gating.group_size)
-    return gated_linear(x, *own, gates, pattern=gating.passed, active_fraction=gating.unit.target_rate)
+    weight = gating.laid.rows("up", own.weight)
+    return gated_linear(x, weight, own.bias, gates, pattern=gating.passed, active_fraction=gating.unit.target_rate)
 
 
 def _down(self: nn.Module, hidden: Tensor) -> Tensor:
@@ -79,7 +83,8 @@ def _down(self: nn.Module, hidden: Tensor) -> Tensor:
     pattern, gating.passed = gating.passed, None
     if pattern is None or pattern.lead != hidden.shape[:-1]:
         return F.linear(hidden, *affine_of(self))
-    return gated_input_linear(hidden, pattern, *affine_of(self))
+    own = affine_of(self)
+    return gated_input_linear(hidden, pattern, gating.laid.columns("down", own.weight), own.bias)
 
 
 def _subclass(dense_class: type[nn.Module], kind: Kind) -> type[nn.Module]:
@@ -96,11 +101,18 @@ def _subclass(dense_class: type[nn.Module], kind: Kind) -> type[nn.Module]:
             if until is not None:
                 until = None if name == until else until
                 continue
-            gating = cast(nn.Module, module)._modules.get("gating")
-            if isinstance(gating, BlockGating) and gating.block.kind == "sequential":
-                x, until = run_block(self, gating, x), gating.block.last
-            else:
+            if name not in self.__dict__["gated"]:
                 x = cast(nn.Module, module)(x)
+                continue
+            holder = holder_in(cast(nn.Module, module))
+            if holder is None:
+                raise RuntimeError(
+                    f"model: its {name!r} held the gates of a converted block and was replaced by a "
+                    f"{type(module).__name__}, so they are gone; leave that module out (quantize_dynamic takes names: "
+                    "{'2': default_dynamic_qconfig}), or gatelet.revert(model) first"
+                )
+            gating = cast(BlockGating, holder._modules["gating"])
+            x, until = run_block(self, gating, x), gating.block.last
         return x
 
     methods = {"bert": compute_bert, "sequential": compute_sequential, "up": _up, "down": _down}

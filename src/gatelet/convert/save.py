@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from gatelet.convert.block import lay_by_unit
 from gatelet.convert.describe import FORMAT, describe, rates, restore
-from gatelet.convert.place import blocks, is_hugging_face
+from gatelet.convert.place import is_hugging_face
 from gatelet.nn.gating import gatings
 
 DESCRIPTION, WEIGHTS, CONFIGURATION = "gatelet.json", "model.safetensors", "config.json"
@@ -78,9 +77,6 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
             )
         return _hugging_face(directory, described["model"])
     restore(model, described["blocks"])
-    for name, (owner, gating) in blocks(model).items():
-        if name in described["blocks"]:
-            lay_by_unit(owner, gating.block)
     _same_layers(model, described["layers"])
     from safetensors.torch import load_model
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gatelet.convert.block import BlockGating, affine_at
+from gatelet.convert.block import BlockGating, all_of
 from gatelet.convert.gater_regression import GaterRegression, ScaleFit
 from gatelet.convert.place import blocks
 from gatelet.nn.conditional_ffn import ACTIVATIONS, hidden_layer
@@ -72,7 +72,7 @@ class Student:
         gater, block = self.gating.gater, self.block
         if not isinstance(gater, SelfGater):
             return cast(Tensor, gater(x))
-        first = affine_at(self.owner, block.glu or block.up)
+        first = all_of(self.owner, block.glu or block.up)
         return cast(Tensor, gater(x, ACTIVATIONS[block.activation](F.linear(x, *first))))
 
     @torch.no_grad()
@@ -94,8 +94,8 @@ class Student:
     @torch.no_grad()
     def add_to(self, fit: GaterRegression | ScaleFit, x: Tensor) -> None:
         """Give it these inputs, and what the gater should know of them."""
-        up, down = affine_at(self.owner, self.block.up), affine_at(self.owner, self.block.down)
-        glu = None if self.block.glu is None else affine_at(self.owner, self.block.glu)
+        up, down = all_of(self.owner, self.block.up), all_of(self.owner, self.block.down)
+        glu = None if self.block.glu is None else all_of(self.owner, self.block.glu)
         if isinstance(fit, ScaleFit):
             fit.add(x.new_ones(1, down.weight.shape[1]) if glu is None else F.linear(x, *up), down.weight)
             return
@@ -105,8 +105,8 @@ class Student:
     def losses(self, x: Tensor, y: Tensor, *, gater: bool, error: bool, weights: bool) -> dict[str, Tensor]:
         """Return the gater's loss and the block's normalised error with the gates that it opens now, as asked for."""
         gating, found = self.gating, {}
-        up, down = affine_at(self.owner, self.block.up), affine_at(self.owner, self.block.down)
-        glu = None if self.block.glu is None else affine_at(self.owner, self.block.glu)
+        up, down = all_of(self.owner, self.block.up), all_of(self.owner, self.block.down)
+        glu = None if self.block.glu is None else all_of(self.owner, self.block.glu)
         target = gating.unit.target_rate
         with torch.set_grad_enabled(gater and torch.is_grad_enabled()):
             logits = self.logits(x)

@@ -9,7 +9,7 @@ from typing import Any, cast
 from torch import nn
 
 from gatelet._checks import check_count, check_rate
-from gatelet.convert.block import NATIVE, Block, BlockGating, Options, affine_at, at
+from gatelet.convert.block import METHOD, NATIVE, Block, BlockGating, Options, affine_at, at, holder_in
 from gatelet.convert.describe import note
 from gatelet.convert.find import find
 from gatelet.convert.place import blocks, put, without_nested_tensors
@@ -18,6 +18,7 @@ from gatelet.convert.run import Swapped
 from gatelet.estimators import Estimator, resolve
 from gatelet.nn.gaters import GaterError
 from gatelet.nn.gating import Gating
+from gatelet.nn.parts import was_replaced
 
 Where = str | Iterable[str] | Callable[[str, nn.Module], bool]
 
@@ -63,7 +64,8 @@ def convert(
 
     The blocks' owners change their class to a subclass and get a submodule ``gating`` (in a Sequential, the first
     Linear gets it), so that a ``state_dict`` of the dense model loads; names, values, dtype and device of weights are
-    as before. In memory W2 is laid out by hidden unit. The gaters are new: next comes :func:`gatelet.distil`.
+    as before. The gaters are new: next comes :func:`gatelet.distil`. An adapter (LoRA), pruning, a parametrization or
+    hooks on one of the affine maps, there before or put on later, are honoured by running that block densely.
 
     Args:
         model: changed in place.
@@ -86,9 +88,9 @@ def convert(
         what was converted, what was left and why; print it.
 
     Raises:
-        ValueError: if nothing was converted, with the reasons: blocks of unknown shape, a gater that saves
-            nothing, weights in half precision on a CPU, tied weights, blocks already converted, or a ``where`` that
-            names no block.
+        ValueError: if nothing was converted, with the reasons: blocks of unknown shape, a gater that saves nothing, a
+            module whose own ``forward`` was replaced (as accelerate's hooks do), weights in half precision on a CPU,
+            tied weights, blocks already converted, or a ``where`` that names no block.
 
     >>> import torch, gatelet
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64))
@@ -159,6 +161,11 @@ def _candidates(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module, Block
 
 def _why_not(owner: nn.Module, block: Block, made: Options, uses: dict[int, int]) -> str | None:
     """Return why this block is to be left dense, None if it can be converted."""
+    if was_replaced(owner, METHOD[block.kind]):
+        hint = "; remove_hook_from_module of accelerate.hooks first, and add it again after convert"
+        return f"its {METHOD[block.kind]} was replaced on this module, which would go on computing the dense block" + (
+            hint if hasattr(owner, "_hf_hook") else "; convert before that is done"
+        )
     up = affine_at(owner, block.up)
     units = up.weight.shape[0]
     paths = [path for path in (block.up, block.down, block.glu) if path is not None]
@@ -214,16 +221,13 @@ def revert(model: nn.Module) -> nn.Module:
     if not found:
         raise ValueError("model: holds no converted block")
     for owner, gating in found.values():
-        for path in (gating.block.up, gating.block.down, gating.block.glu):
-            if path is not None:
-                weight = cast(nn.Parameter, at(owner, path).weight)
-                weight.data = weight.data.contiguous()
-        holder = at(owner, gating.block.up) if gating.block.kind == "sequential" else owner
-        del holder._modules["gating"]
+        holder = holder_in(at(owner, gating.block.up)) if gating.block.kind == "sequential" else owner
+        del cast(nn.Module, holder)._modules["gating"]
     for module in list(model.modules()):
         if isinstance(module, Swapped):
             cast(Any, module).__class__ = module.dense_class
             module.__dict__.pop("gating_of_pair", None)
+            module.__dict__.pop("gated", None)
     note(model)
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and hasattr(module, "_dense_use_nested_tensor"):

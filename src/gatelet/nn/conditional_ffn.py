@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,6 +14,7 @@ from gatelet.kernels import ACTIVATIONS as FUSED
 from gatelet.kernels import gated_ffn, gated_input_linear, gated_linear, open_pattern
 from gatelet.nn.gaters import SelfGater
 from gatelet.nn.gating import Gating
+from gatelet.nn.parts import Affine, Part, all_affine, apply, part_of
 from gatelet.sparsity._controller import Controller
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -27,29 +27,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 """By name; ``gelu`` is the exact one, with the error function."""
 
 
-class Affine(NamedTuple):
-    """Weight (N, D) and bias (N,) or None."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
-def by_unit(parameter: Tensor, dim: int) -> None:
-    """Lay a weight matrix out in memory so that each hidden unit's numbers lie together; its values and shape stay.
-
-    The kernels read whole units. ``dim`` is the units' dimension.
-    """
-    data = parameter.data
-    parameter.data = data.contiguous() if dim == 0 else data.t().contiguous().t()
-
-
 def feed_forward(
     x: Tensor,
     gating: Gating,
     activation: str,
-    up: Affine,
-    down: Affine,
-    glu: Affine | None = None,
+    up: Part,
+    down: Part,
+    glu: Part | None = None,
     dropout: float = 0.0,
     *,
     mask: Tensor | None = None,
@@ -58,18 +42,20 @@ def feed_forward(
 ) -> Tensor:
     """Return W2 (hidden ∘ h) + b2, hidden = act(W1 x + b1), or act(W_g x + b_g) * (W1 x + b1) with ``glu``.
 
-    ``up`` is W1 and b1, ``down`` W2 and b2, ``glu`` W_g and b_g; ``dropout`` acts on the hidden layer.
+    ``up`` is W1 and b1, ``down`` W2 and b2, ``glu`` W_g and b_g; ``dropout`` acts on the hidden layer. Where one of
+    them is more than an affine map, all three run densely, by their own forward.
     """
     x, mask = gating.without_padding(x, mask)
     if gating.fully_open:
         gating.gates_at(x, mask, None, None)
-        return F.linear(F.dropout(hidden_layer(x, activation, up, glu), dropout, dropout > 0), *down)
+        return apply(down, F.dropout(hidden_layer(x, activation, up, glu), dropout, dropout > 0))
     if isinstance(gating.gater, SelfGater):
         return _by_itself(x, gating, activation, up, down, glu, dropout, mask)
     gates, support = gating.gates_at(x, mask, noise, generator)
-    if gating.needs_dense(x, gates):
+    if gating.needs_dense(x, gates) or not all_affine(up, down, glu):
         each = gates.repeat_interleave(gating.group_size, dim=-1) if gating.group_size > 1 else gates
-        return F.linear(F.dropout(hidden_layer(x, activation, up, glu) * each, dropout, dropout > 0), *down)
+        return apply(down, F.dropout(hidden_layer(x, activation, up, glu) * each, dropout, dropout > 0))
+    up, down, glu = _by_unit(gating, up, down, glu)
     w_gate, b_gate = (None, None) if glu is None else glu
     args = (gates, activation, *up, w_gate, b_gate, *down, gating.group_size, gating.unit.target_rate)
     if not dropout and torch.compiler.is_compiling() and (torch.compiler.is_exporting() or not _recording(x, *args)):
@@ -80,24 +66,39 @@ def feed_forward(
     return _sparse(x, *args, dropout=dropout, support=support)
 
 
+def _by_unit(gating: Gating, up: Part, down: Part, glu: Part | None) -> tuple[Affine, Affine, Affine | None]:
+    """Return the weights with each hidden unit's numbers together."""
+
+    def rows(name: str, part: Part) -> Affine:
+        assert isinstance(part, Affine)
+        return Affine(gating.laid.rows(name, part.weight), part.bias)
+
+    assert isinstance(down, Affine)
+    last = Affine(gating.laid.columns("down", down.weight), down.bias)
+    return rows("up", up), last, None if glu is None else rows("glu", glu)
+
+
 def _by_itself(
     x: Tensor,
     gating: Gating,
     activation: str,
-    up: Affine,
-    down: Affine,
-    glu: Affine | None,
+    up: Part,
+    down: Part,
+    glu: Part | None,
     dropout: float,
     mask: Tensor | None,
 ) -> Tensor:
     """Return the output where the first map, W_g or without it W1, is computed in full and opens the others' rows."""
-    first = ACTIVATIONS[activation](F.linear(x, *(up if glu is None else glu)))
+    first = ACTIVATIONS[activation](apply(up if glu is None else glu, x))
     settled = None if mask is not None or gating.training else gating.settled_by_itself(first)
     gates = gating.gates_at(x, mask, None, None, first)[0] if settled is None else settled
     rate = gating.unit.target_rate
-    if gating.needs_dense(x, gates):
-        hidden = first * gates if glu is None else first * gates * F.linear(x, *up)
-        return F.linear(F.dropout(hidden, dropout, dropout > 0), *down)
+    if gating.needs_dense(x, gates) or not all_affine(down, None if glu is None else up):
+        hidden = first * gates if glu is None else first * gates * apply(up, x)
+        return apply(down, F.dropout(hidden, dropout, dropout > 0))
+    if glu is None:
+        up = down  # W1 was computed in full: it is not read again
+    up, down, _ = _by_unit(gating, up, down, None)
     up_or_none: tuple[Tensor | None, Tensor | None] = (None, None) if glu is None else up
     args = (x, first, gates, *up_or_none, *down, rate)
     if not dropout and torch.compiler.is_compiling() and (torch.compiler.is_exporting() or not _recording(*args)):
@@ -209,10 +210,10 @@ def _(
     return x.new_empty((*x.shape[:-1], w_down.shape[0]))
 
 
-def hidden_layer(x: Tensor, activation: str, up: Affine, glu: Affine | None) -> Tensor:
+def hidden_layer(x: Tensor, activation: str, up: Part, glu: Part | None) -> Tensor:
     """Return act(W1 x + b1), or act(W_g x + b_g) * (W1 x + b1)."""
     act = ACTIVATIONS[activation]
-    return act(F.linear(x, *up)) if glu is None else act(F.linear(x, *glu)) * F.linear(x, *up)
+    return act(apply(up, x)) if glu is None else act(apply(glu, x)) * apply(up, x)
 
 
 class ConditionalFFN(Gating):
@@ -223,7 +224,8 @@ class ConditionalFFN(Gating):
 
     Closed units' rows of W1 and columns of W2 are not read (:func:`gatelet.kernels.gated_ffn`): in ``eval()``, and in
     training with every estimator that asks nothing of closed units (its ``support`` is not ``"all"``). The submodules
-    are ``up`` (W1), ``down`` (W2) and ``glu`` (W_g); W2 lies in memory by hidden unit.
+    are ``up`` (W1), ``down`` (W2) and ``glu`` (W_g), ordinary Linears; what hangs on one (LoRA, pruning, hooks) is
+    honoured by running it densely.
 
     Bias and variance are the estimator's.
 
@@ -294,7 +296,6 @@ class ConditionalFFN(Gating):
                 nn.init.xavier_uniform_(linear.weight)
                 if linear.bias is not None:
                     nn.init.zeros_(linear.bias)
-        by_unit(self.down.weight, 1)
 
     def forward(
         self,
@@ -317,8 +318,7 @@ class ConditionalFFN(Gating):
             ValueError: for an input of another width or not finite, or noise or a mask of another shape.
             TypeError: for an input that is not floating, or not of the weights' dtype (outside of autocast).
         """
-        glu = None if self.glu is None else Affine(self.glu.weight, self.glu.bias)
-        up, down = Affine(self.up.weight, self.up.bias), Affine(self.down.weight, self.down.bias)
+        up, down, glu = part_of(self.up), part_of(self.down), None if self.glu is None else part_of(self.glu)
         dropout = self.dropout if self.training else 0.0
         return feed_forward(
             *(x, self, self.activation, up, down, glu, dropout), mask=mask, noise=noise, generator=generator

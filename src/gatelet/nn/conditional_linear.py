@@ -1,7 +1,6 @@
 """Section 5: the conditional layer, gater × expert."""
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -12,6 +11,7 @@ from gatelet.estimators import Estimator
 from gatelet.kernels import gated_linear
 from gatelet.nn.gaters import glorot_
 from gatelet.nn.gating import Gating
+from gatelet.nn.parts import Affine, all_affine, apply, part_of
 from gatelet.sparsity._controller import Controller
 
 
@@ -100,12 +100,14 @@ class ConditionalLinear(Gating):
         """
         x, mask = self.without_padding(x, mask)
         gates, support = self.gates_at(x, mask, noise, generator)
-        if self.needs_dense(x, gates):
+        expert = part_of(self.expert)
+        if self.needs_dense(x, gates) or not all_affine(expert):
             if self.group_size > 1:
                 gates = gates.repeat_interleave(self.group_size, dim=-1)
-            return cast(Tensor, self.expert(x) * gates)
+            return apply(expert, x) * gates
         rate = self.unit.target_rate
-        return gated_linear(x, self.expert.weight, self.expert.bias, gates, support=support, active_fraction=rate)
+        assert isinstance(expert, Affine)
+        return gated_linear(x, *expert, gates, support=support, active_fraction=rate)
 
     def extra_repr(self) -> str:
         """Show the sizes."""

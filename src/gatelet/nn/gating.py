@@ -16,6 +16,7 @@ from gatelet.estimators import Estimator, resolve
 from gatelet.estimators._distributed import alone, noting, repeating
 from gatelet.nn import gaters
 from gatelet.nn.gaters import Gater, GaterError, SelfGater, ThresholdUnit, TwoStageGater
+from gatelet.nn.parts import ByUnit, more_than_affine
 from gatelet.sparsity._controller import Controller, Penalised
 from gatelet.sparsity.adaptive_l1 import AdaptiveL1
 from gatelet.sparsity.kl_rate import KLRate
@@ -95,6 +96,7 @@ class Gating(Penalised):
         self.tokens = 0
         self._opened: Tensor | None = None  # no buffer: to_empty() would leave rubbish in it
         self._passes = Passes()
+        self.laid = ByUnit()
         self._last: tuple[Tensor, Any] | None = None  # counts and tokens of the last forward pass
 
     def _gate_by_network(
@@ -312,12 +314,15 @@ class Gating(Penalised):
         gater, unit = self._modules["gater"], self._modules["unit"]
         if type(gater) is not Gater or type(unit) is not StochasticUnit:
             return None
-        hidden, last, threshold = gater._modules["hidden"], gater._modules["gates"], unit.threshold
+        hidden, last = cast(nn.Linear, gater._modules["hidden"]), cast(nn.Linear, gater._modules["gates"])
+        threshold = unit.threshold
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor or unit.sample_in_eval:
             return None
-        if type(hidden) is not nn.Linear or type(last) is not nn.Linear or not unit.estimator.settles():
+        if more_than_affine(hidden) or more_than_affine(last) or not unit.estimator.settles():
             return None
-        if any(module._forward_hooks or module._forward_pre_hooks for module in (gater, unit, hidden, last)):
+        if any(module._forward_hooks or module._forward_pre_hooks for module in (gater, unit)):
+            return None
+        if any("forward" in module.__dict__ for module in (gater, unit)):
             return None
         if any(type(control).shift is not Controller.shift for control in self._modules["sparsity"]):  # type: ignore
             return None
@@ -400,6 +405,7 @@ class Gating(Penalised):
 
     def train(self, mode: bool = True) -> "Gating":
         """Set the mode; a change of it starts the counts anew."""
+        self.laid.forget()
         if mode != self.training:
             self.reset_statistics()
         return super().train(mode)

@@ -48,6 +48,7 @@ class FiringRateBias(Controller):
         self.decay = check_rate(decay, "decay")
         self.register_buffer("rate", torch.zeros(0))
         self.register_buffer("bias", torch.zeros(0))
+        self.units = units
         if units is not None:
             self.for_gates(check_count(units, "units"))
 

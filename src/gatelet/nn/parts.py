@@ -1,0 +1,163 @@
+"""The affine maps of a layer: read as weight and bias where they are no more than that, called where they are."""
+
+import functools
+import warnings
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules import module as _torch_module
+
+from gatelet._checks import is_transformed
+
+
+class Affine(NamedTuple):
+    """Weight (N, D) and bias (N,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+Part = Affine | nn.Module
+"""An affine map; a module where something hangs on it that only its own forward knows of."""
+
+
+def more_than_affine(module: Any) -> str | None:
+    """Return what this module does besides x Wᵀ + b, so that its weight must not be read alone; None for nothing.
+
+    Linear is known, and Conv1D as GPT-2 has it. A parametrization (``torch.nn.utils.parametrize``) is read with the
+    weight, so it is nothing besides.
+    """
+    kind = type(module)
+    if isinstance(module, nn.Linear):
+        if kind.forward is not nn.Linear.forward:
+            return f"{kind.__name__} has a forward of its own"
+    elif not (hasattr(module, "nf") and hasattr(module, "nx") and kind.__bases__ == (nn.Module,)):
+        return f"it is a {kind.__name__}"
+    state = module.__dict__
+    if was_replaced(module, "forward"):
+        return "its forward was replaced"
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(state[each] for each in hooks):
+        return "it has hooks"
+    if _torch_module._has_any_global_hook():
+        return "torch has hooks for all modules"
+    return None
+
+
+def was_replaced(module: nn.Module, method: str) -> bool:
+    """Whether this module computes its method in another way than its class (what removing a hook leaves is not)."""
+    own = module.__dict__.get(method)
+    return own is not None and getattr(own, "__func__", None) is not getattr(type(module), method)
+
+
+def part_of(module: nn.Module) -> Part:
+    """Return weight and bias of an affine map, or the module itself where something hangs on it."""
+    if more_than_affine(module) is not None:
+        return module
+    weight = cast(Tensor, module.weight)
+    return Affine(weight.t() if hasattr(module, "nf") else weight, cast(Tensor | None, module.bias))
+
+
+def apply(part: Part, x: Tensor) -> Tensor:
+    """Return x Wᵀ + b, with whatever hangs on it."""
+    return F.linear(x, *part) if isinstance(part, Affine) else cast(Tensor, part(x))
+
+
+def all_affine(*parts: Part | None) -> bool:
+    """Whether the kernels can read all of these; what keeps them from it is announced once."""
+    others = [part for part in parts if part is not None and not isinstance(part, Affine)]
+    for part in others:
+        _announce(type(part).__name__, cast(str, more_than_affine(part)))
+    return not others
+
+
+@functools.cache
+def _announce(name: str, why: str) -> None:
+    warnings.warn(
+        f"gatelet.nn: a {name} of a conditional layer runs by its own forward, because {why}: closed units are "
+        "computed and discarded, so nothing is saved",
+        UserWarning,
+        stacklevel=5,
+    )
+
+
+class _Laid(torch.autograd.Function):
+    """A weight in another layout: the same numbers, and the same gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, laid: Tensor) -> Tensor:
+        return laid.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class ByUnit:
+    """Weights laid out so that each hidden unit's numbers lie together, which is how the kernels read them.
+
+    Parameters are ordinary contiguous tensors; where a unit's numbers are a column of one, the layer keeps a copy
+    beside it for calls without gradients, made anew when the parameter has changed: another tensor, another version,
+    or, as writing to ``.data`` changes no version, other numbers among those that are looked at. :meth:`forget` (the
+    layer's ``train()`` and ``eval()``) drops it. A pass with gradients makes its own.
+    """
+
+    SAMPLE = 256
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[tuple[Any, ...], Tensor, Tensor]] = {}
+
+    def forget(self) -> None:
+        """Drop the copies."""
+        self._kept = {}
+
+    def rows(self, key: str, weight: Tensor) -> Tensor:
+        """Return W (N, D) with the rows together."""
+        if weight.is_contiguous() or not _kernels_read(weight):
+            return weight
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return cast(Tensor, _Laid.apply(weight, weight.detach().contiguous()))
+        return self._copy(key, weight.detach())
+
+    def columns(self, key: str, weight: Tensor) -> Tensor:
+        """Return W (O, N) with the columns together."""
+        if weight.t().is_contiguous() or not _kernels_read(weight):
+            return weight
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return cast(Tensor, _Laid.apply(weight, weight.detach().t().contiguous().t()))
+        return self._copy(key, weight.detach().t()).t()
+
+    def _copy(self, key: str, turned: Tensor) -> Tensor:
+        """Return a contiguous copy of the weight's transposed view, the one that is kept if it still holds."""
+        now = (turned.data_ptr(), turned._version, turned.shape, turned.dtype)
+        kept = self._kept.get(key)
+        if kept is not None and kept[0] == now and torch.equal(self._some(turned), kept[2]):
+            return kept[1]
+        with torch.inference_mode(False):  # for use in any mode
+            copy = torch.empty(turned.shape, dtype=turned.dtype, device=turned.device).copy_(turned)
+        self._kept[key] = (now, copy, self._some(turned).clone())
+        return copy
+
+    def _some(self, turned: Tensor) -> Tensor:
+        """Return numbers spread over the whole matrix, a diagonal that winds around it."""
+        rows, width = turned.shape
+        step = max(1, rows * width // self.SAMPLE) | 1
+        count = min(self.SAMPLE, (rows * width - 1) // step + 1)
+        # The transposed view of a contiguous matrix: its storage is one line of numbers.
+        return turned.as_strided((count,), (step,), turned.storage_offset())
+
+    def __deepcopy__(self, memo: Any) -> "ByUnit":
+        return ByUnit()
+
+    def __reduce__(self) -> Any:
+        return ByUnit, ()
+
+
+def _kernels_read(weight: Tensor) -> bool:
+    """Whether it is an ordinary matrix on the CPU (GPU kernels read either layout; a graph is traced with its own)."""
+    if torch.compiler.is_compiling() or type(weight) not in (Tensor, nn.Parameter) or is_transformed(weight):
+        return False
+    whole = weight.is_contiguous() or weight.t().is_contiguous()
+    return weight.device.type == "cpu" and whole and weight.numel() > 0 and not weight.is_inference()
