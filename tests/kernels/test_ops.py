@@ -75,10 +75,12 @@ def test_opcheck(backend):
     rows, cols = torch.ops.gatelet.open_pattern(gate.detach(), 70, backend)
     check(torch.ops.gatelet.open_pattern.default, (gate.detach(), 70, backend))
     form = [rows, cols]
-    check(torch.ops.gatelet.gated_linear.default, (x, weight, bias, gate, form, [], backend, True))
-    check(torch.ops.gatelet.gated_linear.default, (x, weight, None, gate, form, form, backend, True))
-    check(torch.ops.gatelet.gated_input_linear.default, (x.new_ones(9, 70), form, w2, b2, backend, True))
-    check(torch.ops.gatelet.gated_ffn.default, (x, weight, bias, gate, "gelu", w2, b2, form, backend, True))
+    check(torch.ops.gatelet.gated_linear.default, (x, weight, bias, gate, form, [], False, backend, True))
+    check(torch.ops.gatelet.gated_linear.default, (x, weight, None, gate, form, form, False, backend, True))
+    check(torch.ops.gatelet.gated_input_linear.default, (x.new_ones(9, 70), form, w2, b2, False, False, backend, True))
+    check(
+        torch.ops.gatelet.gated_ffn.default, (x, weight, bias, gate, "gelu", w2, b2, form, False, False, backend, True)
+    )
 
 
 # In a process of their own: the suite's run-time type checks cannot be traced.

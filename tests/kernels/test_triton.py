@@ -187,6 +187,8 @@ def test_the_same_bits_again(form):
 
 
 def test_where_a_dense_product_is_not_finite_it_is_formed_again():
+    from gatelet.kernels.backends import dense
+    from gatelet.kernels.backends.triton import products
 
     coefficient = torch.randn(20, 70) * (torch.rand(20, 70) < 0.1)
     rows = torch.randn(70, 65)

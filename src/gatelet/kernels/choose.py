@@ -105,6 +105,17 @@ def choose(backend: str, layer: Layer, look: Callable[[], float], announce: bool
     return found or _known("dense", "dense", None, 0.0, f"no kernel for the device {layer.device}")
 
 
+def choose_for_lists(backend: str, layer: Layer) -> str:
+    """Return the backend for given lists of open units, whose products cost what is open: no share is weighed."""
+    if backend != "auto":
+        _refuse_unable(backend, layer)
+        return backend
+    for candidate in BACKENDS.values():
+        if candidate.device == layer.device.type and not candidate.cannot(layer):
+            return candidate.name
+    return "dense"
+
+
 def _weigh(candidate: Backend, layer: Layer, look: Callable[[], float]) -> Choice:
     """Return the candidate or dense, whichever is expected to be faster."""
     below, yes, no = candidate.worth(layer)

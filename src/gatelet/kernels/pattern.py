@@ -43,12 +43,19 @@ class Lists:
         units: (P,) int64.
         count: N, the number of units there are.
         by_unit: the same pairs unit by unit, None until a product wants them so.
+        notes: what a backend derives from the lists and reads again.
     """
 
-    __slots__ = ("by_unit", "count", "starts", "units")
+    __slots__ = ("by_unit", "count", "notes", "starts", "units")
 
-    def __init__(self, starts: Tensor, units: Tensor, count: int, by_unit: "ByUnit | None" = None) -> None:
+    def __init__(self, starts: Tensor, units: Tensor, count: Any, by_unit: "ByUnit | None" = None) -> None:
         self.starts, self.units, self.count, self.by_unit = starts, units, count, by_unit
+        self.notes: Any = None
+
+    def examples(self) -> Tensor:
+        """Return the example of each pair, (P,)."""
+        every = torch.arange(len(self.starts) - 1, device=self.starts.device)
+        return every.repeat_interleave(self.starts.diff(), output_size=len(self.units))
 
     def tensors(self) -> list[Tensor]:
         """Return what an op of torch takes instead; :func:`form_of` is the way back."""
@@ -91,11 +98,42 @@ class OpenPattern:
         form: :class:`Bits` or :class:`Lists`.
         lead: the leading shape of the gates; B is its product.
         units: N.
+        most: K, where every example has as many open units; None otherwise.
     """
 
     form: Form
     lead: torch.Size
     units: int
+    most: int | None = None
+
+    @staticmethod
+    def from_indices(indices: Tensor, units: int) -> "OpenPattern":
+        """Return the pattern of given open units: no tensor of examples × units is made.
+
+        What belongs to the open pairs (gates, values, their gradients) then is a tensor of the indices' shape or, for a
+        CSR tensor, of its ``values()``'.
+
+        Args:
+            indices: (..., K) integers, ascending within each example; or a sparse CSR tensor (B, N), whose non-zeros
+                are the open pairs. On the CPU they are looked at; on a GPU that would make the host wait.
+            units: N.
+
+        Raises:
+            TypeError: for indices that are not integers.
+            ValueError: for indices out of range, repeated in an example or not ascending, or a CSR tensor of another
+                width.
+
+        >>> OpenPattern.from_indices(torch.tensor([[0, 2], [1, 3]]), units=4).values_shape
+        torch.Size([2, 2])
+        """
+        return pattern_of_indices(indices, units, "indices")
+
+    @property
+    def values_shape(self) -> torch.Size:
+        """The shape of what belongs to the open pairs, where the pattern was given as lists."""
+        if not isinstance(self.form, Lists):
+            raise TypeError("this pattern is one of bits: what belongs to its pairs is (..., N)")
+        return torch.Size((len(self.form.units),) if self.most is None else (*self.lead, self.most))
 
     @property
     def rows(self) -> Tensor:
@@ -112,6 +150,41 @@ class OpenPattern:
         if not isinstance(self.form, Bits):
             raise TypeError("this pattern was given as lists of units and has no bits")
         return self.form
+
+
+def pattern_of_indices(indices: Tensor, units: int, name: str) -> OpenPattern:
+    """Return the pattern of given open units, which errors call ``name``; see :meth:`OpenPattern.from_indices`."""
+    if indices.layout == torch.sparse_csr:
+        if indices.dim() != 2 or indices.shape[1] != units:
+            raise ValueError(f"{name} is a CSR tensor of shape {tuple(indices.shape)}, not (B, {units})")
+        starts, names = indices.crow_indices().long(), indices.col_indices().long()
+        lead, most = indices.shape[:1], None
+    else:
+        if indices.is_floating_point() or indices.dtype == torch.bool or indices.dim() == 0:
+            raise TypeError(f"{name} must be integers (..., K), not {indices.dtype} {tuple(indices.shape)}")
+        lead, most = indices.shape[:-1], indices.shape[-1]
+        names = indices.reshape(-1).long()
+        starts = torch.arange(lead.numel() + 1, device=indices.device) * most
+    if names.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_lists(starts, names, units, name)
+    return OpenPattern(Lists(starts, names, units), lead, units, most)
+
+
+def _check_lists(starts: Tensor, units: Tensor, count: int, name: str) -> None:
+    """Raise unless every example's list is ascending and within 0 … N − 1."""
+    if not len(units):
+        return
+    low, high = int(units.min()), int(units.max())
+    if low < 0 or high >= count:
+        raise ValueError(f"{name} must lie in 0 … {count - 1}, but {low if low < 0 else high} is among them")
+    wrong = units[1:] <= units[:-1]
+    wrong[(starts[1:-1] - 1).clamp(0, max(len(wrong) - 1, 0))] = False  # where the next example begins
+    if wrong.any():
+        place = int(wrong.nonzero()[0])
+        first, second = int(units[place]), int(units[place + 1])
+        example = int(torch.searchsorted(starts, place, right=True)) - 1
+        how = f"repeats unit {first}" if first == second else f"has unit {first} before unit {second}"
+        raise ValueError(f"{name} must be ascending within each example, but example {example} {how}")
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gatelet.kernels.backends import triton
+from gatelet.kernels.backends import _pairs, triton
 from gatelet.kernels.backends._protocol import Backend, Kernel, Layer, Worth
-from gatelet.kernels.pattern import Bits, Form, bits_of, mask_of, spread
+from gatelet.kernels.pattern import Bits, Form, Lists, bits_of, mask_of, spread
 
 ACTIVATIONS = ("identity", "relu", "gelu", "silu")
 """The activations that the products know."""
@@ -69,6 +69,9 @@ def dots(
     fill: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return act(x Wᵀ + b) ∘ gate at open pairs and, to ``keep``, x Wᵀ + b at all."""
+    if isinstance(pattern, Lists):
+        pre = _pairs.dots(x, weight, bias, pattern)
+        return finish(pre, gate, activation), pre if keep else x.new_empty(0)
     units = weight.shape[0]
     pre = F.linear(x, weight, bias)
     value = activate(pre, activation)
@@ -84,6 +87,8 @@ def by_example(
     coefficient: Tensor, weight: Tensor, bias: Tensor | None, pattern: Form | None, gate: Tensor | None = None
 ) -> Tensor:
     """Return C W + bias over the open pairs."""
+    if isinstance(pattern, Lists):
+        return _pairs.by_example(coefficient, weight, bias, pattern)
     out = gathered(_open(coefficient, pattern), weight)
     return out if bias is None else out + bias
 
@@ -98,6 +103,9 @@ def by_unit(
     transposed: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return Cᵀ x over the open pairs, and the sums of C over the examples."""
+    if isinstance(pattern, Lists):
+        rows, sums = _pairs.by_unit(coefficient, x, pattern, need_rows, need_sum)
+        return rows.t() if rows is not None and transposed else rows, sums
     coefficient = _open(coefficient, pattern)
     rows = gathered(coefficient.t(), x) if need_rows else None
     return rows.t() if rows is not None and transposed else rows, coefficient.sum(0) if need_sum else None
@@ -116,6 +124,8 @@ def pointwise(
     into: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return C = g · gate · act'(z) where the gate is not zero, and the gate's gradient there or on ``wide``."""
+    if isinstance(pattern, Lists):
+        return pair_pointwise(upper, pre, gate, need_gate, need_coefficient, activation)
     units = upper.shape[1]
     each = spread(gate, units)
     coefficient = slopes = None
@@ -129,6 +139,26 @@ def pointwise(
         slopes = torch.where(is_open, upper * activate(pre, activation), 0)
         if gate.shape != slopes.shape:
             slopes = slopes.unflatten(1, (gate.shape[1], -1)).sum(-1)
+    return coefficient, slopes
+
+
+def finish(z: Tensor, gate: Tensor | None, activation: str) -> Tensor:
+    """Return act(z) ∘ gate of pairs."""
+    value = activate(z, activation)
+    return value if gate is None else value * gate
+
+
+def pair_pointwise(
+    upper: Tensor, pre: Tensor, gate: Tensor, need_gate: bool, need_coefficient: bool, activation: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what ``pointwise`` does, of pairs that are all open."""
+    coefficient = slopes = None
+    if need_coefficient:
+        coefficient = upper * gate
+        if activation != "identity":
+            coefficient = coefficient * slope(pre, activation)
+    if need_gate:
+        slopes = upper * activate(pre, activation)
     return coefficient, slopes
 
 

@@ -54,3 +54,15 @@ def check_gate(gate: Any, x: Tensor, units: int, name: str = "gate") -> None:
         )
     if gate.device != x.device:
         raise ValueError(f"{name} is on {gate.device}, but x is on {x.device}")
+
+
+def check_second(
+    hidden: Tensor, weight: Tensor, bias: Any, outputs: int, names: tuple[str, str, str] = ("hidden", "w2", "b2")
+) -> None:
+    """Raise unless hidden units, weight and bias (O,) or None have one dtype and device, and the bias its length."""
+    check_same(hidden, weight, names[0], names[1])
+    if bias is not None:
+        check_tensor(bias, names[2], 1)
+        if bias.shape[0] != outputs:
+            raise ValueError(f"{names[2]} must have shape ({outputs},), not {tuple(bias.shape)}")
+        check_same(bias, weight, names[2], names[1])

@@ -9,19 +9,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gatelet.kernels import choose
-from gatelet.kernels.backends import Backend, Layer
-from gatelet.kernels.ops._checks import check_affine
+from gatelet.kernels.backends import BACKENDS, Backend, Layer, _pairs
+from gatelet.kernels.ops._checks import check_second, check_tensor
 from gatelet.kernels.ops._declare import Op, plain, recording
-from gatelet.kernels.ops.open_pattern import mask_of_form
-from gatelet.kernels.pattern import Bits, Form, OpenPattern, flat
+from gatelet.kernels.ops._sparse_grad import refuse_sparse, touched
+from gatelet.kernels.ops.open_pattern import check_values, checked, mask_of_form
+from gatelet.kernels.pattern import Bits, Form, Lists, OpenPattern, flat
 
 
 def gated_input_linear(
-    hidden: Float[Tensor, "*lead N"],
-    pattern: OpenPattern,
-    weight: Float[Tensor, "O N"],
+    hidden: Float[Tensor, "..."],
+    pattern: OpenPattern | Tensor,
+    weight: Float[Tensor, "_ _"],
     bias: Float[Tensor, " O"] | None = None,
     *,
+    by_unit: bool = False,
+    sparse_grad: bool = False,
     backend: str = "auto",
 ) -> Float[Tensor, "*lead O"]:
     """Hidden Wᵀ + b where closed hidden units are not read, forward and backward.
@@ -30,10 +33,15 @@ def gated_input_linear(
     second order, forward-mode derivatives and ``torch.func`` transforms are computed densely.
 
     Args:
-        hidden: (..., N), float32 or float64 (on a CPU others run dense, which is announced once).
-        pattern: the open units, from :func:`gatelet.kernels.open_pattern`.
+        hidden: (..., N), float32 or float64 (on a CPU others run dense, which is announced once). With a pattern of
+            given indices: the values of these alone, in their shape.
+        pattern: the open units, from :func:`gatelet.kernels.open_pattern`; or given ones:
+            :meth:`gatelet.kernels.OpenPattern.from_indices`, indices (..., K) or a sparse CSR tensor.
         weight: (O, N). Fastest as the transposed view of a contiguous (N, O) matrix; any other is copied so.
         bias: (O,) or None.
+        by_unit: the weight is given as (N, O), a row per hidden unit.
+        sparse_grad: with given indices and ``by_unit``, give the weight a sparse gradient of the rows that are open
+            for any example, as ``torch.nn.Embedding`` does.
         backend: ``"auto"``, ``"dense"``, ``"numba"``, ``"triton"``.
 
     Returns:
@@ -51,42 +59,62 @@ def gated_input_linear(
     tensor([[4., 4.]])
     """
     choose.check_backend(backend)
-    check_affine(hidden, weight, bias, ("hidden", "weight", "bias"))
-    if not isinstance(pattern, OpenPattern):
-        raise TypeError(f"pattern must come from gatelet.kernels.open_pattern, not be a {type(pattern).__name__}")
-    if pattern.lead != hidden.shape[:-1] or pattern.units != hidden.shape[-1]:
-        raise ValueError(
-            f"pattern is one of gates {(*pattern.lead, pattern.units)}, but hidden has shape {tuple(hidden.shape)}"
-        )
-    flat_hidden = flat(hidden)
+    check_tensor(weight, "weight", 2)
+    check_tensor(hidden, "hidden")
+    outputs, units = reversed(weight.shape) if by_unit else weight.shape
+    pattern = checked(pattern, units, None, "hidden and weight")
+    given_units = isinstance(pattern.form, Lists)
+    if sparse_grad and not (given_units and by_unit):
+        raise ValueError("sparse_grad=True goes with given indices and by_unit=True, a weight (N, O)")
+    if given_units:
+        check_values(hidden, pattern, "hidden")
+    elif hidden.shape != (*pattern.lead, units):
+        raise ValueError(f"hidden must have shape {(*pattern.lead, units)}, as pattern has, not {tuple(hidden.shape)}")
+    check_second(hidden, weight, bias, outputs, ("hidden", "weight", "bias"))
     ordinary = plain(hidden, weight, bias)
     keep = not ordinary or recording(hidden, weight, bias)
-    name = backend if ordinary else choose.settled(backend, _layer(flat_hidden, weight))
-    out = _op(Given(flat_hidden, pattern.form, weight, bias, name, keep))
-    return out.view(*hidden.shape[:-1], weight.shape[0])
+    refuse_sparse(sparse_grad, ordinary)
+    values = hidden.reshape(-1) if given_units else flat(hidden)
+    layer = _layer(values, pattern.form, outputs, units)
+    name = backend
+    if given_units:
+        name = choose.choose_for_lists(backend, layer)
+    elif not ordinary:
+        name = choose.settled(backend, layer)
+    out = _op(Given(values, pattern.form, weight, bias, by_unit, sparse_grad, name, keep))
+    return out.view(*pattern.lead, outputs)
 
 
 class Given(NamedTuple):
-    """The op's arguments: hidden (B, N), weight (O, N)."""
+    """The op's arguments: hidden (B, N), or (P,) with lists; weight (O, N), or (N, O) by unit."""
 
     hidden: Tensor
     pattern: Form | None
     weight: Tensor
     bias: Tensor | None
+    by_unit: bool
+    sparse_grad: bool
     backend: str
     keep: bool
+
+    @property
+    def rows(self) -> Tensor:
+        """The weight, a row per unit: free if it is kept so, or if it is the transposed view of what is."""
+        return self.weight if self.by_unit else self.weight.t()
 
 
 def naive(given: Given) -> Tensor:
     """What the op means."""
+    if isinstance(given.pattern, Lists):
+        return _pairs.by_example(given.hidden, given.rows, given.bias, given.pattern)
     assert given.pattern is not None
     is_open = mask_of_form(given.pattern, given.hidden.shape[1])
-    return F.linear(torch.where(is_open, given.hidden, 0), given.weight, given.bias)
+    return F.linear(torch.where(is_open, given.hidden, 0), given.rows.t(), given.bias)
 
 
-def _layer(hidden: Tensor, weight: Tensor) -> Layer:
-    outputs, units = weight.shape
-    return Layer(hidden.shape[0], outputs, units, 1, hidden.dtype, hidden.device, False)
+def _layer(hidden: Tensor, form: Form, outputs: int, units: int) -> Layer:
+    batch = len(form.starts) - 1 if isinstance(form, Lists) else hidden.shape[0]
+    return Layer(batch, outputs, units, 1, hidden.dtype, hidden.device, False)
 
 
 def _share_open(given: Given) -> float:
@@ -98,32 +126,40 @@ def _share_open(given: Given) -> float:
 
 
 def _running(given: Given) -> Backend:
-    return choose.running(given.backend, _layer(given.hidden, given.weight), partial(_share_open, given))
+    if given.backend != "auto":
+        return BACKENDS[given.backend]
+    assert given.pattern is not None
+    units, outputs = given.rows.shape
+    return choose.running("auto", _layer(given.hidden, given.pattern, outputs, units), partial(_share_open, given))
 
 
 def forward(given: Given) -> tuple[Tensor]:
-    """Return the output.
-
-    The columns of W (O, N) are read as rows of its transpose: free if it is the view of a matrix kept by unit.
-    """
-    run = _running(given).products
-    return (run.by_example(given.hidden, given.weight.t(), given.bias, given.pattern),)
+    """Return the output."""
+    return (_running(given).products.by_example(given.hidden, given.rows, given.bias, given.pattern),)
 
 
 def backward(grad: Tensor, given: Given, kept: tuple[Tensor, ...], need: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Return the gradients of hidden (zero at closed units), weight and bias; None for what is not needed."""
     run = _running(given).products
+    from_bias = grad.sum(0) if need[2] else None
+    if isinstance(given.pattern, Lists) and need[0] and need[1] and hasattr(run, "dots_and_by_unit"):
+        from_hidden, rows = run.dots_and_by_unit(grad, given.rows, given.hidden, given.pattern, given.sparse_grad)
+        return from_hidden, rows if given.by_unit else rows.t(), from_bias
     from_hidden = from_weight = None
     if need[0]:
-        from_hidden, _ = run.dots(grad, given.weight.t(), None, None, given.pattern)
-    if need[1]:
-        from_weight, _ = run.by_unit(given.hidden, grad, given.pattern, transposed=True)
-    return from_hidden, from_weight, grad.sum(0) if need[2] else None
+        from_hidden, _ = run.dots(grad, given.rows, None, None, given.pattern)
+    if need[1] and given.sparse_grad:
+        from_weight = touched(run)(given.hidden, grad, given.pattern)
+    elif need[1]:
+        from_weight, _ = run.by_unit(given.hidden, grad, given.pattern, transposed=not given.by_unit)
+    return from_hidden, from_weight, from_bias
 
 
 def shapes(given: Given) -> tuple[tuple[Any, ...], ...]:
     """Return the shapes of what ``forward`` returns."""
-    return ((given.hidden.shape[0], given.weight.shape[0]),)
+    form = given.pattern
+    batch = form.starts.shape[0] - 1 if isinstance(form, Lists) else given.hidden.shape[0]
+    return ((batch, given.rows.shape[1]),)
 
 
 _op = Op("gated_input_linear", Given, forward, backward, naive, shapes, differentiable=("hidden", "weight", "bias"))

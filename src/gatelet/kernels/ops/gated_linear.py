@@ -9,24 +9,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gatelet.kernels import choose
-from gatelet.kernels.backends import Backend
+from gatelet.kernels.backends import BACKENDS, Backend, Layer, _pairs
 from gatelet.kernels.ops._checks import check_affine, check_gate
 from gatelet.kernels.ops._declare import Op, plain, recording
-from gatelet.kernels.ops.open_pattern import mask_of_form, pattern_of
-from gatelet.kernels.pattern import Form, OpenPattern, flat, spread
+from gatelet.kernels.ops._sparse_grad import listed, refuse_sparse, touched
+from gatelet.kernels.ops.open_pattern import check_values, checked, mask_of_form, pattern_of
+from gatelet.kernels.pattern import Form, Lists, OpenPattern, flat, spread
 
 
 def gated_linear(
     x: Float[Tensor, "*lead D"],
     weight: Float[Tensor, "N D"],
     bias: Float[Tensor, " N"] | None,
-    gate: Float[Tensor, "*lead G"],
+    gate: Float[Tensor, "..."] | None,
     *,
     support: Tensor | None = None,
-    pattern: OpenPattern | None = None,
+    pattern: OpenPattern | Tensor | None = None,
+    sparse_grad: bool = False,
     backend: str = "auto",
     active_fraction: float | None = None,
-) -> Float[Tensor, "*lead N"]:
+) -> Float[Tensor, "..."]:
     """(x Wᵀ + b) ∘ gate, computed only where the gate is not zero, forward and backward.
 
     Closed units are exactly zero, whatever their weights hold. They send no gradient to x, weight and bias, as
@@ -37,15 +39,19 @@ def gated_linear(
         x: (..., D), float32 or float64 (on a CPU others run dense, which is announced once).
         weight: (N, D).
         bias: (N,) or None.
-        gate: (..., G), one number per unit (G = N) or per group of N / G consecutive units.
+        gate: (..., G), one number per unit (G = N) or per group of N / G consecutive units. With a pattern of given
+            indices: one number per index, in their shape, or None for ones.
         support: (..., G), boolean: where the gate's gradient is wanted; must include the open gates.
-        pattern: the pattern of ``gate`` if it was built before (:func:`gatelet.kernels.open_pattern`).
+        pattern: the pattern of ``gate`` if it was built before (:func:`gatelet.kernels.open_pattern`); or given open
+            units: :meth:`gatelet.kernels.OpenPattern.from_indices`, indices (..., K) or a sparse CSR tensor.
+        sparse_grad: with given indices, give the weight a sparse gradient of the rows that are open for any example,
+            as ``torch.nn.Embedding`` does; ``torch.optim.SGD``, ``Adagrad`` and ``SparseAdam`` take it.
         backend: ``"auto"`` (the faster of dense and sparse), ``"dense"``, ``"numba"``, ``"triton"``.
         active_fraction: the share of open gates to expect. ``"auto"`` needs it on a GPU, where it does not look at
             the gates; without it dense runs there. Elsewhere it is not used.
 
     Returns:
-        (..., N).
+        (..., N); with given indices the values at these, in their shape.
 
     Raises:
         ValueError, TypeError: for shapes, dtypes or devices that do not fit, an unknown backend or one that cannot
@@ -57,16 +63,27 @@ def gated_linear(
     >>> gated_linear(x, weight, None, torch.tensor([[1.0, 0.0, 0.0, 2.0], [0.0, 0.0, 0.0, 1.0]]))
     tensor([[3., 0., 0., 6.],
             [0., 0., 0., 3.]])
+    >>> gated_linear(x, weight, None, None, pattern=torch.tensor([[0, 3], [1, 2]]))
+    tensor([[3., 3.],
+            [3., 3.]])
     """
     choose.check_backend(backend)
     check_affine(x, weight, bias)
     units = weight.shape[0]
+    if pattern is not None:
+        pattern = checked(pattern, units, x.shape[:-1], "x and weight")
+        if isinstance(pattern.form, Lists):
+            if support is not None:
+                raise ValueError("support goes with gates (..., G), not with given indices")
+            return _at_pairs(x, weight, bias, gate, pattern, pattern.form, sparse_grad, backend)
+    if sparse_grad:
+        raise ValueError("sparse_grad=True goes with given indices: pattern=OpenPattern.from_indices(...)")
+    if gate is None:
+        raise TypeError("gate must be a torch.Tensor: only with given indices may it be None")
     check_gate(gate, x, units)
     if support is not None and support.shape != gate.shape:
         raise ValueError(f"support must have gate's shape {tuple(gate.shape)}, not {tuple(support.shape)}")
     shape = (*x.shape[:-1], units)
-    if pattern is not None and (pattern.lead != gate.shape[:-1] or pattern.units != units):
-        raise ValueError(f"pattern is one of gates {(*pattern.lead, pattern.units)}, but x and weight ask for {shape}")
     flat_x, flat_gate = flat(x), flat(gate)
     if flat_gate.dtype != x.dtype:
         flat_gate = flat_gate.to(x.dtype)
@@ -84,11 +101,35 @@ def gated_linear(
     elif name != "dense" and keep:
         form = pattern_of(flat_gate.detach(), units, name, later=wide is None)
     wide_form = None if wide is None else pattern_of(wide, units, name)
-    return _op(Given(flat_x, weight, bias, flat_gate, form, wide_form, name, keep)).view(shape)
+    return _op(Given(flat_x, weight, bias, flat_gate, form, wide_form, False, name, keep)).view(shape)
+
+
+def _at_pairs(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    pattern: OpenPattern,
+    lists: Lists,
+    sparse_grad: bool,
+    backend: str,
+) -> Tensor:
+    """Return the values at given pairs."""
+    shape = pattern.values_shape
+    if gate is None:
+        gate = x.new_ones(shape)
+    check_values(gate, pattern, "gate")
+    ordinary = plain(x, weight, bias, gate)
+    keep = not ordinary or recording(x, weight, bias, gate)
+    refuse_sparse(sparse_grad, ordinary)
+    flat_x, values = flat(x), gate.reshape(-1).to(x.dtype)
+    layer = Layer(len(lists.starts) - 1, weight.shape[1], weight.shape[0], 1, x.dtype, x.device, keep)
+    name = choose.choose_for_lists(backend, layer)
+    return _op(Given(flat_x, weight, bias, values, lists, None, sparse_grad, name, keep)).view(shape)
 
 
 class Given(NamedTuple):
-    """The op's arguments: x (B, D), gate (B, G); ``wide`` is the pattern of the support."""
+    """The op's arguments: x (B, D), gate (B, G), or (P,) with lists; ``wide`` is the pattern of the support."""
 
     x: Tensor
     weight: Tensor
@@ -96,12 +137,15 @@ class Given(NamedTuple):
     gate: Tensor
     pattern: Form | None
     wide: Form | None
+    sparse_grad: bool
     backend: str
     keep: bool
 
 
 def naive(given: Given) -> Tensor:
     """What the op means."""
+    if isinstance(given.pattern, Lists):
+        return _pairs.dots(given.x, given.weight, given.bias, given.pattern) * given.gate
     units = given.weight.shape[0]
     gate = spread(given.gate, units)
     wanted = gate != 0
@@ -111,6 +155,8 @@ def naive(given: Given) -> Tensor:
 
 
 def _running(given: Given) -> Backend:
+    if given.backend != "auto":
+        return BACKENDS[given.backend]
     layer = choose.layer_of(given.weight, given.gate, given.x.shape[0], given.keep)
     return choose.running(given.backend, layer, partial(choose.share_open, given.gate))
 
@@ -126,7 +172,7 @@ def forward(given: Given) -> tuple[Tensor, Tensor]:
 def backward(grad: Tensor, given: Given, kept: tuple[Tensor, ...], need: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Return the gradients of x, weight, bias and gate; None for what is not needed."""
     backend = _running(given)
-    run, pattern = backend.products, None if backend.by_gate else given.pattern
+    run, pattern = backend.products, None if backend.by_gate and not listed(given.pattern) else given.pattern
     need_x, need_weight, need_bias, need_gate = need
     products = need_x or need_weight or need_bias
     slopes = partial(run.pointwise, grad, kept[0], given.gate, pattern, given.wide)
@@ -137,8 +183,12 @@ def backward(grad: Tensor, given: Given, kept: tuple[Tensor, ...], need: tuple[b
     from_x = from_weight = from_bias = None
     if need_x:
         from_x = run.by_example(coefficient, given.weight, None, pattern)
+    if need_weight and given.sparse_grad:
+        from_weight = touched(run)(coefficient, given.x, pattern)
+        need_weight = False
     if need_weight or need_bias:
-        from_weight, from_bias = run.by_unit(coefficient, given.x, pattern, need_rows=need_weight, need_sum=need_bias)
+        rows, from_bias = run.by_unit(coefficient, given.x, pattern, need_rows=need_weight, need_sum=need_bias)
+        from_weight = rows if need_weight else from_weight
     if later:
         _, from_gate = slopes(need_gate=True, need_coefficient=False, into=coefficient)
     return from_x, from_weight, from_bias, from_gate
@@ -146,7 +196,8 @@ def backward(grad: Tensor, given: Given, kept: tuple[Tensor, ...], need: tuple[b
 
 def shapes(given: Given) -> tuple[tuple[Any, ...], ...]:
     """Return the shapes of what ``forward`` returns."""
-    shape = (given.x.shape[0], given.weight.shape[0])
+    pattern = given.pattern
+    shape = pattern.units.shape if isinstance(pattern, Lists) else (given.x.shape[0], given.weight.shape[0])
     return shape, shape if given.keep else (0,)
 
 

@@ -10,7 +10,7 @@ from gatelet.kernels import choose
 from gatelet.kernels.backends import BACKENDS, Layer
 from gatelet.kernels.ops._checks import check_tensor
 from gatelet.kernels.ops._declare import plain, refuse_transforms, transformed
-from gatelet.kernels.pattern import Bits, Form, OpenPattern, flat, mask_of, words
+from gatelet.kernels.pattern import Bits, Form, OpenPattern, flat, mask_of, pattern_of_indices, words
 
 
 def open_pattern(gate: Float[Tensor, "*lead G"], group_size: int = 1) -> OpenPattern:
@@ -40,6 +40,34 @@ def pattern_of(gate: Tensor, units: int, backend: str, later: bool = False) -> F
         return found
     rows, cols = torch.ops.gatelet.open_pattern(gate, units, backend)
     return Bits(rows, cols, units // max(gate.shape[1], 1))
+
+
+def checked(pattern: Any, units: int, lead: torch.Size | None, what: str) -> OpenPattern:
+    """Return the pattern, made of indices if these were given; raise unless it is one of so many units.
+
+    ``lead`` is the leading shape to have, None for any; ``what`` says what asks for it.
+    """
+    if isinstance(pattern, Tensor):
+        pattern = pattern_of_indices(pattern, units, "pattern")
+    if not isinstance(pattern, OpenPattern):
+        raise TypeError(
+            "pattern must be an OpenPattern, indices (..., K) or a sparse CSR tensor, not be a "
+            f"{type(pattern).__name__}"
+        )
+    if pattern.units != units or (lead is not None and pattern.lead != lead):
+        wanted = (*(pattern.lead if lead is None else lead), units)
+        raise ValueError(f"pattern is one of gates {(*pattern.lead, pattern.units)}, but {what} ask for {wanted}")
+    return pattern
+
+
+def check_values(values: Any, pattern: OpenPattern, name: str) -> None:
+    """Raise unless there is one number per pair of a pattern of lists."""
+    check_tensor(values, name)
+    if values.shape != pattern.values_shape:
+        raise ValueError(
+            f"{name} must have a number for each of pattern's pairs, {tuple(pattern.values_shape)}, "
+            f"but has shape {tuple(values.shape)}"
+        )
 
 
 def mask_of_form(form: Form, units: int) -> Tensor:

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from gatelet.kernels.backends.dense import ACTIVATIONS
-from gatelet.kernels.backends.numba import SMALLEST_GROUP
+from gatelet.kernels.backends.dense import ACTIVATIONS, finish, pair_pointwise
+from gatelet.kernels.backends.numba import SMALLEST_GROUP, lists
 from gatelet.kernels.backends.numba import team as _team
 from gatelet.kernels.backends.numba.kernels import MOST, RECORD, RUNS, SLICE, VECTOR, WORDS, kernel
-from gatelet.kernels.pattern import Bits, Form, words
+from gatelet.kernels.pattern import Bits, Form, Lists, words
 
 DENSE = 1 << 5
 """So many multiply-adds of the dense product count as one number to pass over: a tenth of them is done, by vectors."""
@@ -110,6 +110,9 @@ def dots(
     """Return act(x Wᵀ + b) ∘ gate at open pairs and, to ``keep``, x Wᵀ + b; zero elsewhere if ``fill``."""
     x, weight = x.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
+    if isinstance(pattern, Lists):
+        found = lists.dots(x, weight, bias, pattern.starts, pattern.units)
+        return finish(found, gate, activation), found if keep else x.new_empty(0)
     gate = None if gate is None else gate.contiguous()
     batch, units = x.shape[0], weight.shape[0]
     out = x.new_empty((batch, units))
@@ -174,9 +177,11 @@ def by_example(
     coefficient: Tensor, weight: Tensor, bias: Tensor | None, pattern: Form | None, gate: Tensor | None = None
 ) -> Tensor:
     """Return y (B, D) with y[b] = bias + Σ_n C[b, n] W[n] over open n."""
-    rows = _written(pattern).rows
     coefficient, weight = coefficient.contiguous(), weight.contiguous()
     bias = None if bias is None else bias.contiguous()
+    if isinstance(pattern, Lists):
+        return lists.by_example(coefficient, weight, bias, pattern.starts, pattern.units)
+    rows = _written(pattern).rows
     batch, (units, width) = coefficient.shape[0], weight.shape
     out = weight.new_empty((batch, width))
     if not out.numel():
@@ -210,8 +215,12 @@ def by_unit(
     transposed: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return V (N, D), V[n] = Σ_b C[b, n] x[b] over open b, and the sums Σ_b C[b, n]; None for what is not needed."""
-    cols = _written(pattern).cols
     coefficient, x = coefficient.contiguous(), x.contiguous()
+    if isinstance(pattern, Lists):
+        turned = _turned(pattern)
+        found, total, _ = lists.by_unit(coefficient, x, turned, dense=True, need_rows=need_rows, need_total=need_sum)
+        return found.t() if found is not None and transposed else found, total
+    cols = _written(pattern).cols
     (batch, width), units = x.shape, coefficient.shape[1]
     result = x.new_empty((units, width)) if need_rows else None
     sums = x.new_empty(units) if need_sum else None
@@ -242,6 +251,8 @@ def pointwise(
     into: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return C = g · gate · act'(z) at open pairs and the gate's gradient (B, G), in ``into`` if given."""
+    if isinstance(pattern, Lists):
+        return pair_pointwise(upper, pre, gate, need_gate, need_coefficient, activation)
     rows = _written(pattern if wide is None else wide).rows
     upper, gate = upper.contiguous(), gate.contiguous()
     batch, units = upper.shape
@@ -255,3 +266,30 @@ def pointwise(
     )
     _team.run(kernel("pointwise", _bits(upper)), args, _team.threads(upper.numel()))
     return coefficient, slopes
+
+
+def touched(coefficient: Tensor, x: Tensor, pattern: Lists) -> Tensor:
+    """Return V of ``by_unit`` as a coalesced sparse COO tensor of the units that any pair names."""
+    turned = _turned(pattern)
+    rows, _, _ = lists.by_unit(coefficient.contiguous(), x.contiguous(), turned, need_total=False)
+    assert rows is not None
+    return lists.as_sparse(rows, turned)
+
+
+def dots_and_by_unit(
+    upper: Tensor, weight: Tensor, coefficient: Tensor, pattern: Lists, sparse: bool
+) -> tuple[Tensor, Tensor]:
+    """Return ``dots`` of ``upper`` and W, and ``by_unit`` of C and ``upper``: each row of W is read once."""
+    turned = _turned(pattern)
+    values, rows = lists.backward(
+        upper.contiguous(), weight.contiguous(), coefficient.contiguous(), turned, dense=not sparse
+    )
+    return values, lists.as_sparse(rows, turned) if sparse else rows
+
+
+def _turned(pattern: Lists) -> lists.Turned:
+    """Return the lists by unit."""
+    if pattern.notes is None:
+        pattern.notes = lists.turned(pattern.starts, pattern.units, pattern.count)
+    found: lists.Turned = pattern.notes
+    return found
