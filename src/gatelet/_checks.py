@@ -61,7 +61,7 @@ def check_rate(value: float, name: str = "target_rate") -> float:
 
 def check_positive(value: float, name: str) -> float:
     """Return ``value`` if it is a finite number above 0; raise otherwise."""
-    if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
         raise ValueError(f"{name} must be a finite number above 0, not {value!r}")
     return float(value)
 

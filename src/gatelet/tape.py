@@ -118,7 +118,7 @@ class Tape:
                 acted several times.
 
         Returns:
-            equal to ``loss``. Reduce it as you would the loss: ``.mean().backward()``.
+            equal to ``loss``, of floating dtype where that was boolean or of integers. Reduce it as you would the loss: ``.mean().backward()``.
 
         Raises:
             ValueError: if the loss was already reduced, or does not fit a recorded unit's shape; if an estimator for a
@@ -132,8 +132,10 @@ class Tape:
             raise RuntimeError("the surrogate of this tape was taken before: open a new Tape for every forward pass")
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss must be a torch.Tensor, not {type(loss).__name__}")
-        if not loss.is_floating_point():  # it could carry no gradient
-            raise TypeError(f"loss must have a floating dtype, not {loss.dtype}")
+        if loss.is_complex():
+            raise TypeError(f"loss must be real, not {loss.dtype}")
+        if not loss.is_floating_point():  # a count, or right and wrong: its sum could carry no gradient
+            loss = loss.to(self._records[0].logits.dtype if self._records else torch.get_default_dtype())
         for record in self._records:
             self._check(record, loss)
         records, self._records = self._records, None

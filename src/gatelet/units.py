@@ -13,6 +13,11 @@ from gatelet.estimators import Estimator, resolve
 from gatelet.estimators._noise import UNIFORM
 from gatelet.tape import Tape, check_samples
 
+_NOT_CALIBRATED = (
+    "this unit has no test-time threshold yet: call gatelet.sparsity.calibrate_thresholds(model, loader) "
+    "after training, or ask for sampled gates with gatelet.sampling(model)"
+)
+
 
 class StochasticUnit(nn.Module):
     """Turns logits into gates; used like any activation.
@@ -85,7 +90,10 @@ class StochasticUnit(nn.Module):
         check_logits(logits)
         if not self.training and not self.sample_in_eval:
             self._check_calibrated()
-            return self.estimator.deterministic(logits, self.threshold)
+            settled = self.estimator.deterministic(logits, self.threshold)
+            if self.threshold.device.type == "cpu" or self.estimator.kind == "categorical":
+                return settled
+            return torch.where(self.threshold.isnan(), self.threshold.to(settled.dtype), settled)
         learns = self.estimator.needs == "loss" and logits.requires_grad and torch.is_grad_enabled()
         if self.estimator.antithetic and not learns:  # a sample that is compared with nothing needs no twin
             return self.estimator.sample(logits, UNIFORM.sample(logits.shape, logits, generator))
@@ -132,12 +140,13 @@ class StochasticUnit(nn.Module):
         return found
 
     def _check_calibrated(self) -> None:
-        # A threshold on an accelerator is not looked at: that would synchronise. NaN closes every gate there.
-        if self.threshold.device.type == "cpu" and not torch.compiler.is_compiling() and self.threshold.isnan():
-            raise RuntimeError(
-                "this unit has no test-time threshold yet: call gatelet.sparsity.calibrate_thresholds(model, loader) "
-                "after training, or ask for sampled gates with gatelet.sampling(model)"
-            )
+        # A threshold on an accelerator is not looked at: that would synchronise. There NaN makes all gates NaN.
+        if self.threshold.device.type != "cpu":
+            return
+        if torch.compiler.is_compiling():
+            torch._assert_async(~self.threshold.isnan(), _NOT_CALIBRATED)
+        elif self.threshold.isnan():
+            raise RuntimeError(_NOT_CALIBRATED)
 
     def extra_repr(self) -> str:
         """Show the target rate and the threshold."""

@@ -24,7 +24,7 @@ from torch import Tensor
 import gatelet
 from gatelet._checks import check_choice, check_count
 from gatelet.estimators import ALL, Estimator
-from gatelet_lab.train import write_json
+from gatelet_lab.files import write_json
 
 SHAPES: Mapping[str, tuple[int, int]] = {"32x2000": (32, 2000), "256x200": (256, 200)}
 GOALS: Mapping[str, float] = {"path": 1.2, "loss": 1.5}

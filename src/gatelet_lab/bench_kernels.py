@@ -28,8 +28,9 @@ from gatelet_lab import data
 from gatelet_lab.bench_busy import show_busy
 from gatelet_lab.bench_lists import show_lists
 from gatelet_lab.bench_rows import show_rows
+from gatelet_lab.files import write_atomically, write_json
 from gatelet_lab.recipes import recipe
-from gatelet_lab.train import Trainer, write_atomically, write_json
+from gatelet_lab.train import Trainer
 
 RATE = 0.1
 BATCHES = (1, 32, 256, 1024)

@@ -19,11 +19,12 @@ import gatelet
 from gatelet._checks import check_count
 from gatelet.estimators import ScoreFunction
 from gatelet_lab import data, jobs, plots, table
+from gatelet_lab.files import write_atomically, write_json
 from gatelet_lab.jobs import Job
 from gatelet_lab.model import PaperNet
 from gatelet_lab.recipes import Recipe, recipe
 from gatelet_lab.settings import override
-from gatelet_lab.train import Trainer, write_atomically, write_json
+from gatelet_lab.train import Trainer
 
 Result = dict[str, Any]
 

@@ -1,5 +1,6 @@
 """The command line. A command is a frozen dataclass; its options follow from the fields."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -30,7 +31,7 @@ def main() -> None:
         vae,
     )
     from gatelet_lab.data import DataError
-    from gatelet_lab.train import CheckpointError
+    from gatelet_lab.files import CheckpointError
 
     if sys.argv[1:] == ["--version"]:
         print(version("gatelet"))
@@ -75,9 +76,12 @@ def main() -> None:
         | Annotated[Train, named("train")]
         | Annotated[Bench, named("bench")]
     )
-    console = Console()
+    for stream in (sys.stdout, sys.stderr):  # what the terminal cannot show must not end a run of hours
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    console = Console(markup=False)  # a path may hold brackets
     if not console.is_terminal:
-        console = Console(width=120)  # a file has no width of its own
+        console = Console(width=120, markup=False)  # a file has no width of its own
     try:
         options: Any = tyro.cli(
             command,
@@ -87,7 +91,7 @@ def main() -> None:
         )
         options = options.subject if isinstance(options, Bench) else options
         run[type(options)](options, console)
-    except (ValueError, OSError, RuntimeError, DataError, CheckpointError) as error:
+    except (ValueError, OSError, RuntimeError, OverflowError, MemoryError, DataError, CheckpointError) as error:
         Console(stderr=True).print(f"gatelet: {error}", style="bold red", highlight=False, markup=False)
         sys.exit(2)
     except KeyboardInterrupt:

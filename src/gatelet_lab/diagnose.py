@@ -28,8 +28,8 @@ from gatelet.estimators import ALL, Estimator, Objective, ScoreFunction, Straigh
 from gatelet.estimators._noise import NONE
 from gatelet.model_diagnosis import ModelReport, diagnose_model
 from gatelet_lab import data, recipes
+from gatelet_lab.files import write_atomically
 from gatelet_lab.model import PaperNet
-from gatelet_lab.train import write_atomically
 
 Problem = Literal["toy", "polynomial", "network", "certificate"]
 CERTIFICATE = Path("runs/certificate.md")

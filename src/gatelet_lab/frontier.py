@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from gatelet._checks import check_choice, check_count
 from gatelet.estimators import ALL
 from gatelet_lab import jobs, plots, table
+from gatelet_lab.files import read_json, read_tensors, write_atomically, write_json
 from gatelet_lab.jobs import Job
 from gatelet_lab.model import build
 from gatelet_lab.recipes import Recipe
 from gatelet_lab.settings import override
-from gatelet_lab.train import write_atomically, write_json
 
 Result = dict[str, Any]
 MIXTURE = "mixture"
@@ -75,7 +75,7 @@ def run(options: Frontier, console: Console) -> None:
         times = measure(options, planned, console)
     else:
         results = jobs.train(options, planned, console)
-        times = jobs.read_json(path)["inference"] if path.is_file() else {}
+        times = read_json(path)["inference"] if path.is_file() else {}
     points = summary(results)
     write_json(path, {**options.identity(), "points": points, "inference": times})
     text = markdown(options, points, times)
@@ -177,7 +177,7 @@ def measure(options: Frontier, planned: Sequence[Job], console: Console) -> dict
     for job in planned:
         if job.seed == 0:
             model = build(job.recipe, x.shape[1], split.classes).to(options.device)
-            weights = torch.load(jobs.weights_file(options.out, job), map_location=options.device, weights_only=True)
+            weights = read_tensors(jobs.weights_file(options.out, job), options.device)
             model.load_state_dict(weights)
             calls[job.recipe.row] = model.eval()
     width = planned[0].recipe.experts * planned[0].recipe.members

@@ -20,9 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from gatelet._checks import check_count
 from gatelet_lab import data, plots
+from gatelet_lab.files import CheckpointError, read_json, read_tensors, write_atomically, write_json
 from gatelet_lab.model import build
 from gatelet_lab.recipes import DEFAULTS, Recipe, teacher
-from gatelet_lab.train import CheckpointError, Epoch, Trainer, write_atomically, write_json
+from gatelet_lab.train import Epoch, Trainer
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,8 @@ def read_result(out: Path, job: Job) -> dict[str, Any] | None:
         return None
     result = read_json(path)
     wanted = json.loads(json.dumps(asdict(job.recipe)))
+    if not isinstance(result.get("config"), dict):
+        raise CheckpointError(f"{path}: holds no result of a run; remove the file")
     found = DEFAULTS | result["config"]  # a field that an older result does not know had its default
     differing = [key for key in result["config"] | DEFAULTS if key in wanted and found[key] != wanted[key]]
     if differing:
@@ -162,15 +165,6 @@ def read_result(out: Path, job: Job) -> dict[str, Any] | None:
             + "; name another --out, or remove the file"
         )
     return result
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON file's object."""
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
-    return found
 
 
 # -------------------------------------------------------------------- the workers
@@ -239,7 +233,7 @@ def read_teacher(options: Run, recipe: Recipe, split: data.Split) -> torch.nn.Mo
     if job is None:
         return None
     network = build(job.recipe, split.train_images.shape[1], split.classes).to(options.device)
-    network.load_state_dict(torch.load(weights_file(options.out, job), map_location=options.device, weights_only=True))
+    network.load_state_dict(read_tensors(weights_file(options.out, job), options.device))
     return network.eval()
 
 

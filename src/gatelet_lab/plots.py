@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from gatelet_lab.train import write_atomically
+from gatelet_lab.files import write_atomically
 
 STOCHASTIC = ("noisy_rectifier", "straight_through", "smooth_times_stochastic", "score_function")
 SHOWN_GATES = 120

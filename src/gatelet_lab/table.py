@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from gatelet_lab.train import write_atomically, write_json
+from gatelet_lab.files import write_atomically, write_json
 
 if TYPE_CHECKING:
     from gatelet_lab.reproduce import Reproduce

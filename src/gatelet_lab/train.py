@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 import gatelet
 from gatelet_lab.data import Split
+from gatelet_lab.files import CheckpointError, read_tensors, write_atomically
 from gatelet_lab.model import Dense, build, multiply_adds, penalty
 from gatelet_lab.recipes import DEFAULTS, Recipe
 
@@ -24,10 +24,6 @@ VERSION = 1  # of the checkpoints
 _CALIBRATION = 5000  # training images that set the threshold
 _EVAL_BATCH = 1000
 PROBABILITY_BINS = 100
-
-
-class CheckpointError(Exception):
-    """A checkpoint is unreadable, or of another version, recipe or data set."""
 
 
 class Stopped(Exception):  # noqa: N818
@@ -343,13 +339,14 @@ class Trainer:
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint of the same version, recipe, seed and data."""
+        state = read_tensors(path, self.device)
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
             found = json.loads(state["identity"])
         except Exception as error:
             raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from error
         wanted = json.loads(self._identity())
         found = DEFAULTS | found  # a field that a checkpoint does not know yet had its default
+        found.setdefault("content", wanted["content"])  # nor could it tell two data sets of the same sizes apart
         differing = [key for key in wanted if found.get(key) != wanted[key]]
         if differing:
             told = ", ".join(f"{key} was {found.get(key)!r}, is {wanted[key]!r}" for key in differing)
@@ -367,19 +364,12 @@ class Trainer:
     def _identity(self) -> str:
         recipe = {key: value for key, value in asdict(self.recipe).items() if key not in ("paper", "title")}
         sizes = [len(self.split.train_labels), self.split.train_images.shape[1], self.split.classes]
-        return json.dumps({"version": VERSION, "seed": self.seed, "data": [self.split.name, *sizes], **recipe})
-
-
-def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
-    """Let ``write`` fill a file that appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.part")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file that appears whole or not at all."""
-    write_atomically(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+        return json.dumps(
+            {
+                "version": VERSION,
+                "seed": self.seed,
+                "data": [self.split.name, *sizes],
+                "content": self.split.content,
+                **recipe,
+            }
+        )

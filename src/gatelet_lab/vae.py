@@ -21,7 +21,6 @@ an uninterrupted one.
 
 import ast
 import copy
-import json
 import math
 import statistics
 import time
@@ -42,7 +41,7 @@ import gatelet
 from gatelet._checks import check_choice, check_count, check_positive
 from gatelet.estimators import ALL, Estimator
 from gatelet_lab import data
-from gatelet_lab.train import CheckpointError, write_atomically, write_json
+from gatelet_lab.files import CheckpointError, read_json, read_tensors, write_atomically, write_json
 
 ENUMERABLE = 12  # latents up to which the exact gradient is taken
 _PROBE = 20  # training images at which the gradient's variance is measured
@@ -244,8 +243,8 @@ def check_output(options: TrainVAE) -> None:
     if not options.resume:
         raise ValueError(f"--out {out}: is not empty; continue it with --resume, or name another directory")
     try:
-        found = json.loads((out / "run.json").read_text())
-    except (OSError, ValueError) as error:
+        found = read_json(out / "run.json")
+    except CheckpointError as error:
         raise ValueError(f"--out {out}: is not the output of `gatelet train vae`; name another directory") from error
     for key, value in _identity(options).items():
         if found.get(key) != value:
@@ -463,7 +462,7 @@ class Trainer:
     def load(self) -> None:
         """Continue from the checkpoint."""
         try:
-            state = torch.load(self.path, map_location=self.device, weights_only=True)
+            state = read_tensors(self.path, self.device)
             if state["job"] != asdict(self.job):
                 raise ValueError(f"it is of {state['job']}")
             self.model.load_state_dict(state["model"])

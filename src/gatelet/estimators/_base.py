@@ -178,7 +178,7 @@ class Estimator(nn.Module):
         """Return the mean loss over the replicas, with this estimator's gradient for the logits."""
         replicas = self.replicate(logits, noise)
         gates = self(replicas, noise)
-        losses = evaluate(objective, gates, self.event_dims)
+        losses = evaluate(objective, gates, self.event_dims, differentiable=self.needs == "path")
         if self.needs == "loss":
             losses = losses + self.signal(replicas, gates, losses, noise)
         return losses.squeeze(0) if len(losses) == 1 else losses.mean(0)
@@ -266,8 +266,13 @@ def carry(
     return zero.to(losses.dtype)
 
 
-def evaluate(objective: Objective, gates: Float[Tensor, "K *lead N"], event_dims: int = 1) -> Float[Tensor, "K *batch"]:
-    """Call the objective and check the shape of what it returns."""
+def evaluate(
+    objective: Objective, gates: Float[Tensor, "K *lead N"], event_dims: int = 1, *, differentiable: bool = False
+) -> Float[Tensor, "K *batch"]:
+    """Call the objective and check what it returns; counts and truth values become numbers of the gates' dtype.
+
+    ``differentiable``: the caller takes the objective's derivative by the gates, which counts do not have.
+    """
     losses = objective(gates)
     expected = gates.shape[:-event_dims]
     if not isinstance(losses, Tensor) or losses.shape != expected:
@@ -276,7 +281,14 @@ def evaluate(objective: Objective, gates: Float[Tensor, "K *lead N"], event_dims
             f"objective must map gates {tuple(gates.shape)} to one loss per replica and example, shape "
             f"{tuple(expected)}, but returned {found}; reduce over the units only"
         )
-    return losses
+    if losses.is_floating_point():
+        return losses
+    if differentiable or losses.is_complex():
+        raise TypeError(
+            f"objective: its losses are {losses.dtype}, of which there is no gradient for the gates; take an estimator "
+            "that needs the loss alone (gatelet.estimators.ALL: needs 'loss', or local_expectation, vimco, …)"
+        )
+    return losses.to(wide(gates))
 
 
 def straight_through(value: Float[Tensor, "*s"], path: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:

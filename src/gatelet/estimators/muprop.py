@@ -46,7 +46,8 @@ class MuProp(Evaluating):
         """Return the score of the remainder, and the expansion's own gradient."""
 
         def mean_field(mean: Tensor) -> tuple[Tensor, Tensor]:
-            value = evaluate(objective, mean.to(logits.dtype).unsqueeze(0), self.event_dims).squeeze(0)
+            at = mean.to(logits.dtype).unsqueeze(0)
+            value = evaluate(objective, at, self.event_dims, differentiable=True).squeeze(0)
             return value.sum(), value
 
         exact = logits[0].to(wide(logits)).contiguous()

@@ -136,7 +136,7 @@ class REBAR(Evaluating):
     ) -> Float[Tensor, "K *batch"]:
         """Return the control variate of perturbed logits, L(σ(z/τ))."""
         gates = relax(z, values.get("temperature", self.temperature), self.form)
-        return evaluate(objective, gates.to(dtype), self.event_dims).to(z.dtype)
+        return evaluate(objective, gates.to(dtype), self.event_dims, differentiable=True).to(z.dtype)
 
 
 class RELAX(REBAR):

@@ -64,9 +64,9 @@ class ScoreFunction(Sampled):
         self.baseline = check_choice(baseline, ("per_unit", "running_mean", "none"), "baseline")
         self.decay = check_rate(decay, "decay")
         # L̄ = numerator / denominator: averages of wL and w, with w = (h − σ)² per unit, or 1. Both start at
-        # zero, so the ratio needs no correction for its start. The units' number is known at the first call.
-        self.register_buffer("numerator", torch.zeros(0))
-        self.register_buffer("denominator", torch.zeros(0))
+        # zero, so the ratio needs no correction for its start. The units' number is known at the first call: so they
+        # are in state_dict, but no buffers, whose size whoever copies or averages a model expects to stay.
+        self.numerator, self.denominator = torch.zeros(0), torch.zeros(0)
 
     def coefficients(
         self,
@@ -120,9 +120,31 @@ class ScoreFunction(Sampled):
             self.numerator = torch.lerp(numerator, self.numerator, self.decay)
             self.denominator = torch.lerp(denominator, self.denominator, self.decay)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The buffers' size comes with the first batch, or with the checkpoint.
-        for name in ("numerator", "denominator"):
-            if prefix + name in state_dict:
-                setattr(self, name, torch.zeros_like(state_dict[prefix + name], device=self.numerator.device))
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _apply(self, fn: Any, recurse: bool = True) -> "ScoreFunction":
+        super()._apply(fn, recurse)
+        self.numerator, self.denominator = fn(self.numerator), fn(self.denominator)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "numerator"], destination[prefix + "denominator"] = self.numerator, self.denominator
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        names = ("numerator", "denominator")
+        own = {name: state_dict.get(prefix + name) for name in names}
+        rest = {key: value for key, value in state_dict.items() if key.removeprefix(prefix) not in names}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected, errors)
+        for name, value in own.items():
+            if value is None:
+                missing.extend([prefix + name] if strict else [])
+            else:
+                setattr(self, name, value.detach().to(getattr(self, name)).clone())

@@ -104,6 +104,11 @@ class Gating(Penalised):
     ) -> None:
         self._probed_flops = gaters.probe(self.gater, self.in_features, self.num_gates)
         estimator = resolve(estimator)
+        if estimator.kind == "categorical":
+            raise ValueError(
+                f"estimator: a categorical {type(estimator).__name__} has one open class per variable; a layer's gates "
+                'open each for itself, so it needs kind="bernoulli"'
+            )
         if not estimator.rated:
             target_rate = None
         self.unit = StochasticUnit(estimator, 0.5 if target_rate is None else None, target_rate)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gatelet_lab.data import DataError
-from gatelet_lab.train import write_atomically, write_json
+from gatelet_lab.files import write_atomically, write_json
 
 VERSION = 1
 SKIPPED = 1

@@ -1,0 +1,68 @@
+"""Files that appear whole or not at all, and are found to be damaged when they are."""
+
+import errno
+import json
+import os
+import uuid
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class CheckpointError(Exception):
+    """A file of results or a checkpoint is unreadable, or of another version, recipe or data set."""
+
+
+def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
+    """Let ``write`` fill a file that appears whole or not at all, whoever else writes to the same path.
+
+    Raises:
+        OSError: if it cannot be written; it says what became of the file that was there.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # two writers must not share one
+    try:
+        with temporary.open("xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        # torch.save says RuntimeError where the disk is full, with the system's error as its cause or nowhere.
+        if not isinstance(error, OSError) and not (isinstance(error, RuntimeError) and "writ" in str(error)):
+            raise
+        kept = "the last good file is still there" if path.exists() else "there was none before"
+        number = getattr(error, "errno", None) or errno.EIO
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise OSError(number, f"{reason}; {path} was not written, {kept}") from error
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file that appears whole or not at all."""
+    write_atomically(path, lambda file: file.write((json.dumps(value, indent=1) + "\n").encode()))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON file's object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: holds {json.dumps(found)[:40]}, not an object with results; remove the file")
+    return found
+
+
+def read_tensors(path: Path, device: torch.device | str) -> Any:
+    """Return what ``torch.save`` wrote, after comparing its checksums, which ``torch.load`` does not look at."""
+    try:
+        with zipfile.ZipFile(path) as records:
+            damaged = records.testzip()
+        if damaged is not None:
+            raise ValueError(f"{damaged} does not have its checksum")
+        return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path}: damaged, or no checkpoint ({type(error).__name__}: {error})") from error
