@@ -118,7 +118,8 @@ class Tape:
                 acted several times.
 
         Returns:
-            equal to ``loss``, of floating dtype where that was boolean or of integers. Reduce it as you would the loss: ``.mean().backward()``.
+            equal to ``loss``, floating where that was boolean or of integers. Reduce it as you would the loss:
+            ``.mean().backward()``.
 
         Raises:
             ValueError: if the loss was already reduced, or does not fit a recorded unit's shape; if an estimator for a

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -46,9 +47,14 @@ def wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def given(generator: torch.Generator | None) -> dict[str, Any]:
+    """Return the argument if there is one: with ``generator=None`` torch.compile traces no batch of varying size."""
+    return {} if generator is None else {"generator": generator}
+
+
 def uniform(shape: torch.Size, like: Tensor, generator: torch.Generator | None) -> Float[Tensor, "..."]:
     """Draw uniform numbers in at least float32."""
-    return torch.rand(shape, dtype=wide(like), device=like.device, generator=generator)
+    return torch.rand(shape, dtype=wide(like), device=like.device, **given(generator))
 
 
 class _None(Noise):
@@ -69,7 +75,7 @@ class _Uniform(Noise):
 
 class _Gaussian(Noise):
     def sample(self, shape: torch.Size, like: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return torch.randn(shape, dtype=wide(like), device=like.device, generator=generator)
+        return torch.randn(shape, dtype=wide(like), device=like.device, **given(generator))
 
     def density(self, z: Tensor) -> Tensor:
         return torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)

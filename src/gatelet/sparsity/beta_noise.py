@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatelet._checks import check_rate
+from gatelet.estimators._noise import given
 from gatelet.sparsity._controller import Controller
 
 
@@ -64,7 +65,7 @@ class BetaNoise(Controller):
     ) -> Float[Tensor, "*lead N"]:
         """Draw z ~ Beta(α, β), by interpolating the table of its quantiles at a uniform number."""
         dtype = torch.promote_types(logits.dtype, torch.float32)
-        uniform = torch.rand(logits.shape, dtype=dtype, device=logits.device, generator=generator)
+        uniform = torch.rand(logits.shape, dtype=dtype, device=logits.device, **given(generator))
         if self._quantiles.device != logits.device:
             self._quantiles = self._quantiles.to(logits.device)
         position = uniform * (self._quantiles.numel() - 1)
