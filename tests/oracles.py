@@ -268,9 +268,10 @@ def truth(name, method):
     """Return the function (objective, logits, method) -> (B, N) that the expected gradient must equal."""
     import oracles_multi
     import oracles_relaxations
+    import oracles_second
 
-    exact = EXACT | oracles_relaxations.EXACT
-    expected = EXPECTED | oracles_multi.BIASED | oracles_relaxations.EXPECTED
+    exact = EXACT | oracles_relaxations.EXACT | oracles_second.EXACT
+    expected = EXPECTED | oracles_multi.BIASED | oracles_relaxations.EXPECTED | oracles_second.EXPECTED
     if not method.unbiased:
         assert name in expected, f"bias must be declared: {name} is biased and no oracle has its closed form"
         return expected[name]

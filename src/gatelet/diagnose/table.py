@@ -58,6 +58,8 @@ class Facts:
     """Whether the expectation is a sum or an integral unit by unit, so that ``moments`` can compute it."""
     closed: float = 0.0
     """A gate counts as open above this value; ½ for relaxed gates, which are never exactly 0."""
+    coupled: bool = False
+    """Whether replicas, or examples, depend on each other's noise, so that none can be looked at alone."""
     variants: Sequence[Mapping[str, Any]] = ()
     """Options that are certified beside the defaults."""
 
@@ -86,6 +88,19 @@ FACTS: dict[type[Estimator], Facts] = {
     all_of.GappedStraightThrough: Facts(variants=({"temperature": 0.5},)),
     all_of.JumpReLU: Facts(variants=({"threshold": 0.5, "bandwidth": 0.1},)),
     all_of.Concrete: Facts(breaks=at_minus_logit, constant=False, closed=0.5, variants=({"temperature": 1.0},)),
+    all_of.DecoupledStraightThrough: Facts(
+        breaks=lambda method, logits: (logits / method.forward_temperature).sigmoid().unsqueeze(-1),
+        variants=({"forward_temperature": 0.5, "backward_temperature": 1.5},),
+    ),
+    all_of.StochasticGates: Facts(
+        breaks=lambda method, logits: torch.stack([-logits, 1 - logits], -1) / method.std,
+        constant=False,
+        variants=({"std": 1.0},),
+    ),
+    all_of.IMLE: Facts(breaks=at_minus_logit, summable=False),  # where the other gate jumps depends on the loss
+    all_of.ARMS: Facts(summable=False, coupled=True),
+    all_of.ShrunkBaseline: Facts(coupled=True),
+    all_of.BitFlip: Facts(summable=False),  # which unit flips is one draw of all
     all_of.HardConcrete: Facts(
         breaks=lambda method, logits: method.ends(logits),
         constant=False,

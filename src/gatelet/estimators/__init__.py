@@ -8,15 +8,21 @@ from gatelet.estimators._base import Estimator as Estimator
 from gatelet.estimators._base import Objective as Objective
 from gatelet.estimators.antithetic import ARM as ARM
 from gatelet.estimators.antithetic import DisARM as DisARM
+from gatelet.estimators.arms import ARMS as ARMS
+from gatelet.estimators.bit_flip import BitFlip as BitFlip
 from gatelet.estimators.concrete import Concrete as Concrete
 from gatelet.estimators.concrete import StraightThroughGumbel as StraightThroughGumbel
+from gatelet.estimators.decoupled import DecoupledStraightThrough as DecoupledStraightThrough
 from gatelet.estimators.deterministic import NoisySigmoid as NoisySigmoid
 from gatelet.estimators.deterministic import Rectifier as Rectifier
 from gatelet.estimators.deterministic import Sigmoid as Sigmoid
+from gatelet.estimators.double_control import DoubleControlVariates as DoubleControlVariates
 from gatelet.estimators.enumeration import Enumeration as Enumeration
 from gatelet.estimators.gapped_straight_through import GappedStraightThrough as GappedStraightThrough
 from gatelet.estimators.gumbel_rao import GumbelRao as GumbelRao
 from gatelet.estimators.hard_concrete import HardConcrete as HardConcrete
+from gatelet.estimators.implicit_mle import AIMLE as AIMLE
+from gatelet.estimators.implicit_mle import IMLE as IMLE
 from gatelet.estimators.jump_relu import JumpReLU as JumpReLU
 from gatelet.estimators.leave_one_out import LeaveOneOut as LeaveOneOut
 from gatelet.estimators.local_expectation import LocalExpectation as LocalExpectation
@@ -30,14 +36,21 @@ from gatelet.estimators.rebar import REBAR as REBAR
 from gatelet.estimators.rebar import RELAX as RELAX
 from gatelet.estimators.reinmax import ReinMax as ReinMax
 from gatelet.estimators.score_function import ScoreFunction as ScoreFunction
+from gatelet.estimators.shrunk_baseline import ShrunkBaseline as ShrunkBaseline
+from gatelet.estimators.simple import SIMPLE as SIMPLE
 from gatelet.estimators.smooth_times_stochastic import SmoothTimesStochastic as SmoothTimesStochastic
+from gatelet.estimators.sparse_maps import Entmax as Entmax
+from gatelet.estimators.sparse_maps import Sparsemax as Sparsemax
 from gatelet.estimators.sparse_straight_through import StraightThroughOpen as StraightThroughOpen
 from gatelet.estimators.sparse_straight_through import StraightThroughSampled as StraightThroughSampled
+from gatelet.estimators.stochastic_gates import StochasticGates as StochasticGates
 from gatelet.estimators.straight_through import ClippedStraightThrough as ClippedStraightThrough
 from gatelet.estimators.straight_through import StraightThrough as StraightThrough
 from gatelet.estimators.top_k import TopK as TopK
 from gatelet.estimators.unordered_set import UnorderedSet as UnorderedSet
 from gatelet.estimators.vimco import VIMCO as VIMCO
+from gatelet.estimators.zgr import DARN as DARN
+from gatelet.estimators.zgr import ZGR as ZGR
 
 ALL: Mapping[str, type[Estimator]] = MappingProxyType(
     {
@@ -57,14 +70,26 @@ ALL: Mapping[str, type[Estimator]] = MappingProxyType(
         "straight_through_gumbel": StraightThroughGumbel,
         "gumbel_rao": GumbelRao,
         "gapped_straight_through": GappedStraightThrough,
+        "darn": DARN,
+        "zgr": ZGR,
+        "decoupled_straight_through": DecoupledStraightThrough,
         # hard thresholds
         "jump_relu": JumpReLU,
         "top_k": TopK,
+        "sparsemax": Sparsemax,
+        "entmax": Entmax,
+        # exactly k of N (and what else has kind="subset")
+        "simple": SIMPLE,
+        "imle": IMLE,
+        "aimle": AIMLE,
         # relaxed gates
         "concrete": Concrete,
         "hard_concrete": HardConcrete,
+        "stochastic_gates": StochasticGates,
         # score function with other baselines and control variates
         "leave_one_out": LeaveOneOut,
+        "shrunk_baseline": ShrunkBaseline,
+        "double_control_variates": DoubleControlVariates,
         "vimco": VIMCO,
         "nvil": NVIL,
         "muprop": MuProp,
@@ -73,8 +98,10 @@ ALL: Mapping[str, type[Estimator]] = MappingProxyType(
         # antithetic pairs
         "arm": ARM,
         "disarm": DisARM,
+        "arms": ARMS,
         # several evaluations per unit
         "local_expectation": LocalExpectation,
+        "bit_flip": BitFlip,
         "enumeration": Enumeration,
         "unordered_set": UnorderedSet,
         # perturbation, the paper's prior work

@@ -92,6 +92,10 @@ class Kind:
         """Return one value per example with dimensions of 1 for its gates."""
         return values.reshape(*values.shape, *(1,) * self.event_dims)
 
+    def outer(self, logits: Tensor, vector: Tensor) -> Tensor:
+        """Return vvᵀa of each variable: linear in a."""
+        raise NotImplementedError(f"kind: {self.name} units have no such form")
+
     def mixed(self, logits: Tensor, parts: tuple[tuple[float, Tensor], ...]) -> Tensor:
         """Return Σ w·J(p)·a over (w, p) of ``parts``: linear in a, J(p) what ``probability`` has as derivative at p."""
         raise NotImplementedError
@@ -131,6 +135,9 @@ class Bernoulli(Kind):
     def outcomes(self, shape: torch.Size, index: Tensor) -> Tensor:
         digits = index[:, None] // 2 ** torch.arange(shape[-1], device=index.device) % 2
         return digits.reshape(len(index), *(1,) * (len(shape) - 1), shape[-1])
+
+    def outer(self, logits: Tensor, vector: Tensor) -> Tensor:
+        return logits * vector.square()
 
     def mixed(self, logits: Tensor, parts: tuple[tuple[float, Tensor], ...]) -> Tensor:
         return logits * sum(weight * p * (1 - p) for weight, p in parts)
@@ -181,6 +188,9 @@ class Categorical(Kind):
         wins = torch.eye(logits.shape[-1], dtype=logits.dtype, device=logits.device)
         wins = wins.reshape(-1, *(1,) * (logits.dim() - 1), logits.shape[-1])
         return wins - logits, logits.softmax(-1).movedim(-1, 0)
+
+    def outer(self, logits: Tensor, vector: Tensor) -> Tensor:
+        return vector * (vector * logits).sum(-1, keepdim=True)
 
     def mixed(self, logits: Tensor, parts: tuple[tuple[float, Tensor], ...]) -> Tensor:
         terms = [weight * p * (logits - (p * logits).sum(-1, keepdim=True)) for weight, p in parts]

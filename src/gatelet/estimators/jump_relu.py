@@ -14,7 +14,7 @@ from gatelet.estimators._noise import NONE
 class JumpReLU(Estimator):
     """Rectifier that opens above a learned threshold θ, whose pseudo-derivative is a kernel estimate.
 
-    h = a·1[a > θ]; ∂h/∂a = 1[a > θ]; ∂h/∂θ ≈ −(θ/ε)·K((a − θ)/ε), K(u) = 1[|u| ≤ ½] (eq. 9 to 11). The penalty
+    h = a·1[a > θ]; ∂h/∂a = 1[a > θ]; ∂h/∂θ ≈ −(θ/ε)·K((a − θ)/ε), K(u) = 1[|u| ≤ ½]. The penalty
     Σ 1[a > θ], the L0 norm, is ``fire_probability(a).sum()``: ∂1[a > θ]/∂θ ≈ −(1/ε)·K((a − θ)/ε), and none for a.
 
     θ is kept as its logarithm, so that it stays above 0.
@@ -93,7 +93,7 @@ class JumpReLU(Estimator):
 def jump_relu(
     logits: Float[Tensor, "*lead N"], threshold: Float[Tensor, "..."], bandwidth: float
 ) -> Float[Tensor, "*lead N"]:
-    """Return a·1[a > θ], differentiable in a, and in θ by the kernel estimate (eq. 11).
+    """Return a·1[a > θ], differentiable in a, and in θ by the kernel estimate.
 
     Of the size of ``logits``, forward holds its result and one mask of bytes, backward the logits and two more.
 
@@ -113,7 +113,7 @@ def jump_relu(
 def jump_step(
     logits: Float[Tensor, "*lead N"], threshold: Float[Tensor, "..."], bandwidth: float
 ) -> Float[Tensor, "*lead N"]:
-    """Return 1[a > θ], with the kernel estimate of its derivative in θ and none in a (eq. 12).
+    """Return 1[a > θ], with the kernel estimate of its derivative in θ and none in a.
 
     >>> import torch
     >>> jump_step(torch.tensor([0.5, 2.0]), torch.tensor(1.0), 0.1)
