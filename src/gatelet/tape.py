@@ -177,12 +177,18 @@ class Tape:
             )
 
 
+_COMPARED = 4096  # about so many logits of each replica are compared
+
+
 def _equal_replicas(logits: Tensor) -> bool:
     """Whether (K, B, ..., N) is K times the same, but for rounding: a product may add up its rows in several orders."""
     if not logits.numel():
         return True
-    apart = (logits - logits[:1]).abs().max()
-    return bool(apart <= 100 * torch.finfo(logits.dtype).eps * logits.abs().max())
+    # A layer of gates below sets the replicas apart almost everywhere: some thousand places tell, at a tenth of the cost.
+    each = logits.detach().flatten(1)
+    some = each[:, :: each.shape[1] // _COMPARED | 1]
+    apart = (some - some[:1]).abs().max()
+    return bool(apart <= 100 * torch.finfo(logits.dtype).eps * some.abs().max())
 
 
 def _join(tensors: Sequence[Tensor], lead: int) -> Tensor:

@@ -112,6 +112,28 @@ def _reinmax(a: Tensor, objective: Objective) -> Tensor:
     return _mean(objective, gates + path - path.detach())
 
 
+def _darn(a: Tensor, objective: Objective) -> Tensor:
+    p = a.detach().sigmoid()
+    gates = (torch.rand_like(a) < p).to(a.dtype)
+    path = (gates - p).square() * a
+    return _mean(objective, gates + path - path.detach())
+
+
+def _decoupled_straight_through(a: Tensor, objective: Objective) -> Tensor:
+    gates = (torch.rand_like(a) < a.detach().sigmoid()).to(a.dtype)
+    path = (a / 2).sigmoid()
+    return _mean(objective, gates + path - path.detach())
+
+
+def _stochastic_gates(a: Tensor, objective: Objective) -> Tensor:
+    return _mean(objective, (a + 0.5 * torch.randn_like(a)).clamp(0, 1))
+
+
+def _top_k(a: Tensor, objective: Objective) -> Tensor:
+    values, index = a.topk(1)
+    return _mean(objective, torch.zeros_like(a).scatter(-1, index, values))
+
+
 def _rectifier(a: Tensor, objective: Objective) -> Tensor:
     return _mean(objective, F.relu(a))
 
@@ -201,6 +223,11 @@ HAND: Mapping[str, Hand] = {
     "straight_through": _straight_through,
     "clipped_straight_through": _clipped_straight_through,
     "reinmax": _reinmax,
+    "darn": _darn,
+    "zgr": _reinmax,
+    "decoupled_straight_through": _decoupled_straight_through,
+    "stochastic_gates": _stochastic_gates,
+    "top_k": _top_k,
     "rectifier": _rectifier,
     "sigmoid": _sigmoid,
     "noisy_sigmoid": _noisy_sigmoid,

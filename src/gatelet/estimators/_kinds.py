@@ -18,6 +18,9 @@ from gatelet.estimators._noise import GUMBEL, LOGISTIC, NONE, Noise
 KindName = Literal["bernoulli", "categorical", "subset"]
 
 
+Parts = tuple[tuple[float, Tensor], ...]
+
+
 class Kind:
     """What a unit can be, and how probable. A gate's mean is its probability, so ∂log P(h)/∂a = h − ``probability``.
 
@@ -39,8 +42,11 @@ class Kind:
         """Return P(h = 1) of every gate, differentiable in the logits."""
         raise NotImplementedError
 
-    def sample(self, logits: Tensor, noise: Tensor) -> Tensor:
-        """Return gates of 0 and 1 from noise of the law ``noise(UNIFORM)``; they carry no gradient."""
+    def sample(self, logits: Tensor, noise: Tensor, probability: Tensor | None = None) -> Tensor:
+        """Return gates of 0 and 1 from noise of the law ``noise(UNIFORM)``; they carry no gradient.
+
+        ``probability``, if it is known already, spares computing it.
+        """
         raise NotImplementedError
 
     def harden(self, z: Tensor) -> Tensor:
@@ -92,13 +98,12 @@ class Kind:
         """Return one value per example with dimensions of 1 for its gates."""
         return values.reshape(*values.shape, *(1,) * self.event_dims)
 
-    def outer(self, logits: Tensor, vector: Tensor) -> Tensor:
-        """Return vvᵀa of each variable: linear in a."""
-        raise NotImplementedError(f"kind: {self.name} units have no such form")
+    def linear(self, logits: Tensor, jacobians: Parts = (), outers: Parts = ()) -> Tensor:
+        """Return Σ w·J(p)·a over (w, p) of ``jacobians`` plus Σ w·vvᵀa over (w, v) of ``outers``: linear in a.
 
-    def mixed(self, logits: Tensor, parts: tuple[tuple[float, Tensor], ...]) -> Tensor:
-        """Return Σ w·J(p)·a over (w, p) of ``parts``: linear in a, J(p) what ``probability`` has as derivative at p."""
-        raise NotImplementedError
+        J(p) is the derivative that ``probability`` has where it is p.
+        """
+        raise NotImplementedError(f"kind: {self.name} units have no such form")
 
 
 @dataclass(frozen=True)
@@ -110,9 +115,10 @@ class Bernoulli(Kind):
     def probability(self, logits: Tensor) -> Tensor:
         return logits.sigmoid()
 
-    def sample(self, logits: Tensor, noise: Tensor) -> Tensor:
+    def sample(self, logits: Tensor, noise: Tensor, probability: Tensor | None = None) -> Tensor:
         """Return 1[u < σ(a)]. (The paper's eq. 3 prints 1[z > σ(a)], which would fire with 1 − σ(a).)"""
-        return (noise < logits.detach().to(noise.dtype).sigmoid()).to(logits.dtype)
+        p = logits.detach().to(noise.dtype).sigmoid() if probability is None else probability
+        return (noise < p).to(logits.dtype)
 
     def harden(self, z: Tensor) -> Tensor:
         return (z.detach() > 0).to(z.dtype)
@@ -136,11 +142,9 @@ class Bernoulli(Kind):
         digits = index[:, None] // 2 ** torch.arange(shape[-1], device=index.device) % 2
         return digits.reshape(len(index), *(1,) * (len(shape) - 1), shape[-1])
 
-    def outer(self, logits: Tensor, vector: Tensor) -> Tensor:
-        return logits * vector.square()
-
-    def mixed(self, logits: Tensor, parts: tuple[tuple[float, Tensor], ...]) -> Tensor:
-        return logits * sum(weight * p * (1 - p) for weight, p in parts)
+    def linear(self, logits: Tensor, jacobians: Parts = (), outers: Parts = ()) -> Tensor:
+        slopes = [weight * (p - p * p) for weight, p in jacobians] + [weight * v * v for weight, v in outers]
+        return logits * sum(slopes[1:], start=slopes[0])
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,7 @@ class Categorical(Kind):
     def probability(self, logits: Tensor) -> Tensor:
         return logits.softmax(-1)
 
-    def sample(self, logits: Tensor, noise: Tensor) -> Tensor:
+    def sample(self, logits: Tensor, noise: Tensor, probability: Tensor | None = None) -> Tensor:
         """Return one-hot argmax(a + g)."""
         return one_hot((logits.detach().to(noise.dtype) + noise).argmax(-1), logits)
 
@@ -189,12 +193,10 @@ class Categorical(Kind):
         wins = wins.reshape(-1, *(1,) * (logits.dim() - 1), logits.shape[-1])
         return wins - logits, logits.softmax(-1).movedim(-1, 0)
 
-    def outer(self, logits: Tensor, vector: Tensor) -> Tensor:
-        return vector * (vector * logits).sum(-1, keepdim=True)
-
-    def mixed(self, logits: Tensor, parts: tuple[tuple[float, Tensor], ...]) -> Tensor:
-        terms = [weight * p * (logits - (p * logits).sum(-1, keepdim=True)) for weight, p in parts]
-        return torch.stack(terms).sum(0)
+    def linear(self, logits: Tensor, jacobians: Parts = (), outers: Parts = ()) -> Tensor:
+        terms = [weight * p * (logits - (p * logits).sum(-1, keepdim=True)) for weight, p in jacobians]
+        terms += [weight * v * (v * logits).sum(-1, keepdim=True) for weight, v in outers]
+        return sum(terms[1:], start=terms[0])
 
 
 @dataclass(frozen=True)
@@ -216,7 +218,7 @@ class Subset(Kind):
         """Return the marginals P(h_i = 1), which sum to k."""
         return _subset.marginals(self._checked(logits), self.k)
 
-    def sample(self, logits: Tensor, noise: Tensor) -> Tensor:
+    def sample(self, logits: Tensor, noise: Tensor, probability: Tensor | None = None) -> Tensor:
         return _subset.sample(self._checked(logits).detach().to(noise.dtype), noise, self.k).to(logits.dtype)
 
     def harden(self, z: Tensor) -> Tensor:

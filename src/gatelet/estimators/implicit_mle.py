@@ -21,7 +21,8 @@ class IMLE(Estimator):
 
     Bias: for Bernoulli units, g = ∂L/∂h at h, E[ĝ_i] = Σ_h P(h)·(σ(a_i) − σ(a_i − λg_i))/λ / P(h_i), where h_i = 1 and
     g_i > 0 or h_i = 0 and g_i < 0, and 0 otherwise: a gate that is closed never learns that it should not open.
-    Variance: of order 1/λ; most estimates are 0.
+    Variance: of order 1/λ; most estimates are 0. ∂L/∂h is what arrives: under a mean over B examples it is B times
+    smaller than an example's own, and so is the step.
 
     Args:
         step: λ.

@@ -55,6 +55,6 @@ class ReinMax(Estimator):
         with torch.no_grad():
             p = self.probability(wide)
             tempered = p if self.temperature == 1 else self.probability(wide / self.temperature)
-            gates = self.sample(wide, noise)
+            gates = self.form.sample(wide, noise, p)
             middle = (gates + tempered) / 2
-        return straight_through(gates, self.form.mixed(wide, ((2.0, middle), (-0.5, p)))).to(logits.dtype)
+        return straight_through(gates, self.form.linear(wide, ((2.0, middle), (-0.5, p)))).to(logits.dtype)

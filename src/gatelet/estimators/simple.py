@@ -37,6 +37,7 @@ class SIMPLE(Estimator):
     unbiased = False
     needs = "path"
     kinds = ("subset",)
+    rated = False
     reference = "Ahmed, Zeng, Niepert, Van den Broeck 2022, arXiv:2210.01941"
 
     def __init__(self, k: int = 1, kind: AnyKind = "subset") -> None:

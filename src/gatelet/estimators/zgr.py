@@ -43,12 +43,13 @@ class DARN(Estimator):
         """Return the sample, with DARN's derivative behind it."""
         a = logits.to(noise.dtype).contiguous()
         with torch.no_grad():
-            p, gates = self.probability(a), self.sample(a, noise)
+            p = self.probability(a)
+            gates = self.form.sample(a, noise, p)
         return straight_through(gates, self.path(a, gates, p)).to(logits.dtype)
 
     def path(self, a: Tensor, gates: Tensor, p: Tensor) -> Tensor:
         """Return a function linear in the logits a that has the estimator's derivative."""
-        return self.form.outer(a, gates - p)
+        return self.form.linear(a, outers=((1.0, gates - p),))
 
 
 class ZGR(DARN):
@@ -78,4 +79,4 @@ class ZGR(DARN):
 
     def path(self, a: Tensor, gates: Tensor, p: Tensor) -> Tensor:
         """Return half of both paths."""
-        return (self.form.mixed(a, ((1.0, p),)) + super().path(a, gates, p)) / 2
+        return self.form.linear(a, ((0.5, p),), ((0.5, gates - p),))
