@@ -15,7 +15,9 @@ from gatelet.estimators import ALL, Estimator, ScoreFunction, SmoothTimesStochas
 from gatelet.estimators._noise import NONE
 
 # what runs with one sample per example (those that need several have their tests in test_tape)
-MODULES = {name: kind for name, kind in ALL.items() if kind.needs != "objective" and not kind.antithetic and name != "arms"}
+MODULES = {
+    name: kind for name, kind in ALL.items() if kind.needs != "objective" and not kind.antithetic and name != "arms"
+}
 NOISY = [name for name, kind in MODULES.items() if kind().law != NONE]
 every = pytest.mark.parametrize("name", MODULES)
 noisy = pytest.mark.parametrize("name", NOISY)

@@ -184,7 +184,8 @@ def _equal_replicas(logits: Tensor) -> bool:
     """Whether (K, B, ..., N) is K times the same, but for rounding: a product may add up its rows in several orders."""
     if not logits.numel():
         return True
-    # A layer of gates below sets the replicas apart almost everywhere: some thousand places tell, at a tenth of the cost.
+    # A layer of gates below sets the replicas apart almost everywhere: some thousand places tell, at a fraction of
+    # the cost.
     each = logits.detach().flatten(1)
     some = each[:, :: each.shape[1] // _COMPARED | 1]
     apart = (some - some[:1]).abs().max()
