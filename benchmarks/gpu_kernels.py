@@ -14,6 +14,7 @@ checked, memory is poisoned with NaN, so that a result which was never written i
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -30,10 +31,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SHAPES = ((1024, 4096), (4096, 14336))
+SHAPES = ((4096, 14336), (1024, 4096))
 BATCHES = (1, 8, 64, 512, 4096, 16384)
-RATES = (0.05, 0.1, 0.25)
+RATES = (0.1, 0.25, 0.4)
 GROUPS = (1, 64, 128)
+LISTS = ((384, 16384, 32, 512), (576, 32768, 32, 2048))
+"""Sparse autoencoders: D, N, open units per example, B."""
 BOTTLENECK = 128
 DTYPE = torch.bfloat16
 ROTATED = 1 << 28
@@ -101,11 +104,12 @@ def linear_ways(p: Inputs, grad: bool, backends: tuple[str, ...]) -> dict[str, W
     """Return the ways to compute a gated layer (and its gradients), by name; the first is dense."""
     from gatelet.kernels import gated_linear
 
-    def each(gate: Tensor) -> Tensor:
-        return gate.repeat_interleave(p.group, 1) if p.group > 1 else gate
-
     def dense(i: int) -> Tensor:
-        return F.linear(p.x[i], p.weight[i], p.bias[i]) * each(p.gate[i])
+        product = F.linear(p.x[i], p.weight[i], p.bias[i])
+        if p.group == 1:
+            return product * p.gate[i]
+        # Faster than a gate per unit: nothing is copied.
+        return (product.unflatten(1, (-1, p.group)) * p.gate[i].unsqueeze(-1)).flatten(1)
 
     def masked(i: int) -> Tensor:
         return torch.where(p.mask[i], F.linear(p.x[i], p.weight[i], p.bias[i]), 0)
@@ -169,7 +173,7 @@ def ffn_ways(p: Inputs, grad: bool, backends: tuple[str, ...]) -> dict[str, Way]
 
     def masked(i: int) -> Tensor:
         hidden = F.gelu(F.linear(p.x[i], p.weight[i], p.bias[i]))
-        return F.linear(hidden * gates(i).repeat_interleave(p.group, 1), plain[i])
+        return F.linear((hidden.unflatten(1, (-1, p.group)) * gates(i).unsqueeze(-1)).flatten(1), plain[i])
 
     def ours(backend: str) -> Way:
         return lambda i: gated_ffn(
@@ -179,6 +183,66 @@ def ffn_ways(p: Inputs, grad: bool, backends: tuple[str, ...]) -> dict[str, Way]
         )
 
     return {"dense": dense, "dense × mask": masked, **{backend: ours(backend) for backend in backends}}
+
+
+def lists_ways(shape: tuple[int, int, int, int], device: str) -> dict[str, dict[str, Way]]:
+    """Return the ways to decode given codes (B, K), y[b] = Σ_k value[b, k] W[index[b, k]], by pass and name.
+
+    Dense keeps the codes as a matrix (B, N), which is filled outside of the clock.
+    """
+    from gatelet.kernels.backends.triton import products
+    from gatelet.kernels.pattern import Lists
+
+    width, units, count, batch = shape
+    copies = 3
+
+    def tensor(*size: int) -> list[Tensor]:
+        return [torch.randn(size, device=device) for _ in range(copies)]
+
+    weight, upper, values = tensor(units, width), tensor(batch, width), tensor(batch, count)
+    index = [torch.rand(batch, units, device=device).topk(count).indices.sort().values for _ in range(copies)]
+    codes = [torch.zeros(batch, units, device=device).scatter(1, i, v) for i, v in zip(index, values, strict=True)]
+    starts = torch.arange(0, batch * count + 1, count, device=device)
+    leaves = [(w.clone().requires_grad_(), v.clone().requires_grad_()) for w, v in zip(weight, values, strict=True)]
+
+    def fresh(i: int) -> Lists:
+        return Lists(starts, index[i].flatten(), units)
+
+    def ours(i: int) -> Tensor:
+        return products.by_example(values[i].flatten(), weight[i], None, fresh(i))
+
+    def ours_both(i: int) -> tuple[Tensor, ...]:
+        lists, value = fresh(i), values[i].flatten()
+        out = products.by_example(value, weight[i], None, lists)
+        of_values, _ = products.dots(upper[i], weight[i], None, None, lists)
+        of_weight, _ = products.by_unit(value, upper[i], lists)
+        return out, of_weight, of_values
+
+    def bag(i: int, w: Tensor, v: Tensor, sparse: bool = False) -> Tensor:
+        return F.embedding_bag(index[i], w, per_sample_weights=v, mode="sum", sparse=sparse)
+
+    def bag_both(i: int, sparse: bool) -> tuple[Tensor, ...]:
+        out = bag(i, *leaves[i], sparse)
+        of_weight, of_values = torch.autograd.grad(out, leaves[i], upper[i])
+        return out, of_weight, of_values.flatten()
+
+    def dense_both(i: int) -> tuple[Tensor, ...]:
+        out = codes[i] @ weight[i]
+        return out, codes[i].t() @ upper[i], (upper[i] @ weight[i].t()).gather(1, index[i]).flatten()
+
+    return {
+        "forward": {
+            "dense": lambda i: codes[i] @ weight[i],
+            "embedding_bag": lambda i: bag(i, weight[i], values[i]),
+            "triton": ours,
+        },
+        "both": {
+            "dense": dense_both,
+            "embedding_bag": lambda i: bag_both(i, False),
+            "embedding_bag, sparse gradient": lambda i: bag_both(i, True),
+            "triton": ours_both,
+        },
+    }
 
 
 # -------------------------------------------------------------------- parity
@@ -295,23 +359,28 @@ def ceilings(clock: Clock, device: str, tiny: bool) -> dict[str, float]:
 
 def cells(tiny: bool) -> Iterator[dict[str, Any]]:
     """Return the grid."""
-    shapes = ((48, 256),) if tiny else SHAPES
-    batches = (1, 20) if tiny else BATCHES
-    for width, units in shapes:
-        for batch in batches:
-            for rate in RATES[1:2] if tiny else RATES:
-                for group in GROUPS[:2] if tiny else GROUPS:
-                    for what in ("forward", "both", "ffn"):
-                        if what == "ffn" and (rate != 0.1 or not (tiny or batch >= 4096)):
-                            continue
-                        yield {
-                            "width": width,
-                            "units": units,
-                            "batch": batch,
-                            "rate": rate,
-                            "group": group,
-                            "pass": what,
-                        }
+    if tiny:
+        grid = itertools.product(((48, 256),), (1, 20), RATES[:1], GROUPS[:2])
+    else:
+        # All at the first rate; at the others what shows from which on dense is faster.
+        grid = itertools.chain(
+            itertools.product(SHAPES, BATCHES, RATES[:1], GROUPS),
+            itertools.product(SHAPES[:1], (1, 4096), RATES[1:], GROUPS[:2]),
+        )
+    for (width, units), batch, rate, group in grid:
+        if group > GROUPS[1] and batch < 512:
+            continue  # few examples read rows, however many of them a group has
+        for what in ("forward", "both", "ffn"):
+            if what == "ffn" and (rate != RATES[0] or not (tiny or batch == 1 or batch >= 4096)):
+                continue
+            yield {
+                "width": width,
+                "units": units,
+                "batch": batch,
+                "rate": rate,
+                "group": group,
+                "pass": what,
+            }
 
 
 def measure(cell: dict[str, Any], clock: Clock, device: str) -> dict[str, Any]:
@@ -348,6 +417,23 @@ def measure(cell: dict[str, Any], clock: Clock, device: str) -> dict[str, Any]:
         "tflops": 2e-12 * factor * share * cell["batch"] * cell["units"] * cell["width"] / seconds,
         "gbytes": 1e-9 * factor * DTYPE.itemsize * open_units * cell["width"] / seconds,
     }
+
+
+def measure_lists(shape: tuple[int, int, int, int], clock: Clock, device: str) -> list[dict[str, Any]]:
+    """Return the cells of a shape: parity, then times."""
+    found = []
+    for what, ways in lists_ways(shape, device).items():
+        have, want = ways["triton"](0), ways["dense"](0)
+        pairs = zip(have, want, strict=True) if isinstance(have, tuple) else [(have, want)]
+        apart = max(distance(a, b) for a, b in pairs)
+        cell: dict[str, Any] = {"shape": shape, "pass": what, "parity": apart}
+        if apart > PARITY:
+            found.append(cell | {"failed": f"off by {apart:.3g}, not timed"})
+            continue
+        times = clock.run(ways, 3)
+        ratio = {name: each["ms"] / times["dense"]["ms"] for name, each in times.items()}
+        found.append(cell | {"times": times, "ratio": ratio})
+    return found
 
 
 def about(gpu: bool) -> dict[str, Any]:
@@ -409,6 +495,21 @@ def markdown(report: dict[str, Any]) -> str:
         else:
             row += [c["failed"]] + [""] * (len(head) - 6)
         lines.append("| " + " | ".join(str(each) for each in row) + " |")
+    lines += ["", "Codes of a sparse autoencoder decoded, float32 (dense: codes as a matrix of B × N):", ""]
+    lines += [
+        "| D, N, open, B | pass | dense ms | embedding_bag / dense | … sparse gradient | triton / dense | parity |"
+    ]
+    lines += ["|---" * 7 + "|"]
+    for c in report["lists"]:
+        row = [", ".join(map(str, c["shape"])), c["pass"]]
+        if "times" in c:
+            others = ("embedding_bag", "embedding_bag, sparse gradient", "triton")
+            row += [f"{c['times']['dense']['ms']:.4f}"]
+            row += [f"{c['ratio'][name]:.3f}" if name in c["ratio"] else "" for name in others]
+            row += [f"{c['parity']:.1e}"]
+        else:
+            row += [c["failed"], "", "", "", ""]
+        lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -426,23 +527,39 @@ def main() -> None:
     device = "cpu" if options.dry_run else "cuda"
     clock = Clock(not options.dry_run, 2 if options.dry_run else options.samples, options.seconds)
     report: dict[str, Any] = {"about": about(clock.gpu), "ceilings": ceilings(clock, device, options.dry_run)}
-    report["cells"] = []
+    report["cells"], report["lists"] = [], []
     options.out.mkdir(parents=True, exist_ok=True)
-    for cell in cells(options.dry_run):
-        try:
-            found = measure(cell, clock, device)
-        except torch.OutOfMemoryError:
-            found = cell | {"failed": "does not fit into this card's memory"}
-        if clock.gpu:
-            torch.cuda.empty_cache()
-        report["cells"].append(found)
-        shown = found.get("ratio" if clock.gpu else "parity", {})
-        ratios = "  ".join(f"{name} {value:.3f}" for name, value in shown.items())
-        print(*(f"{key} {value}" for key, value in cell.items()), found.get("failed", ratios), flush=True)
+
+    def keep() -> None:
         # After every cell: what was measured is kept if the rest is not.
         (options.out / "gpu.json").write_text(json.dumps(report, indent=1))
         (options.out / "gpu.md").write_text(markdown(report))
-    if any("off by" in c.get("failed", "") for c in report["cells"]):
+
+    def show(found: dict[str, Any]) -> None:
+        shown = found.get("ratio" if clock.gpu else "parity", {})
+        ratios = "  ".join(f"{name} {value:.3f}" for name, value in shown.items()) if isinstance(shown, dict) else shown
+        about = (
+            f"{key} {found[key]}"
+            for key in ("width", "units", "shape", "batch", "rate", "group", "pass")
+            if key in found
+        )
+        print(*about, found.get("failed", ratios), flush=True)
+
+    for shape in ((12, 96, 5, 7),) if options.dry_run else LISTS:
+        report["lists"] += (found := measure_lists(shape, clock, device))
+        for each in found:
+            show(each)
+    for cell in cells(options.dry_run):
+        try:
+            each = measure(cell, clock, device)
+        except torch.OutOfMemoryError:
+            each = cell | {"failed": "does not fit into this card's memory"}
+        if clock.gpu:
+            torch.cuda.empty_cache()
+        report["cells"].append(each)
+        show(each)
+        keep()
+    if any("off by" in c.get("failed", "") for c in report["cells"] + report["lists"]):
         raise SystemExit("parity failed: see gpu.md")
 
 

@@ -17,6 +17,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Triton asks once, when it is imported: its kernels run in its interpreter unless there is a GPU to test on.
     os.environ["TRITON_INTERPRET"] = "1" if device == "cpu" else "0"
     if device != "cpu":
+        # Once per process, where a backward pass begins with a matrix product: torch's word to itself.
+        config.addinivalue_line("filterwarnings", "ignore:Attempting to run cuBLAS:UserWarning")
         torch.set_default_device(device)  # for tensors alone: generators are given theirs here
 
         class Generator(torch.Generator):

@@ -336,12 +336,13 @@ def as_user():
         (lambda: nn.Sequential(nn.Linear(32, 64), nn.ELU(), nn.Linear(64, 2)), {}, r"its activation ELU\(alpha=1.0\)"),
         (odd_bert, {}, "its feed_forward_chunk is not LayerNorm"),
         (lambda: MLP().to("meta"), {}, "its weights are on the meta device"),
-        (
+        pytest.param(
             lambda: MLP().bfloat16(),
             {},
             r"its weights are torch.bfloat16 on the CPU, where closed units are skipped in fl",
+            marks=pytest.mark.cpu,
         ),
-        (lambda: encoder().half(), {}, r"its weights are torch.float16 on the CPU"),
+        pytest.param(lambda: encoder().half(), {}, r"its weights are torch.float16 on the CPU", marks=pytest.mark.cpu),
         (tied, {}, "its a.weight is tied: what is fitted here would change it in its other place"),
         (converted, {}, "already converted: revert it first"),
         (MLP, {"group_size": 3}, "group_size 3 does not divide its 128 units"),

@@ -107,7 +107,12 @@ def test_gradgradcheck(backend, op):
         assert torch.autograd.gradgradcheck(function, tensors)
 
 
-def test_arguments_that_depend_on_each_other_are_differentiated_once():
+def kernels_of(device):
+    """The kernels that run on the device of the tests."""
+    return "numba" if device == "cpu" else "triton"
+
+
+def test_arguments_that_depend_on_each_other_are_differentiated_once(device):
     """x is a function of the weight: its own derivative must not enter the op's a second time."""
     weight = torch.randn(4, 4, dtype=torch.float64, requires_grad=True)
     gate = torch.tensor([[1.0, 0, 2, 0]] * 3, dtype=torch.float64)
@@ -117,7 +122,7 @@ def test_arguments_that_depend_on_each_other_are_differentiated_once():
         (slope,) = torch.autograd.grad(linear(start @ weight).square().sum(), weight, create_graph=True)
         return torch.autograd.grad(slope.square().sum(), weight)[0]
 
-    have = run(lambda x: gated_linear(x, weight, None, gate, backend="numba"))
+    have = run(lambda x: gated_linear(x, weight, None, gate, backend=kernels_of(device)))
     torch.testing.assert_close(have, run(lambda x: F.linear(x, weight) * gate))
 
 
@@ -150,10 +155,14 @@ def test_forward_mode(backend, op):
     assert tangent(function).count_nonzero()
 
 
-def test_forward_mode_is_refused_by_kernels_asked_for_by_name():
+def test_forward_mode_is_refused_by_kernels_asked_for_by_name(device):
+    name = kernels_of(device)
+    says = rf'backend="{name}" has no torch\.func transforms and no forward-mode'
     x, weight, bias, gate, *_ = problem()
     with (
         forward_ad.dual_level(),
-        pytest.raises(NotImplementedError, match=r'backend="numba" has no torch\.func transforms and no forward-mode'),
+        pytest.raises(
+            NotImplementedError, match=rf'backend="{name}" has no torch\.func transforms and no forward-mode'
+        ),
     ):
-        gated_linear(forward_ad.make_dual(x, x), weight, bias, gate, backend="numba")
+        gated_linear(forward_ad.make_dual(x, x), weight, bias, gate, backend=name)

@@ -120,15 +120,16 @@ def test_compile_and_export_keep_the_op(backend):
     assert found.returncode == 0, found.stderr[-3000:]
 
 
-def test_transforms_run_dense_and_a_named_kernel_refuses_them():
+def test_transforms_run_dense_and_a_named_kernel_refuses_them(device):
     x, weight, bias, gate = tensors(grad=False)
     want = gated_linear(x, weight, bias, gate)
     each = torch.vmap(lambda x, gate: gated_linear(x, weight, bias, gate))(x.unsqueeze(1), gate.unsqueeze(1))
     torch.testing.assert_close(each.squeeze(1), want)
     slope = torch.func.grad(lambda w: gated_linear(x, w, bias, gate).sum())(weight)
     torch.testing.assert_close(slope, gate.t() @ x)
-    with pytest.raises(NotImplementedError, match=r'backend="numba" has no torch\.func transforms'):
-        torch.func.grad(lambda w: gated_linear(x, w, bias, gate, backend="numba").sum())(weight)
+    named = "numba" if device == "cpu" else "triton"
+    with pytest.raises(NotImplementedError, match=rf'backend="{named}" has no torch\.func transforms'):
+        torch.func.grad(lambda w: gated_linear(x, w, bias, gate, backend=named).sum())(weight)
     with pytest.raises(NotImplementedError, match=r"open_pattern does not work under torch\.vmap"):
         torch.vmap(lambda gate: open_pattern(gate).rows)(gate.unsqueeze(1))
 
@@ -278,6 +279,7 @@ print(kilobytes("VmHWM") - before)
 """
 
 
+@pytest.mark.cpu
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system does not tell peaks")
 def test_memory_stays_below_dense():
     def peak(how):
@@ -302,6 +304,7 @@ torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-4)
 """
 
 
+@pytest.mark.cpu
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the processor asked for is an x86")
 def test_processors_with_narrower_vectors():
     """AVX2, wherever this runs."""
@@ -325,6 +328,7 @@ assert _vector.VECTOR == (32 if theirs().get("avx512f") else 64)
 """
 
 
+@pytest.mark.cpu
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the widths are those of x86")
 def test_the_other_width_of_vectors(tmp_path):
     """What runs on processors with AVX-512 is right where they are not there, and the other way round."""

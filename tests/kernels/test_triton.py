@@ -13,14 +13,15 @@ import torch
 from test_parity import compare, gradients, truths
 from torch.nn import functional as F
 
-from gatelet.kernels import choose, explain, gated_ffn, gated_input_linear, gated_linear, open_pattern
-from gatelet.kernels.backends import Layer, triton
+from gatelet.kernels import choose, explain, gated_ffn, gated_input_linear, gated_linear, open_pattern, pattern
+from gatelet.kernels.backends import Layer, dense, triton
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
-# (B, groups, group): few examples; tiles; groups too small for lists; lists of one word and of several; a group that
-# is no tile's size; a group of two tiles.
+# (B, groups, group): one example; few; tiles; groups too small for lists; lists of one word and of several; a group
+# that is no tile's size; a group of two tiles.
 FORMS = {
+    "one": (1, 200, 1),
     "few": (5, 70, 1),
     "few, groups": (16, 3, 20),
     "tiles": (70, 130, 1),
@@ -167,7 +168,8 @@ def test_gated_ffn(form, activation):
 def test_any_division_of_the_work(form, programs, monkeypatch):
     from gatelet.kernels.backends.triton import products
 
-    for name, value in (("PROGRAMS", programs), ("FEW_PROGRAMS", programs), ("LIST_WORDS", 2), ("WIDE_SPAN", 16)):
+    shares = {"FEW_PROGRAMS": programs, "CHUNK": programs, "LIST_WORDS": 2, "SPAN": 16, "PROGRAMS": min(programs, 64)}
+    for name, value in shares.items():
         monkeypatch.setattr(products, name, value)
     p = Problem(form, torch.float64)
     inputs = (p.x, p.weight, p.bias, p.gate)
@@ -186,21 +188,107 @@ def test_the_same_bits_again(form):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_where_a_dense_product_is_not_finite_it_is_formed_again():
-    from gatelet.kernels.backends import dense
+@pytest.mark.parametrize("batch", [20, 90])
+def test_where_a_dense_product_is_not_finite_it_is_formed_again(batch):
+    """The product is looked at, or, where they are fewer numbers, the rows."""
     from gatelet.kernels.backends.triton import products
 
-    coefficient = torch.randn(20, 70) * (torch.rand(20, 70) < 0.1)
-    rows = torch.randn(70, 65)
+    coefficient = torch.randn(batch, 70) * (torch.rand(batch, 70) < 0.1)
+    rows, bias = torch.randn(70, 65), torch.randn(65)
     rows[3, 5], rows[7, 9] = torch.nan, torch.inf
     coefficient[:, [3, 7]] = 0
     coefficient[1, 3], coefficient[2, 7] = 1, -1
     want = coefficient.double() @ rows.nan_to_num(0, 0, 0).double()
     want[1, 5], want[2, 9] = torch.nan, -torch.inf
-    found = coefficient @ rows
-    products.repair(found, coefficient, rows)
-    torch.testing.assert_close(found, want.float(), equal_nan=True)
-    torch.testing.assert_close(dense.gathered(coefficient, rows), want.float(), equal_nan=True)
+    found = torch.addmm(bias, coefficient, rows)
+    products.repair(found, coefficient, rows, bias)
+    torch.testing.assert_close(found, (want + bias).float(), equal_nan=True)
+    torch.testing.assert_close(dense.gathered(coefficient, rows, bias), (want + bias).float(), equal_nan=True)
+    mirrored = (rows.t() @ coefficient.t()).t()
+    products.repair(mirrored, coefficient, rows)
+    torch.testing.assert_close(mirrored, want.float(), equal_nan=True)
+
+
+@pytest.mark.parametrize("activation", ["identity", "gelu"])
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("wide", [False, True])
+def test_what_is_left_beside_dense_products(group, activation, wide):
+    """What the dense backend runs on a CUDA device."""
+    from gatelet.kernels.backends.triton import products
+
+    batch, gates = 70, 50
+    z, upper = (torch.randn(batch, gates * group) for _ in range(2))
+    gate = torch.randn(batch, gates) * (torch.rand(batch, gates) < 0.3)
+    z.masked_fill_(gate.repeat_interleave(group, 1) == 0, torch.nan)
+    support = products.pattern(torch.ones_like(gate), gates * group) if wide else None
+    if wide:
+        z = z.nan_to_num(0.5)
+    every = gate.repeat_interleave(group, 1)
+    safe = torch.where(every != 0, z, 0)
+    value = safe if activation == "identity" else F.gelu(safe)
+    torch.testing.assert_close(products.finish(z, gate, None, activation), value * every)
+    want = dense.pointwise(upper, z, gate, None, support, need_gate=True, need_coefficient=True, activation=activation)
+    have = products.pointwise(
+        upper, z, gate, None, support, need_gate=True, need_coefficient=True, activation=activation
+    )
+    for a, b in zip(have, want, strict=True):
+        torch.testing.assert_close(a, b)
+    bits = products.pattern(gate, gates * group)
+    torch.testing.assert_close(products.finish(z.nan_to_num(), None, bits.rows), torch.where(every != 0, z, 0))
+
+
+def lists_problem(dtype, batch=7, units=90, width=70):
+    """Lists of none, of one, and of more pairs than a program takes at a time."""
+    gate = torch.rand(batch, units) < torch.tensor([0.0, 0.01, 0.05, 0.1, 0.3, 0.5, 1.0])[:batch, None]
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), gate.sum(1).cumsum(0)])
+    examples, names = gate.nonzero(as_tuple=True)
+    tensors = [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in ((batch, width), (units, width), units)]
+    return (
+        pattern.Lists(starts, names, units),
+        examples,
+        *tensors,
+        torch.randn(len(names), dtype=torch.float64).to(dtype),
+    )
+
+
+@pytest.mark.parametrize("dtype", ROUNDINGS, ids=str)
+def test_lists_of_open_units(dtype):
+    from gatelet.kernels.backends.triton import products
+
+    lists, examples, x, weight, bias, values = lists_problem(dtype)
+    shift = torch.randn(x.shape[1], dtype=torch.float64).to(dtype)
+    wide = [each.double() for each in (x, weight, bias, values, shift)]
+    wx, ww, wb, wv, ws = wide
+    places = torch.finfo(dtype).eps * 30
+
+    def close(have, want):
+        torch.testing.assert_close(have.double(), want, rtol=places, atol=places * 10)
+
+    z = (wx[examples] * ww[lists.units]).sum(1) + wb[lists.units]
+    out, pre = products.dots(x, weight, bias, None, lists, keep=True)
+    close(out, z)
+    close(pre, z)
+    out, _ = products.dots(x, weight, bias, values, lists, activation="relu")
+    close(out, z.relu() * wv)
+    sums = torch.zeros_like(wx).index_add(0, examples, wv[:, None] * ww[lists.units])
+    close(products.by_example(values, weight, shift, lists), sums + ws)
+    rows = torch.zeros_like(ww).index_add(0, lists.units, wv[:, None] * wx[examples])
+    total = torch.zeros_like(wb).index_add(0, lists.units, wv)
+    for transposed in (False, True):
+        have, whole = products.by_unit(values, x, lists, need_sum=True, transposed=transposed)
+        close(have.t() if transposed else have, rows)
+        close(whole, total)
+    sparse = products.touched(values, x, lists)
+    close(sparse.to_dense(), rows)
+    assert torch.equal(sparse.indices()[0], lists.units.unique())
+    turned = products.turn(lists)
+    assert torch.equal(lists.units[turned.places], lists.units.sort().values)
+    assert torch.equal(examples[turned.places], turned.examples)
+    coefficient, slopes = products.pointwise(
+        out, z.to(dtype), values, lists, need_gate=True, need_coefficient=True, activation="relu"
+    )
+    close(coefficient, out.double() * wv * (z > 0))
+    close(slopes, out.double() * z.relu())
 
 
 def test_the_setting_for_float32_products_is_torchs():
@@ -287,12 +375,15 @@ def test_auto_takes_the_kernels_where_they_read_or_multiply_much_less(monkeypatc
         {"rate": 0.9},
         {"batch": 16},  # at 10 % open, 81 % are open for some example of 16
         {"batch": 4096},
-        {"gradients": True},
-        {"width": 64},
+        {"gradients": True, "batch": 2},
+        {"width": 256},
         {"dtype": torch.float64},
         {**groups, "rate": 0.5},
-        {**groups, "rate": 0.2, "gradients": True},
+        {**groups, "rate": 0.3, "gradients": True},
+        {"rate": 0.25, "gradients": True},
+        {"width": 1024, "gradients": True},
         {**groups, "batch": 64},
+        {**groups, "batch": 512, "width": 512},
         {**groups, "group": 8},
     ):
         assert rule(**case) == "dense", case
@@ -325,24 +416,32 @@ from triton.compiler import ASTSource
 from gatelet.kernels.backends.triton import kernels
 
 ACC, DOT = tl.float32, tl.bfloat16
-SIZES = dict(BM=128, BN=128, BK=64, BD=128, FEW=16, SPAN=128, SLOTS=16, WORDS=16, BLOCK=1024, ACC=ACC, DOT=DOT)
-FLAGS = dict(PRECISION="ieee", ACTIVATION="gelu", GIVEN=False, UNIT=False)
-INTEGERS = {"rows": "*i64", "cols": "*i64", "wide_rows": "*i64", "seed": "*i64", "examples": "*i32", "starts": "*i32"}
+SIZES = dict(BM=64, BN=128, BK=64, BD=128, FEW=16, SPAN=16, WORDS=16, BLOCK=64, PARTS=32, SLOTS=16, KP=16, ACROSS=1)
+FLAGS = dict(ACC=ACC, DOT=DOT, PRECISION="ieee", ACTIVATION="gelu", UNIT=False)
+WORDS = ("rows", "cols", "wide_rows", "seed", "starts", "names", "places")
 POINTERS = {"x", "weight", "bias", "gate", "out", "pre", "coefficient", "sums", "upper", "slopes", "logits", "noise"}
-TYPES = {**INTEGERS, **dict.fromkeys(POINTERS, "*bf16"), "counts": "*i32", "parts": "*fp32"}
+POINTERS |= {"product", "table", "values"}
+TYPES = dict.fromkeys(WORDS, "*i64") | dict.fromkeys(POINTERS, "*bf16")
+TYPES |= {"examples": "*i32", "flags": "*i32", "counts": "*i32"}
+BITS, GROUPS, PARTS, ROWS = {}, {"starts": "*i32"}, {"parts": "*fp32"}, {"rows": "*bf16"}
 CASES = [
-    (kernels.pattern, (), {}), (kernels.lists, (), {}), (kernels.add_parts, (), {}),
-    (kernels.dots, ("examples", "starts"), {}), (kernels.dots, ("rows",), {}),
-    (kernels.few_dots, ("rows", "pre"), {"BK": 256}),
-    (kernels.by_example, (), {}), (kernels.by_example, ("bias", "rows"), {"GIVEN": True}),
-    (kernels.few_by_example, ("rows",), {}), (kernels.group_by_example, (), {"BM": 64}),
-    (kernels.by_unit, ("examples", "starts"), {}), (kernels.by_unit, ("cols",), {}),
-    (kernels.pointwise, (), {"BM": 16}), (kernels.sample, ("noise",), {}),
+    (kernels.pattern, (), {}, BITS), (kernels.lists, (), {}, GROUPS), (kernels.add_parts, (), {}, PARTS),
+    (kernels.finish, ("rows",), {}, BITS), (kernels.finish, ("gate",), {"UNIT": True}, BITS),
+    (kernels.group_dots, (), {"BM": 128}, GROUPS), (kernels.group_dots, ("pre",), {"BN": 64}, GROUPS),
+    (kernels.few_dots, ("rows", "pre"), {"BK": 256}, BITS),
+    (kernels.few_dots, ("rows", "pre"), {"BK": 512, "FEW": 1}, BITS),
+    (kernels.one_by_example, (), {"SPAN": 128}, PARTS),
+    (kernels.group_by_unit, ("sums",), {}, GROUPS), (kernels.group_by_unit, ("x", "out"), {"BD": 16}, GROUPS),
+    (kernels.spoilt, (), {"BD": 64}, ROWS),
+    (kernels.repair, ("flags",), {"BD": 64}, ROWS), (kernels.repair, (), {"BD": 64}, ROWS),
+    (kernels.pair_dots, (), {"BK": 256}, BITS), (kernels.pair_sums, (), {}, {"examples": "*i64"}),
+    (kernels.pointwise, (), {}, BITS), (kernels.pointwise, ("slopes",), {"UNIT": True}, BITS),
+    (kernels.sample, ("noise",), {}, BITS),
 ]
-for kernel, absent, sizes in CASES:
+for kernel, absent, sizes, kinds in CASES:
     names = list(inspect.signature(kernel.fn).parameters)
     constants = {**SIZES, **FLAGS, **sizes, **dict.fromkeys(absent)}
-    types = {**TYPES, "out": "*fp32"} if kernel is kernels.group_by_example else TYPES
+    types = {**TYPES, **kinds}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     values = {(index,): constants[name] for index, name in enumerate(names) if name in constants}
     source = ASTSource(kernel, signature, values)
@@ -362,6 +461,6 @@ def test_every_kernel_compiles_for_a_gpu(tmp_path):
     )
     assert found.returncode == 0, found.stderr[-3000:]
     lines = [line.split(maxsplit=2) for line in found.stdout.splitlines()]
-    assert len(lines) == 14
+    assert len(lines) == 20
     assert all(int(shared) <= 99 * 1024 for _, shared, *_ in lines)  # what the smallest GPU with bfloat16 has
-    assert sum(len(line) == 3 for line in lines) == 8  # the products
+    assert sum(len(line) == 3 for line in lines) == 4  # the products of tiles

@@ -114,14 +114,14 @@ def compare_training(name):
 
 
 @every
-def test_mixed_precision(make):
+def test_mixed_precision(make, device):
     model = make()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         loss = model(X).float().square().mean() + penalty(model)
     loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() and p.dtype == torch.float32 for p in model.parameters())
     model = ready(make)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         have = model(X)
     assert have.dtype == torch.bfloat16
     # logits have 8 bits: some gates near the threshold fall on its other side
@@ -159,6 +159,7 @@ DATA = [{"input_ids": torch.randint(11, (6,)), "labels": torch.tensor(i % 2)} fo
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.cpu
 def test_in_hugging_faces_trainer(tmp_path):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
@@ -189,6 +190,7 @@ def test_in_hugging_faces_trainer(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.cpu
 def test_in_a_lightning_module(tmp_path):
     lightning = pytest.importorskip("lightning")
 

@@ -81,6 +81,7 @@ def test_open_gates_are_the_dense_layer():
         torch.testing.assert_close(made(x), want)
 
 
+@pytest.mark.cpu
 def test_no_threshold_no_gates():
     with pytest.raises(RuntimeError, match="no test-time threshold yet"):
         layer()(torch.randn(4, 16))

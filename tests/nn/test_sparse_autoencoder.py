@@ -254,11 +254,11 @@ def test_groups_compute_only_their_latents_and_the_router_learns():
     assert truth["router_weight"].abs().max() > 0
 
 
-def test_transforms_and_autocast_give_the_same_numbers():
+def test_transforms_and_autocast_give_the_same_numbers(device):
     sae, x = made("top_k"), inputs()
     torch.testing.assert_close(torch.func.vmap(sae)(x), sae(x))
     single = made("top_k", torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16):
         torch.testing.assert_close(single(x.float()), single(x.float()))
         lowered = single(x.bfloat16())
     torch.testing.assert_close(lowered, single(x.bfloat16().float()))
@@ -294,15 +294,19 @@ def test_bad_inputs_are_refused_by_name():
     sae = made("top_k")
     with pytest.raises(ValueError, match="x must have 12 features"):
         sae(torch.zeros(2, 5, dtype=torch.float64))
-    bad = inputs()
-    bad[2, 3] = math.nan
-    with pytest.raises(ValueError, match="x holds 1 values that are NaN"):
-        sae.loss(bad)
     with pytest.raises(ValueError, match="x must hold an example"):
         sae.loss(inputs()[:0])
     other = SparseAutoencoder(D, 2 * N, dtype=torch.float64)
     with pytest.raises(ValueError, match="code: is of 128 latents"):
         sae.decode(other.encode(inputs()))
+
+
+@pytest.mark.cpu
+def test_values_that_are_nan_are_counted():
+    bad = inputs()
+    bad[2, 3] = math.nan
+    with pytest.raises(ValueError, match="x holds 1 values that are NaN"):
+        made("top_k").loss(bad)
 
 
 # -------------------------------------------------------------------- two processes
@@ -342,6 +346,7 @@ def main(rank, folder):
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.cpu
 def test_two_processes_give_the_numbers_of_one(tmp_path):
     path = os.pathsep.join(str(folder) for folder in (Path(__file__).parent, Path(gatelet.__file__).parents[1]))
     code = "import test_sparse_autoencoder; test_sparse_autoencoder.main({}, {!r})"

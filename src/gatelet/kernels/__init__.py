@@ -3,7 +3,7 @@
 Imports go one way: ``pattern ← backends ← choose ← ops``.
 """
 
-from gatelet.kernels.backends.dense import ACTIVATIONS as ACTIVATIONS
+from gatelet.kernels.backends._activations import ACTIVATIONS as ACTIVATIONS
 from gatelet.kernels.backends.rows import Int8Rows as Int8Rows
 from gatelet.kernels.backends.rows import int8_rows as int8_rows
 from gatelet.kernels.choose import Choice as Choice

@@ -1,5 +1,6 @@
 """Which (example, unit) pairs are open: as bits, or as sorted lists. Imports nothing of gatelet."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +18,35 @@ class Bits:
         rows: by example, (B, ⌈N/64⌉) int64; bit i of word w is unit 64·w + i.
         cols: by unit, (N, ⌈B/64⌉) int64; bit i of word w is example 64·w + i.
         group: so many consecutive units open together.
-        pending: gates (B, N / group) whose bits are still to be written: the first product that runs does it.
+        pending: gates (B, N / group) whose bits are still to be written: the first product that reads them does it.
+        write: writes them, from gates to rows and cols; None where a product has always read them before they are given
+            to an op of torch.
         notes: what a backend derives from the bits and reads again.
     """
 
-    __slots__ = ("cols", "group", "notes", "pending", "rows")
+    __slots__ = ("cols", "group", "notes", "pending", "rows", "write")
 
-    def __init__(self, rows: Tensor, cols: Tensor, group: int = 1, pending: Tensor | None = None) -> None:
-        self.rows, self.cols, self.group, self.pending = rows, cols, group, pending
+    def __init__(
+        self,
+        rows: Tensor,
+        cols: Tensor,
+        group: int = 1,
+        pending: Tensor | None = None,
+        write: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    ) -> None:
+        self.rows, self.cols, self.group, self.pending, self.write = rows, cols, group, pending, write
         self.notes: Any = None
+
+    def written(self) -> "Bits":
+        """Return the pattern with its bits written."""
+        if self.pending is not None and self.write is not None:
+            self.write(self.pending, self.rows, self.cols)
+            self.pending = None
+        return self
 
     def tensors(self) -> list[Tensor]:
         """Return what an op of torch takes instead; :func:`form_of` is the way back."""
+        self.written()
         return [self.rows, self.cols]
 
 

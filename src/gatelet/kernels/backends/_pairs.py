@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from gatelet.kernels.backends._activations import activate, slope
 from gatelet.kernels.pattern import Lists
 
 
@@ -36,3 +37,23 @@ def touched(values: Tensor, x: Tensor, lists: Lists) -> Tensor:
     rows = x.new_zeros((len(names), x.shape[1])).index_add_(0, place, values.unsqueeze(1) * x[lists.examples()])
     shape = (lists.count, x.shape[1])
     return torch.sparse_coo_tensor(names[None], rows, shape, is_coalesced=True, check_invariants=False)
+
+
+def finish(z: Tensor, gate: Tensor | None, activation: str) -> Tensor:
+    """Return act(z) ∘ gate of pairs."""
+    value = activate(z, activation)
+    return value if gate is None else value * gate
+
+
+def pointwise(
+    upper: Tensor, pre: Tensor, gate: Tensor, need_gate: bool, need_coefficient: bool, activation: str
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return what ``pointwise`` does, of pairs that are all open."""
+    coefficient = slopes = None
+    if need_coefficient:
+        coefficient = upper * gate
+        if activation != "identity":
+            coefficient = coefficient * slope(pre, activation)
+    if need_gate:
+        slopes = upper * activate(pre, activation)
+    return coefficient, slopes

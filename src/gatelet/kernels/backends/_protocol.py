@@ -84,9 +84,19 @@ class Products(Protocol):
         """
 
     def by_example(
-        self, coefficient: Tensor, weight: Tensor, bias: Tensor | None, pattern: Form | None, gate: Tensor | None = None
+        self,
+        coefficient: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        pattern: Form | None,
+        gate: Tensor | None = None,
+        *,
+        own: bool = False,
     ) -> Tensor:
-        """Return y (B, D), y[b] = bias + Σ_n C[b, n] W[n] over open n."""
+        """Return y (B, D), y[b] = bias + Σ_n C[b, n] W[n] over open n.
+
+        ``own`` says that C is what these products' own ``dots`` or ``pointwise`` returned, with the same pattern.
+        """
 
     def by_unit(
         self,
@@ -97,6 +107,7 @@ class Products(Protocol):
         need_rows: bool = True,
         need_sum: bool = False,
         transposed: bool = False,
+        own: bool = False,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return V, V[n] = Σ_b C[b, n] x[b] over open b, and the sums Σ_b C[b, n]; None for what is not needed.
 

@@ -9,11 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gatelet.kernels.backends import _pairs, triton
+from gatelet.kernels.backends._activations import activate, slope
 from gatelet.kernels.backends._protocol import Backend, Kernel, Layer, Worth
 from gatelet.kernels.pattern import Bits, Form, Lists, bits_of, mask_of, spread
-
-ACTIVATIONS = ("identity", "relu", "gelu", "silu")
-"""The activations that the products know."""
 
 
 class Dense(Backend):
@@ -71,9 +69,12 @@ def dots(
     """Return act(x Wᵀ + b) ∘ gate at open pairs and, to ``keep``, x Wᵀ + b at all."""
     if isinstance(pattern, Lists):
         pre = _pairs.dots(x, weight, bias, pattern)
-        return finish(pre, gate, activation), pre if keep else x.new_empty(0)
+        return _pairs.finish(pre, gate, activation), pre if keep else x.new_empty(0)
     units = weight.shape[0]
     pre = F.linear(x, weight, bias)
+    if (fused := _fused(pre)) and not (gate is None and pattern is None):
+        rows = pattern.rows if gate is None and isinstance(pattern, Bits) else None
+        return fused.finish(pre, gate, rows, activation, in_place=not keep), pre if keep else x.new_empty(0)
     value = activate(pre, activation)
     if gate is not None:
         each = spread(gate, units)
@@ -84,13 +85,18 @@ def dots(
 
 
 def by_example(
-    coefficient: Tensor, weight: Tensor, bias: Tensor | None, pattern: Form | None, gate: Tensor | None = None
+    coefficient: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pattern: Form | None,
+    gate: Tensor | None = None,
+    *,
+    own: bool = False,
 ) -> Tensor:
     """Return C W + bias over the open pairs."""
     if isinstance(pattern, Lists):
         return _pairs.by_example(coefficient, weight, bias, pattern)
-    out = gathered(_open(coefficient, pattern), weight)
-    return out if bias is None else out + bias
+    return gathered(coefficient if own else _open(coefficient, pattern), weight, bias)
 
 
 def by_unit(
@@ -101,12 +107,13 @@ def by_unit(
     need_rows: bool = True,
     need_sum: bool = False,
     transposed: bool = False,
+    own: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return Cᵀ x over the open pairs, and the sums of C over the examples."""
     if isinstance(pattern, Lists):
         rows, sums = _pairs.by_unit(coefficient, x, pattern, need_rows, need_sum)
         return rows.t() if rows is not None and transposed else rows, sums
-    coefficient = _open(coefficient, pattern)
+    coefficient = coefficient if own else _open(coefficient, pattern)
     rows = gathered(coefficient.t(), x) if need_rows else None
     return rows.t() if rows is not None and transposed else rows, coefficient.sum(0) if need_sum else None
 
@@ -125,7 +132,15 @@ def pointwise(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return C = g · gate · act'(z) where the gate is not zero, and the gate's gradient there or on ``wide``."""
     if isinstance(pattern, Lists):
-        return pair_pointwise(upper, pre, gate, need_gate, need_coefficient, activation)
+        return _pairs.pointwise(upper, pre, gate, need_gate, need_coefficient, activation)
+    if fused := _fused(upper):
+        found: tuple[Tensor | None, Tensor | None] = fused.pointwise(
+            *(upper, pre, gate, None, wide),
+            need_gate=need_gate,
+            need_coefficient=need_coefficient,
+            activation=activation,
+        )
+        return found
     units = upper.shape[1]
     each = spread(gate, units)
     coefficient = slopes = None
@@ -142,41 +157,10 @@ def pointwise(
     return coefficient, slopes
 
 
-def finish(z: Tensor, gate: Tensor | None, activation: str) -> Tensor:
-    """Return act(z) ∘ gate of pairs."""
-    value = activate(z, activation)
-    return value if gate is None else value * gate
-
-
-def pair_pointwise(
-    upper: Tensor, pre: Tensor, gate: Tensor, need_gate: bool, need_coefficient: bool, activation: str
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return what ``pointwise`` does, of pairs that are all open."""
-    coefficient = slopes = None
-    if need_coefficient:
-        coefficient = upper * gate
-        if activation != "identity":
-            coefficient = coefficient * slope(pre, activation)
-    if need_gate:
-        slopes = upper * activate(pre, activation)
-    return coefficient, slopes
-
-
-def activate(z: Tensor, activation: str) -> Tensor:
-    """Return the activation of z."""
-    if activation == "identity":
-        return z
-    found: Tensor = getattr(F, activation)(z)
-    return found
-
-
-def slope(z: Tensor, activation: str) -> Tensor:
-    """Return the derivative of the activation (any but the identity) at z."""
-    if activation == "relu":
-        return (z > 0).to(z.dtype)
-    backward = {"gelu": torch.ops.aten.gelu_backward, "silu": torch.ops.aten.silu_backward}[activation]
-    found: Tensor = backward(torch.ones_like(z), z)
-    return found
+def _fused(tensor: Tensor) -> Any:
+    """Return the kernels that do in one pass what is several operations of torch; None off CUDA devices."""
+    there = tensor.device.type == "cuda" and tensor.dtype in triton.DTYPES and triton.missing() is None
+    return triton.Triton().products if there else None
 
 
 def closed(product: Tensor, gate: Tensor) -> Tensor:
@@ -204,28 +188,34 @@ def _open(coefficient: Tensor, pattern: Form | None) -> Tensor:
     return torch.where(_mask(pattern, coefficient.shape[1]), coefficient, 0)
 
 
-def gathered(coefficient: Tensor, rows: Tensor) -> Tensor:
-    """Return coefficient @ rows where a zero coefficient leaves its row out, be it NaN or infinite.
+def gathered(coefficient: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return coefficient @ rows + bias where a zero coefficient leaves its row out, be it NaN or infinite.
 
     ``coefficient`` is (R, C), ``rows`` (C, D). One product, and the careful sum only when it went wrong. Off the CPU,
     where asking would make the host wait, a kernel looks; without one, a sum that a bad row enters is NaN.
     """
     if rows.device.type != "cpu":
-        if rows.device.type == "cuda" and triton.missing() is None:
-            result = coefficient @ rows
-            triton.Triton().products.repair(result, coefficient, rows)
+        if fused := _fused(rows):
+            result = product(coefficient, rows, bias)
+            fused.repair(result, coefficient, rows, bias)
             return result
         finite = rows.isfinite()
         spoilt = (coefficient != 0).to(rows.dtype) @ (~finite.all(1)).to(rows.dtype) > 0
-        return (coefficient @ torch.where(finite, rows, 0)).masked_fill(spoilt.unsqueeze(1), torch.nan)
-    result = coefficient @ rows
+        result = product(coefficient, torch.where(finite, rows, 0), bias)
+        return result.masked_fill(spoilt.unsqueeze(1), torch.nan)
+    result = product(coefficient, rows, bias)
     probe = min(rows, result, key=Tensor.numel)  # a NaN in a row left out shows in both
     if probe.numel() and not math.isfinite(probe.sum().item()):
         bad = (~rows.isfinite().all(1)).nonzero().flatten().tolist()
         finite = rows.clone()
         finite[bad] = 0
-        result = coefficient @ finite
+        result = product(coefficient, finite, bias)
         for index in bad:
             hit = coefficient[:, index] != 0
             result[hit] += coefficient[hit, index, None] * rows[index]
     return result
+
+
+def product(coefficient: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+    """Return coefficient @ rows + bias."""
+    return coefficient @ rows if bias is None else torch.addmm(bias, coefficient, rows)

@@ -7,7 +7,7 @@ from jaxtyping import Float, Float32, Int8
 from torch import Tensor
 from torch.nn import functional as F
 
-from gatelet.kernels.backends.dense import activate
+from gatelet.kernels.backends._activations import activate
 from gatelet.kernels.pattern import spread
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from gatelet._checks import check_choice
 from gatelet.kernels import choose
 from gatelet.kernels.backends import BACKENDS, Backend, Layer, _pairs
-from gatelet.kernels.backends.dense import ACTIVATIONS, activate
+from gatelet.kernels.backends._activations import ACTIVATIONS, activate
 from gatelet.kernels.ops._checks import check_affine, check_gate, check_second, check_tensor
 from gatelet.kernels.ops._declare import Op, plain, recording
 from gatelet.kernels.ops._sparse_grad import listed, refuse_sparse, touched
@@ -188,7 +188,7 @@ def forward(given: Given) -> tuple[Tensor, Tensor, Tensor]:
     hidden, pre = run.dots(
         *(given.x, given.w1, given.b1, given.gate, pattern), keep=keep, activation=given.activation, fill=keep
     )
-    out = run.by_example(hidden, given.rows2, given.b2, pattern, given.gate)
+    out = run.by_example(hidden, given.rows2, given.b2, pattern, given.gate, own=True)
     return out, pre, hidden if keep else hidden.new_empty(0)
 
 
@@ -209,11 +209,11 @@ def backward(grad: Tensor, given: Given, kept: tuple[Tensor, ...], need: tuple[b
             activation=given.activation,
         )
         if need_x:
-            from_x = run.by_example(coefficient, given.w1, None, pattern)
+            from_x = run.by_example(coefficient, given.w1, None, pattern, own=True)
         if need_w1 and given.sparse_grad:
             from_w1, need_w1 = touched(run)(coefficient, given.x, pattern), False
         if need_w1 or need_b1:
-            rows, from_b1 = run.by_unit(coefficient, given.x, pattern, need_rows=need_w1, need_sum=need_b1)
+            rows, from_b1 = run.by_unit(coefficient, given.x, pattern, need_rows=need_w1, need_sum=need_b1, own=True)
             from_w1 = rows if need_w1 else from_w1
     return from_x, from_w1, from_b1, from_gate, from_w2, grad.sum(0) if need_b2 else None
 
@@ -231,7 +231,7 @@ def _second_layer(
     if need_w2 and given.sparse_grad:
         from_w2 = touched(run)(hidden, grad, pattern)
     elif need_w2:
-        from_w2, _ = run.by_unit(hidden, grad, pattern, transposed=not given.by_unit)
+        from_w2, _ = run.by_unit(hidden, grad, pattern, transposed=not given.by_unit, own=True)
     return inner, from_w2
 
 

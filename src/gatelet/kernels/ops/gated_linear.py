@@ -13,7 +13,7 @@ from gatelet.kernels.backends import BACKENDS, Backend, Layer, _pairs
 from gatelet.kernels.ops._checks import check_affine, check_gate
 from gatelet.kernels.ops._declare import Op, plain, recording
 from gatelet.kernels.ops._sparse_grad import listed, refuse_sparse, touched
-from gatelet.kernels.ops.open_pattern import check_values, checked, mask_of_form, pattern_of
+from gatelet.kernels.ops.open_pattern import check_values, checked, mask_of_form, pattern_of, promised
 from gatelet.kernels.pattern import Form, Lists, OpenPattern, flat, spread
 
 
@@ -99,7 +99,7 @@ def gated_linear(
     if name != "dense" and pattern is not None:
         form = pattern.form
     elif name != "dense" and keep:
-        form = pattern_of(flat_gate.detach(), units, name, later=wide is None)
+        form = (promised if wide is None else pattern_of)(flat_gate.detach(), units, name)
     wide_form = None if wide is None else pattern_of(wide, units, name)
     return _op(Given(flat_x, weight, bias, flat_gate, form, wide_form, False, name, keep)).view(shape)
 
@@ -182,12 +182,14 @@ def backward(grad: Tensor, given: Given, kept: tuple[Tensor, ...], need: tuple[b
     coefficient, from_gate = slopes(need_gate=need_gate and not later, need_coefficient=products)
     from_x = from_weight = from_bias = None
     if need_x:
-        from_x = run.by_example(coefficient, given.weight, None, pattern)
+        from_x = run.by_example(coefficient, given.weight, None, pattern, own=True)
     if need_weight and given.sparse_grad:
         from_weight = touched(run)(coefficient, given.x, pattern)
         need_weight = False
     if need_weight or need_bias:
-        rows, from_bias = run.by_unit(coefficient, given.x, pattern, need_rows=need_weight, need_sum=need_bias)
+        rows, from_bias = run.by_unit(
+            coefficient, given.x, pattern, need_rows=need_weight, need_sum=need_bias, own=True
+        )
         from_weight = rows if need_weight else from_weight
     if later:
         _, from_gate = slopes(need_gate=True, need_coefficient=False, into=coefficient)

@@ -9,7 +9,7 @@ from torch import Tensor
 from gatelet._checks import check_choice
 from gatelet.kernels import choose
 from gatelet.kernels.backends import BACKENDS, rows
-from gatelet.kernels.backends.dense import ACTIVATIONS
+from gatelet.kernels.backends._activations import ACTIVATIONS
 from gatelet.kernels.backends.rows import Int8Rows, Rows
 from gatelet.kernels.ops._checks import check_gate, check_tensor
 from gatelet.kernels.ops._declare import plain, recording

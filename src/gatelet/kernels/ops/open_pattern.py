@@ -29,17 +29,24 @@ def open_pattern(gate: Float[Tensor, "*lead G"], group_size: int = 1) -> OpenPat
     return OpenPattern(pattern_of(flat(gate.detach()), units, "auto"), gate.shape[:-1], units)
 
 
-def pattern_of(gate: Tensor, units: int, backend: str, later: bool = False) -> Form:
-    """Return the pattern of gates (B, G) by example and by unit; ``later`` leaves the writing to the next product."""
+def pattern_of(gate: Tensor, units: int, backend: str) -> Form:
+    """Return the pattern of gates (B, G) by example and by unit."""
     if transformed(gate):
         found: Form = BACKENDS["dense"].products.pattern(gate, units)
         return found
     if plain(gate):
-        run = _builder(gate, units, backend)
-        found = run.promise(gate, units, True) if later else run.pattern(gate, units)
+        found = _builder(gate, units, backend).pattern(gate, units)
         return found
     rows, cols = torch.ops.gatelet.open_pattern(gate, units, backend)
     return Bits(rows, cols, units // max(gate.shape[1], 1))
+
+
+def promised(gate: Tensor, units: int, backend: str) -> Form | None:
+    """Return the pattern of gates (B, G) for a product that comes next and may write it; None if none is read."""
+    if transformed(gate) or not plain(gate):
+        return pattern_of(gate, units, backend)
+    found: Form | None = _builder(gate, units, backend).promise(gate, units, True)
+    return found
 
 
 def checked(pattern: Any, units: int, lead: torch.Size | None, what: str) -> OpenPattern:

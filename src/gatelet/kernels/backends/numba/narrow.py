@@ -7,7 +7,7 @@ float32, and results have the activations' type.
 import torch
 from torch import Tensor
 
-from gatelet.kernels.backends.dense import ACTIVATIONS
+from gatelet.kernels.backends._activations import ACTIVATIONS
 from gatelet.kernels.backends.numba import team
 from gatelet.kernels.backends.numba.narrow_kernels import NEAR, narrow
 from gatelet.kernels.backends.numba.products import DENSE

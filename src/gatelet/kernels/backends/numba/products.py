@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from gatelet.kernels.backends.dense import ACTIVATIONS, finish, pair_pointwise
+from gatelet.kernels.backends import _pairs
+from gatelet.kernels.backends._activations import ACTIVATIONS
 from gatelet.kernels.backends.numba import SMALLEST_GROUP, lists
 from gatelet.kernels.backends.numba import team as _team
 from gatelet.kernels.backends.numba.kernels import MOST, RECORD, RUNS, SLICE, VECTOR, WORDS, kernel
@@ -112,7 +113,7 @@ def dots(
     bias = None if bias is None else bias.contiguous()
     if isinstance(pattern, Lists):
         found = lists.dots(x, weight, bias, pattern.starts, pattern.units)
-        return finish(found, gate, activation), found if keep else x.new_empty(0)
+        return _pairs.finish(found, gate, activation), found if keep else x.new_empty(0)
     gate = None if gate is None else gate.contiguous()
     batch, units = x.shape[0], weight.shape[0]
     out = x.new_empty((batch, units))
@@ -174,7 +175,13 @@ def _dots(
 
 
 def by_example(
-    coefficient: Tensor, weight: Tensor, bias: Tensor | None, pattern: Form | None, gate: Tensor | None = None
+    coefficient: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    pattern: Form | None,
+    gate: Tensor | None = None,
+    *,
+    own: bool = False,
 ) -> Tensor:
     """Return y (B, D) with y[b] = bias + Σ_n C[b, n] W[n] over open n."""
     coefficient, weight = coefficient.contiguous(), weight.contiguous()
@@ -213,6 +220,7 @@ def by_unit(
     need_rows: bool = True,
     need_sum: bool = False,
     transposed: bool = False,
+    own: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return V (N, D), V[n] = Σ_b C[b, n] x[b] over open b, and the sums Σ_b C[b, n]; None for what is not needed."""
     coefficient, x = coefficient.contiguous(), x.contiguous()
@@ -252,7 +260,7 @@ def pointwise(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return C = g · gate · act'(z) at open pairs and the gate's gradient (B, G), in ``into`` if given."""
     if isinstance(pattern, Lists):
-        return pair_pointwise(upper, pre, gate, need_gate, need_coefficient, activation)
+        return _pairs.pointwise(upper, pre, gate, need_gate, need_coefficient, activation)
     rows = _written(pattern if wide is None else wide).rows
     upper, gate = upper.contiguous(), gate.contiguous()
     batch, units = upper.shape

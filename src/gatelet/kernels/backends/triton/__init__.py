@@ -12,19 +12,22 @@ from gatelet.kernels.backends._protocol import Backend, Kernel, Layer, Worth
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SMALLEST_GROUP = 4
-# The rule of ``worth``. Not measured on a GPU: chosen from counts of bytes and operations (docs/gpu.md) so that the
-# kernels are taken only where they have several times less of both than dense, and dense runs otherwise.
 FEW = 16
 """At most so many examples: programs read only the rows of open units, and the time is that of reading them."""
 SMALLEST_LIST = 16
 """Groups of at least so many units are multiplied by lists of their examples; a tile of tensor cores is no smaller."""
-BYTES = 1 << 25
-"""Smaller weights are read by a large GPU in about the time of starting the kernels."""
-READ = 0.5
-"""The most of the weights that few examples may read: what is open for any of them."""
+# The rule of ``worth``, from what was measured on an H100 (docs/gpu.md).
+BYTES = {False: 1 << 23, True: 1 << 25}
+"""Few examples read smaller weights in about the time of starting a kernel; without and with a backward pass."""
+READ = 0.6
+"""The most of the weights that several examples may read: what is open for any of them."""
+ONE = {False: 0.4, True: 0.15}
+"""The largest active fraction at which one example runs sparse, without and with a backward pass."""
 GROUP, BATCH = 64, 512
 """The least group, and number of examples, that fill tiles: at 10 % open, 51 examples per group."""
-RATE = {False: 0.25, True: 0.15}
+WORK = 1 << 33
+"""Multiply-adds of the dense product, below which groups do not pay for their lists and the zeros at closed pairs."""
+RATE = {False: 0.4, True: 0.25}
 """The largest active fraction at which groups run sparse, without and with a backward pass."""
 
 
@@ -75,13 +78,16 @@ class Triton(Backend):
         """Return below which declared share of open gates the kernels are expected to be faster than dense."""
         if layer.dtype == torch.float64:
             return Worth(0.0, no=f"dense is faster in {layer.dtype}")
-        if layer.units * layer.width * layer.dtype.itemsize < BYTES:
-            return Worth(0.0, no="so small that starting the kernels costs more than they save")
-        if layer.batch <= FEW and not layer.gradients:
-            below = 1 - (1 - READ) ** (1 / max(layer.batch, 1))
+        multiplied = layer.batch * layer.units * layer.width
+        if layer.batch <= 1 or (layer.batch <= FEW and not layer.gradients):
+            if layer.units * layer.width * layer.dtype.itemsize < BYTES[layer.gradients]:
+                return Worth(0.0, no="so small that starting the kernels costs more than they save")
+            if layer.batch <= 1:
+                return Worth(ONE[layer.gradients], "one example reads open weights alone", "too many gates are open")
             few = f"{layer.batch} examples"
+            below = 1 - (1 - READ) ** (1 / layer.batch)
             return Worth(below, f"{few} read open weights alone", f"{few} have most units open together")
-        if layer.group >= GROUP and layer.group % SMALLEST_LIST == 0 and layer.batch >= BATCH:
+        if layer.group >= GROUP and layer.group % SMALLEST_LIST == 0 and layer.batch >= BATCH and multiplied >= WORK:
             return Worth(RATE[layer.gradients], "groups whose examples fill tiles", "too many groups are open")
         return Worth(0.0, no="single units of many examples, or groups too small to fill tiles")
 

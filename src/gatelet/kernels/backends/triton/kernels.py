@@ -1,22 +1,23 @@
 """The Triton kernels all ops are made of. Import this module only to run them.
 
 The same three products as on the CPU, on a pattern of open (example, unit) pairs, with x (B, D), W (N, D) and a
-coefficient C (B, N); each in the form that suits the number of examples and the gates:
+coefficient C (B, N); each where a GPU can gain by it:
 
 ``dots``         z[b, n] = ⟨x[b], W[n]⟩ at open pairs: the forward pass, and the gradient of a hidden layer;
 ``by_example``   y[b] = Σ_n C[b, n] W[n] over open n: the gradient of x, and the next affine layer;
 ``by_unit``      V[n] = Σ_b C[b, n] x[b] over open b: the gradient of the weights.
 
-*Few examples* (``few_…``): a program takes some units, lists those that are open for any example, and reads the
-rows of these alone. *Groups*: the examples of a group are listed first (``lists``), and tiles gather and scatter
-their rows by that list, so nothing is padded or copied. *Tiles*: dense tiles with the mask at the end, of which those
-without an open pair are skipped.
+*Few examples* (``few_dots``, ``one_by_example``): a program takes some units, and reads the rows of those alone that
+are open for any example. *Groups* (``group_…``): the examples of a group are listed first (``lists``), and tiles gather
+and scatter their rows by that list, so nothing is padded or copied. *Pairs* (``pair_…``): a program follows one list,
+of open units or of examples. For all else the products are torch's own, dense, and one kernel does what is left:
+``finish`` after the forward product, ``pointwise`` before the backward ones.
 
 Every number that is written belongs to one program, which adds up in a fixed order: results do not change from call to
 call, and there is no atomic operation but the counting of ``sample``, where order does not matter.
 
-What is closed does not reach a result, be it NaN: where examples share a tile with a unit that only some of them have
-open, a product that is not finite is computed again, pair by pair (``careful``).
+What is closed does not reach a result, be it NaN: where examples share a sum with a unit that only some of them have
+open, a sum that is not finite is formed again, pair by pair (``careful``).
 """
 
 # ruff: noqa: SIM102, SIM108 (Triton drops branches that are decided when it compiles: they stand alone)
@@ -104,14 +105,14 @@ def pattern(gate, rows, cols, batch, units, gates, group, row_words, col_words):
 
 
 @kernel
-def lists(cols, examples, starts, batch, group, col_words, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
+def lists(cols, examples, starts, batch, col_words, WORDS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Write the examples that have a group open, ascending, and where in that list each word's examples start."""
     g = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, 64)
     done = tl.zeros((), tl.int32)
     for first in range(0, col_words, WORDS):
         w = first + tl.arange(0, WORDS)
-        word = tl.load(cols + g * group * col_words + w, mask=w < col_words, other=0)
+        word = tl.load(cols + g * col_words + w, mask=w < col_words, other=0)
         bits = ((word[:, None] >> lane.to(tl.int64)[None, :]) & 1).to(tl.int32)
         within = tl.cumsum(bits, 1)
         each = tl.sum(bits, 1)
@@ -127,12 +128,56 @@ def lists(cols, examples, starts, batch, group, col_words, WORDS: tl.constexpr):
 
 
 @kernel
-def dots(  # type: ignore[no-untyped-def]
+def finish(  # type: ignore[no-untyped-def]
+    pre,
+    gate,
+    rows,
+    out,
+    batch,
+    units,
+    gates,
+    group,
+    row_words,
+    ACTIVATION: tl.constexpr,
+    UNIT: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Write act(z) ∘ gate, from dense z, at open pairs, and zero elsewhere; ``out`` may be ``pre``.
+
+    A program takes BM examples and BN units, or the whole of one group.
+    """
+    b = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    valid = b < batch
+    size = BN if UNIT else group
+    low = tl.program_id(1) * size
+    for start in range(0, size, BN):
+        k = start + tl.arange(0, BN)
+        n = low + k
+        within = (k < size) & (n < units)
+        inside = valid[:, None] & within[None, :]
+        at = b[:, None] * units + n[None, :]
+        if UNIT:
+            h = activate(tl.load(pre + at, mask=inside, other=0).to(ACC), ACTIVATION)
+            if gate is not None:
+                value = tl.load(gate + at, mask=inside, other=0).to(ACC)
+                h = tl.where(value != 0, h * value, 0)
+        else:
+            each = tl.load(gate + b * gates + tl.program_id(1), mask=valid, other=0).to(ACC)
+            z = tl.load(pre + at, mask=(each != 0)[:, None] & within[None, :], other=0).to(ACC)
+            h = tl.where((each != 0)[:, None], activate(z, ACTIVATION) * each[:, None], 0)
+        if rows is not None:
+            h = tl.where(open_pairs(rows, gate, b[:, None], n[None, :], inside, gates, group, row_words), h, 0)
+        tl.store(out + at, h.to(out.dtype.element_ty), mask=inside)
+
+
+@kernel
+def group_dots(  # type: ignore[no-untyped-def]
     x,
     weight,
     bias,
     gate,
-    rows,
     examples,
     starts,
     out,
@@ -142,8 +187,8 @@ def dots(  # type: ignore[no-untyped-def]
     width,
     gates,
     group,
-    row_words,
     col_words,
+    chunk_words,
     unit_stride,
     width_stride,
     ACTIVATION: tl.constexpr,
@@ -154,54 +199,44 @@ def dots(  # type: ignore[no-untyped-def]
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write act(z) ∘ gate and z at the open pairs of a tile: of the examples listed for a group, or of all.
+    """Write act(z) ∘ gate and z for BN units of a group and its examples in ``chunk_words`` words, BM at a time.
 
-    A tile of all examples writes zeros at closed pairs; one of listed examples has none.
+    Programs of one chunk of examples run at about the same time, so that all groups find its rows of x in the cache.
     """
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    if examples is None:
-        first = tl.program_id(1) * BN
-        last = units
-        valid = m < batch
-        b = m.to(tl.int64)
-    else:
-        blocks = tl.cdiv(group, BN)
-        g = tl.program_id(1) // blocks
-        first = g * group + tl.program_id(1) % blocks * BN
-        last = (g + 1) * group
-        valid = m < tl.load(starts + g.to(tl.int64) * (col_words + 1) + col_words)
-        b = tl.load(examples + g.to(tl.int64) * batch + m, mask=valid, other=0).to(tl.int64)
-    n = first + tl.arange(0, BN)
-    # Which pairs are open is found out twice: once kept, it would take the registers that the product needs.
-    if examples is None:
-        inside = valid[:, None] & (n < last)[None, :]
-        wanted = any_of(open_pairs(rows, gate, b[:, None], n[None, :], inside, gates, group, row_words))
-    else:
-        wanted = any_of(valid)
-    acc = tl.zeros((BM, BN), ACC)
-    for start in range(0, tl.where(wanted > 0, width, 0), BK):
-        k = start + tl.arange(0, BK)
-        a = tl.load(x + b[:, None] * width + k[None, :], mask=valid[:, None] & (k < width)[None, :], other=0)
-        w = tl.load(
-            weight + n[None, :].to(tl.int64) * unit_stride + k[:, None].to(tl.int64) * width_stride,
-            mask=(n < last)[None, :] & (k < width)[:, None],
-            other=0,
-        )
-        acc = tl.dot(a.to(DOT), w.to(DOT), acc, input_precision=PRECISION, out_dtype=ACC)
-    if bias is not None:
-        acc += tl.load(bias + n, mask=n < last, other=0).to(ACC)[None, :]
-    inside = valid[:, None] & (n < last)[None, :]
-    found = inside
-    if examples is None:
-        found = open_pairs(rows, gate, b[:, None], n[None, :], inside, gates, group, row_words)
-    at = b[:, None] * units + n[None, :]
-    if pre is not None:
-        tl.store(pre + at, tl.where(found, acc, 0).to(pre.dtype.element_ty), mask=inside)
-    h = activate(acc, ACTIVATION)
-    if gate is not None:
-        value = tl.load(gate + b[:, None] * gates + (n // group)[None, :], mask=inside, other=0).to(ACC)
-        h = tl.where(value != 0, h * value, 0)
-    tl.store(out + at, tl.where(found, h, 0).to(out.dtype.element_ty), mask=inside)
+    blocks = tl.cdiv(group, BN)
+    g = (tl.program_id(0) // blocks).to(tl.int64)
+    k = tl.program_id(0) % blocks * BN + tl.arange(0, BN)
+    n = g * group + k
+    ours = k < group
+    low = tl.program_id(1) * chunk_words
+    high = tl.minimum(low + chunk_words, col_words)
+    first = tl.load(starts + g * (col_words + 1) + low)
+    last = tl.load(starts + g * (col_words + 1) + high)
+    w_at = weight + n[None, :] * unit_stride
+    for begin in range(first, last, BM):
+        m = begin + tl.arange(0, BM)
+        valid = m < last
+        b = tl.load(examples + g * batch + m, mask=valid, other=0).to(tl.int64)
+        x_at = x + b[:, None] * width
+        acc = tl.zeros((BM, BN), ACC)
+        for start in range(0, width, BK):
+            d = start + tl.arange(0, BK)
+            a = tl.load(x_at + d[None, :], mask=valid[:, None] & (d < width)[None, :], other=0)
+            w = tl.load(
+                w_at + d[:, None].to(tl.int64) * width_stride, mask=ours[None, :] & (d < width)[:, None], other=0
+            )
+            acc = tl.dot(a.to(DOT), w.to(DOT), acc, input_precision=PRECISION, out_dtype=ACC)
+        if bias is not None:
+            acc += tl.load(bias + n, mask=ours, other=0).to(ACC)[None, :]
+        inside = valid[:, None] & ours[None, :]
+        at = b[:, None] * units + n[None, :]
+        if pre is not None:
+            tl.store(pre + at, acc.to(pre.dtype.element_ty), mask=inside)
+        h = activate(acc, ACTIVATION)
+        if gate is not None:
+            value = tl.load(gate + b * gates + g, mask=valid, other=0).to(ACC)[:, None]
+            h = tl.where(value != 0, h * value, 0)
+        tl.store(out + at, h.to(out.dtype.element_ty), mask=inside)
 
 
 @kernel
@@ -224,298 +259,149 @@ def few_dots(  # type: ignore[no-untyped-def]
     ACTIVATION: tl.constexpr,
     FEW: tl.constexpr,
     SPAN: tl.constexpr,
-    SLOTS: tl.constexpr,
     BK: tl.constexpr,
     ACC: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Like ``dots`` for at most FEW examples and SPAN units, of which only rows open for any example are read."""
+    """Write act(z) ∘ gate and z of at most FEW examples and SPAN units; only rows open for any example are read."""
     b = tl.arange(0, FEW).to(tl.int64)
     valid = b < batch
     n = (tl.program_id(0) * SPAN + tl.arange(0, SPAN)).to(tl.int64)
     inside = valid[:, None] & (n < units)[None, :]
-    wanted = tl.max(open_pairs(rows, gate, b[:, None], n[None, :], inside, gates, group, row_words).to(tl.int32), 0)
-    place = tl.cumsum(wanted, 0) - 1
-    count = tl.sum(wanted)
-    for base in range(0, count, SLOTS):
-        slot = base + tl.arange(0, SLOTS)
-        hit = (wanted > 0)[None, :] & (place[None, :] == slot[:, None])
-        unit = tl.sum(tl.where(hit, n[None, :], 0), 1)
-        there = slot < count
-        acc = tl.zeros((FEW, SLOTS), ACC)
-        for start in range(0, width, BK):
-            k = start + tl.arange(0, BK)
-            a = tl.load(x + b[:, None] * width + k[None, :], mask=valid[:, None] & (k < width)[None, :], other=0)
+    found = open_pairs(rows, gate, b[:, None], n[None, :], inside, gates, group, row_words)
+    wanted = tl.max(found.to(tl.int32), 0) > 0
+    length = tl.where(any_of(wanted) > 0, width, 0)
+    if FEW == 1:
+        part = tl.zeros((SPAN, BK), ACC)
+        for start in range(0, length, BK):
+            d = start + tl.arange(0, BK)
+            a = tl.load(x + d, mask=d < width, other=0).to(ACC)
             w = tl.load(
-                weight + unit[None, :] * unit_stride + k[:, None].to(tl.int64) * width_stride,
-                mask=there[None, :] & (k < width)[:, None],
+                weight + n[:, None] * unit_stride + d[None, :].to(tl.int64) * width_stride,
+                mask=wanted[:, None] & (d < width)[None, :],
+                other=0,
+            )
+            part += a[None, :] * w.to(ACC)
+        acc = tl.sum(part, 1)[None, :]
+    else:
+        acc = tl.zeros((FEW, SPAN), ACC)
+        for start in range(0, length, BK):
+            d = start + tl.arange(0, BK)
+            a = tl.load(x + b[:, None] * width + d[None, :], mask=valid[:, None] & (d < width)[None, :], other=0)
+            w = tl.load(
+                weight + n[None, :] * unit_stride + d[:, None].to(tl.int64) * width_stride,
+                mask=wanted[None, :] & (d < width)[:, None],
                 other=0,
             )
             acc = tl.dot(a.to(DOT), w.to(DOT), acc, input_precision=PRECISION, out_dtype=ACC)
-        if bias is not None:
-            acc += tl.load(bias + unit, mask=there, other=0).to(ACC)[None, :]
-        pairs = valid[:, None] & there[None, :]
-        found = open_pairs(rows, gate, b[:, None], unit[None, :], pairs, gates, group, row_words)
-        at = b[:, None] * units + unit[None, :]
-        if pre is not None:
-            tl.store(pre + at, tl.where(found, acc, 0).to(pre.dtype.element_ty), mask=pairs)
-        h = activate(acc, ACTIVATION)
-        if gate is not None:
-            value = tl.load(gate + b[:, None] * gates + (unit // group)[None, :], mask=pairs, other=0).to(ACC)
-            h = tl.where(value != 0, h * value, 0)
-        tl.store(out + at, tl.where(found, h, 0).to(out.dtype.element_ty), mask=pairs)
-    closed = inside & (wanted == 0)[None, :]
+    if bias is not None:
+        acc += tl.load(bias + n, mask=wanted, other=0).to(ACC)[None, :]
     at = b[:, None] * units + n[None, :]
-    tl.store(out + at, tl.zeros((FEW, SPAN), out.dtype.element_ty), mask=closed)
     if pre is not None:
-        tl.store(pre + at, tl.zeros((FEW, SPAN), pre.dtype.element_ty), mask=closed)
+        tl.store(pre + at, tl.where(found, acc, 0).to(pre.dtype.element_ty), mask=inside)
+    h = activate(acc, ACTIVATION)
+    if gate is not None:
+        value = tl.load(gate + b[:, None] * gates + (n // group)[None, :], mask=inside, other=0).to(ACC)
+        h = tl.where(value != 0, h * value, 0)
+    tl.store(out + at, tl.where(found, h, 0).to(out.dtype.element_ty), mask=inside)
 
 
 # -------------------------------------------------------------------- by_example
 
 
 @kernel
-def careful_by_example(  # type: ignore[no-untyped-def]
+def careful(  # type: ignore[no-untyped-def]
     coefficient,
-    weight,
-    gate,
-    rows,
-    b,
+    table,
+    m,
     d,
     valid,
     within,
     low,
     high,
-    units,
-    gates,
-    group,
-    row_words,
-    unit_stride,
-    width_stride,
+    coefficient_row,
+    coefficient_column,
+    table_row,
+    table_column,
     BM: tl.constexpr,
     BD: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Return the sum over open units from low to high, one after the other: closed ones are left out, be they NaN."""
+    """Return the sum of C R over R's rows from low to high, one after the other: those with C = 0 are left out."""
     acc = tl.zeros((BM, BD), ACC)
     zero = tl.zeros((), tl.int64)
-    for unit in range(low, high):
-        n = zero + unit
-        found = open_pairs(rows, gate, b, n, valid, gates, group, row_words)
-        c = tl.load(coefficient + b * units + n, mask=found, other=0).to(ACC)
-        w = tl.load(weight + n * unit_stride + d * width_stride, mask=within, other=0).to(ACC)
-        acc += tl.where(found[:, None], c[:, None] * w[None, :], 0)
+    for index in range(low, high):
+        n = zero + index
+        c = tl.load(coefficient + m * coefficient_row + n * coefficient_column, mask=valid, other=0).to(ACC)
+        r = tl.load(table + n * table_row + d * table_column, mask=within, other=0).to(ACC)
+        acc += tl.where((c != 0)[:, None], c[:, None] * r[None, :], 0)
     return acc
 
 
 @kernel
-def by_example(  # type: ignore[no-untyped-def]
+def one_by_example(  # type: ignore[no-untyped-def]
     coefficient,
     weight,
-    bias,
-    rows,
-    out,
-    batch,
-    units,
-    width,
-    row_words,
-    unit_stride,
-    width_stride,
-    GIVEN: tl.constexpr,
-    BM: tl.constexpr,
-    BD: tl.constexpr,
-    ACC: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Write a tile of the sums over open units; words of units that no example of the tile has open are skipped.
-
-    With GIVEN the dense product stands in ``out`` already, and is computed again where it is not finite; the pattern is
-    then that of the coefficients.
-    """
-    m = tl.program_id(0) * BM + tl.arange(0, BM)
-    valid = m < batch
-    b = m.to(tl.int64)
-    d = (tl.program_id(1) * BD + tl.arange(0, BD)).to(tl.int64)
-    within = d < width
-    at = out + b[:, None] * width + d[None, :]
-    inside = valid[:, None] & within[None, :]
-    lane = tl.arange(0, 64).to(tl.int64)
-    acc = tl.zeros((BM, BD), ACC)
-    if GIVEN:
-        acc = tl.load(at, mask=inside, other=0).to(ACC)
-    else:
-        for w in range(0, row_words):
-            word = tl.load(rows + b * row_words + w, mask=valid, other=0)
-            if any_of(word != 0) > 0:
-                n = w * 64 + lane
-                found = ((word[:, None] >> lane[None, :]) & 1) != 0
-                c = tl.load(coefficient + b[:, None] * units + n[None, :], mask=found, other=0)
-                v = tl.load(
-                    weight + n[:, None] * unit_stride + d[None, :] * width_stride,
-                    mask=(n < units)[:, None] & within[None, :],
-                    other=0,
-                )
-                acc = tl.dot(c.to(DOT), v.to(DOT), acc, input_precision=PRECISION, out_dtype=ACC)
-    if not_finite(acc) > 0:
-        acc = careful_by_example(
-            coefficient, weight, coefficient, rows, b, d, valid, within, 0, units,
-            units, units, 1, row_words, unit_stride, width_stride, BM, BD, ACC,
-        )  # fmt: skip
-        if GIVEN:
-            tl.store(at, acc.to(out.dtype.element_ty), mask=inside)
-    if not GIVEN:
-        if bias is not None:
-            acc += tl.load(bias + d, mask=within, other=0).to(ACC)[None, :]
-        tl.store(at, acc.to(out.dtype.element_ty), mask=inside)
-
-
-@kernel
-def few_by_example(  # type: ignore[no-untyped-def]
-    coefficient,
-    weight,
-    gate,
-    rows,
     parts,
-    batch,
     units,
     width,
-    gates,
-    group,
-    row_words,
     unit_stride,
     width_stride,
     per_part,
-    FEW: tl.constexpr,
     SPAN: tl.constexpr,
     SLOTS: tl.constexpr,
     BD: tl.constexpr,
     ACC: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
-    """Write a part (``per_part`` units) of the sums of at most FEW examples; only rows open for any are read."""
-    b = tl.arange(0, FEW).to(tl.int64)
-    valid = b < batch
+    """Write a part (``per_part`` units) of the sum of one example; SLOTS rows with C ≠ 0 are read at a time."""
     d = (tl.program_id(0) * BD + tl.arange(0, BD)).to(tl.int64)
     within = d < width
     low = tl.program_id(1) * per_part
     high = tl.minimum(low + per_part, units)
-    acc = tl.zeros((FEW, BD), ACC)
+    acc = tl.zeros((BD,), ACC)
     for first in range(low, high, SPAN):
-        n = (first + tl.arange(0, SPAN)).to(tl.int64)
-        inside = valid[:, None] & (n < high)[None, :]
-        wanted = tl.max(open_pairs(rows, gate, b[:, None], n[None, :], inside, gates, group, row_words).to(tl.int32), 0)
+        n = first + tl.arange(0, SPAN)
+        c = tl.load(coefficient + n, mask=n < high, other=0).to(ACC)
+        wanted = (c != 0).to(tl.int32)
         place = tl.cumsum(wanted, 0) - 1
         count = tl.sum(wanted)
         for base in range(0, count, SLOTS):
             slot = base + tl.arange(0, SLOTS)
             hit = (wanted > 0)[None, :] & (place[None, :] == slot[:, None])
-            unit = tl.sum(tl.where(hit, n[None, :], 0), 1)
-            there = slot < count
-            pairs = valid[:, None] & there[None, :]
-            found = open_pairs(rows, gate, b[:, None], unit[None, :], pairs, gates, group, row_words)
-            c = tl.load(coefficient + b[:, None] * units + unit[None, :], mask=found, other=0)
+            unit = tl.sum(tl.where(hit, n[None, :], 0), 1).to(tl.int64)
+            factor = tl.sum(tl.where(hit, c[None, :], 0), 1)
             w = tl.load(
                 weight + unit[:, None] * unit_stride + d[None, :] * width_stride,
-                mask=there[:, None] & within[None, :],
+                mask=(slot < count)[:, None] & within[None, :],
                 other=0,
             )
-            acc = tl.dot(c.to(DOT), w.to(DOT), acc, input_precision=PRECISION, out_dtype=ACC)
-    if not_finite(acc) > 0:
-        acc = careful_by_example(
-            coefficient, weight, gate, rows, b, d, valid, within, low, high,
-            units, gates, group, row_words, unit_stride, width_stride, FEW, BD, ACC,
-        )  # fmt: skip
-    at = (tl.program_id(1).to(tl.int64) * batch + b)[:, None] * width + d[None, :]
-    tl.store(parts + at, acc, mask=valid[:, None] & within[None, :])
+            acc += tl.sum(factor[:, None] * w.to(ACC), 0)
+    tl.store(parts + tl.program_id(1).to(tl.int64) * width + d, acc, mask=within)
 
 
 @kernel
-def add_parts(parts, bias, out, count, size, width, ACC: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Write the sum of the parts and the bias, in the parts' order."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
+def add_parts(parts, bias, out, count, width, ACC: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write the sum of the parts and the bias."""
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = d < width
     acc = tl.zeros((BLOCK,), ACC)
-    zero = tl.zeros((), tl.int64)
-    for part in range(0, count):
-        acc += tl.load(parts + (zero + part) * size + at, mask=inside, other=0)
+    for first in range(0, count, PARTS):
+        part = (first + tl.arange(0, PARTS)).to(tl.int64)
+        at = parts + part[:, None] * width + d[None, :]
+        acc += tl.sum(tl.load(at, mask=(part < count)[:, None] & inside[None, :], other=0), 0)
     if bias is not None:
-        acc += tl.load(bias + at % width, mask=inside, other=0).to(ACC)
-    tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
-
-
-@kernel
-def group_by_example(  # type: ignore[no-untyped-def]
-    coefficient,
-    weight,
-    examples,
-    starts,
-    out,
-    batch,
-    units,
-    width,
-    count,
-    group,
-    col_words,
-    words_each,
-    unit_stride,
-    width_stride,
-    BM: tl.constexpr,
-    BD: tl.constexpr,
-    BK: tl.constexpr,
-    ACC: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Add to ``out`` the sums over open groups, for BD columns and the examples of ``words_each`` words.
-
-    An example's groups are anywhere, so there is no tile of which all groups are open. This program takes one group
-    after the other and adds its product to the rows of its examples. No other program touches these rows and
-    columns: nothing is atomic, and the order is fixed.
-    """
-    d = (tl.program_id(0) * BD + tl.arange(0, BD)).to(tl.int64)
-    within = d < width
-    low = tl.program_id(1) * words_each
-    high = tl.minimum(low + words_each, col_words)
-    zero = tl.zeros((), tl.int64)
-    for index in range(0, count):
-        g = zero + index
-        first = tl.load(starts + g * (col_words + 1) + low)
-        last = tl.load(starts + g * (col_words + 1) + high)
-        for begin in range(first, last, BM):
-            m = begin + tl.arange(0, BM)
-            valid = m < last
-            b = tl.load(examples + g * batch + m, mask=valid, other=0).to(tl.int64)
-            acc = tl.zeros((BM, BD), ACC)
-            for start in range(0, group, BK):
-                k = start + tl.arange(0, BK)
-                n = g * group + k
-                c = tl.load(
-                    coefficient + b[:, None] * units + n[None, :], mask=valid[:, None] & (k < group)[None, :], other=0
-                )
-                w = tl.load(
-                    weight + n[:, None] * unit_stride + d[None, :] * width_stride,
-                    mask=(k < group)[:, None] & within[None, :],
-                    other=0,
-                )
-                acc = tl.dot(c.to(DOT), w.to(DOT), acc, input_precision=PRECISION, out_dtype=ACC)
-            at = out + b[:, None] * width + d[None, :]
-            inside = valid[:, None] & within[None, :]
-            tl.store(at, tl.load(at, mask=inside, other=0) + acc, mask=inside)
-            # The next group's examples may be held by other threads of this program, which must see the sums.
-            tl.debug_barrier()
+        acc += tl.load(bias + d, mask=inside, other=0).to(ACC)
+    tl.store(out + d, acc.to(out.dtype.element_ty), mask=inside)
 
 
 # -------------------------------------------------------------------- by_unit
 
 
 @kernel
-def by_unit(  # type: ignore[no-untyped-def]
+def group_by_unit(  # type: ignore[no-untyped-def]
     coefficient,
     x,
-    cols,
     examples,
     starts,
     out,
@@ -529,68 +415,209 @@ def by_unit(  # type: ignore[no-untyped-def]
     width_stride,
     BN: tl.constexpr,
     BD: tl.constexpr,
+    BM: tl.constexpr,
+    ACROSS: tl.constexpr,
     ACC: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Write a tile of the sums over open examples: those listed for a group, or words of all that have an open one."""
-    if examples is None:
-        first = tl.program_id(0) * BN
-        last = units
-    else:
-        blocks = tl.cdiv(group, BN)
-        g = (tl.program_id(0) // blocks).to(tl.int64)
-        first = g * group + tl.program_id(0) % blocks * BN
-        last = (g + 1) * group
-    n = (first + tl.arange(0, BN)).to(tl.int64)
-    d = (tl.program_id(1) * BD + tl.arange(0, BD)).to(tl.int64)
-    wanted, within = n < last, d < width
-    lane = tl.arange(0, 64).to(tl.int64)
+    """Write the sums over a group's examples, of BN of its units: of C x for BD columns, or of C alone.
+
+    ACROSS tiles side by side come one after the other, before those of the next group: they read the same coefficients.
+    """
+    blocks = tl.cdiv(group, BN)
+    count = tl.num_programs(0) // ACROSS
+    index = tl.program_id(0) // ACROSS % count
+    g = (index // blocks).to(tl.int64)
+    k = index % blocks * BN + tl.arange(0, BN)
+    n = g * group + k
+    ours = k < group
+    d = ((tl.program_id(1) * ACROSS + tl.program_id(0) % ACROSS) * BD + tl.arange(0, BD)).to(tl.int64)
+    within = d < width
+    last = tl.load(starts + g * (col_words + 1) + col_words)
     acc = tl.zeros((BN, BD), ACC)
     total = tl.zeros((BN,), ACC)
-    if examples is None:
-        for e in range(0, col_words):
-            word = tl.load(cols + n * col_words + e, mask=wanted, other=0)
-            if any_of(word != 0) > 0:
-                b = e * 64 + lane
-                found = ((word[:, None] >> lane[None, :]) & 1) != 0
-                c = tl.load(coefficient + b[None, :] * units + n[:, None], mask=found, other=0)
-                total += tl.sum(c.to(ACC), 1)
-                if out is not None:
-                    inside = (b < batch)[:, None] & within[None, :]
-                    a = tl.load(x + b[:, None] * width + d[None, :], mask=inside, other=0)
-                    acc = tl.dot(c.to(DOT), a.to(DOT), acc, input_precision=PRECISION, out_dtype=ACC)
-    else:
-        count = tl.load(starts + g * (col_words + 1) + col_words)
-        for begin in range(0, count, 64):
-            m = begin + lane
-            valid = m < count
-            b = tl.load(examples + g * batch + m, mask=valid, other=0).to(tl.int64)
-            c = tl.load(coefficient + b[None, :] * units + n[:, None], mask=valid[None, :] & wanted[:, None], other=0)
+    for begin in range(0, last, BM):
+        m = begin + tl.arange(0, BM)
+        valid = m < last
+        b = tl.load(examples + g * batch + m, mask=valid, other=0).to(tl.int64)
+        c = tl.load(coefficient + b[None, :] * units + n[:, None], mask=valid[None, :] & ours[:, None], other=0)
+        if sums is not None:
             total += tl.sum(c.to(ACC), 1)
-            if out is not None:
-                a = tl.load(x + b[:, None] * width + d[None, :], mask=valid[:, None] & within[None, :], other=0)
-                acc = tl.dot(c.to(DOT), a.to(DOT), acc, input_precision=PRECISION, out_dtype=ACC)
+        if out is not None:
+            a = tl.load(x + b[:, None] * width + d[None, :], mask=valid[:, None] & within[None, :], other=0)
+            acc = tl.dot(c.to(DOT), a.to(DOT), acc, input_precision=PRECISION, out_dtype=ACC)
+    if sums is not None:
+        tl.store(sums + n, total.to(sums.dtype.element_ty), mask=ours)
+    if out is not None:
+        at = n[:, None] * unit_stride + d[None, :] * width_stride
+        tl.store(out + at, acc.to(out.dtype.element_ty), mask=ours[:, None] & within[None, :])
+
+
+# -------------------------------------------------------------------- dense products that are not finite
+
+
+@kernel
+def spoilt(rows, flags, depth, width, row_stride, column_stride, BM: tl.constexpr, BD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Write whether a tile of rows holds a number that is NaN or infinite."""
+    m = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    d = (tl.program_id(1) * BD + tl.arange(0, BD)).to(tl.int64)
+    tile = tl.load(
+        rows + m[:, None] * row_stride + d[None, :] * column_stride,
+        mask=(m < depth)[:, None] & (d < width)[None, :],
+        other=0,
+    )
+    tl.store(flags + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), not_finite(tile))
+
+
+@kernel
+def repair(  # type: ignore[no-untyped-def]
+    product,
+    coefficient,
+    rows,
+    bias,
+    flags,
+    height,
+    depth,
+    width,
+    flag_count,
+    product_row,
+    product_column,
+    coefficient_row,
+    coefficient_column,
+    rows_row,
+    rows_column,
+    BM: tl.constexpr,
+    BD: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Form tiles of C R + bias again, in place, if they are not finite: a row of R that has C = 0 may have spoilt them.
+
+    Where no flag of R is set, no tile is looked at.
+    """
+    columns = tl.cdiv(width, BD)
+    tiles = tl.cdiv(height, BM) * columns
+    if flags is not None:
+        bad = tl.zeros((), tl.int32)
+        for first in range(0, flag_count, 1024):
+            f = first + tl.arange(0, 1024)
+            bad = tl.maximum(bad, tl.max(tl.load(flags + f, mask=f < flag_count, other=0)))
+        tiles = tl.where(bad > 0, tiles, 0)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        m = (tile // columns * BM + tl.arange(0, BM)).to(tl.int64)
+        d = (tile % columns * BD + tl.arange(0, BD)).to(tl.int64)
+        valid, within = m < height, d < width
+        inside = valid[:, None] & within[None, :]
+        at = product + m[:, None] * product_row + d[None, :] * product_column
+        if not_finite(tl.load(at, mask=inside, other=0)) > 0:
+            acc = careful(
+                coefficient, rows, m, d, valid, within, 0, depth,
+                coefficient_row, coefficient_column, rows_row, rows_column, BM, BD, ACC,
+            )  # fmt: skip
+            if bias is not None:
+                acc += tl.load(bias + d, mask=within, other=0).to(ACC)[None, :]
+            tl.store(at, acc.to(product.dtype.element_ty), mask=inside)
+
+
+# -------------------------------------------------------------------- lists of pairs
+
+
+@kernel
+def pair_dots(  # type: ignore[no-untyped-def]
+    x,
+    weight,
+    bias,
+    starts,
+    names,
+    values,
+    width,
+    parts,
+    unit_stride,
+    width_stride,
+    KP: tl.constexpr,
+    BK: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Write ⟨x[b], W[n]⟩ + bias[n] for the pairs of an example's list: every ``parts``-th block of KP of them."""
+    b = tl.program_id(0).to(tl.int64)
+    first = tl.load(starts + b)
+    last = tl.load(starts + b + 1)
+    for begin in range(first + tl.program_id(1) * KP, last, parts * KP):
+        i = begin + tl.arange(0, KP)
+        valid = i < last
+        n = tl.load(names + i, mask=valid, other=0).to(tl.int64)
+        part = tl.zeros((KP, BK), ACC)
+        for start in range(0, width, BK):
+            d = (start + tl.arange(0, BK)).to(tl.int64)
+            a = tl.load(x + b * width + d, mask=d < width, other=0).to(ACC)
+            w = tl.load(
+                weight + n[:, None] * unit_stride + d[None, :] * width_stride,
+                mask=valid[:, None] & (d < width)[None, :],
+                other=0,
+            )
+            part += a[None, :] * w.to(ACC)
+        z = tl.sum(part, 1)
+        if bias is not None:
+            z += tl.load(bias + n, mask=valid, other=0).to(ACC)
+        tl.store(values + i, z.to(values.dtype.element_ty), mask=valid)
+
+
+@kernel
+def pair_sums(  # type: ignore[no-untyped-def]
+    values,
+    table,
+    bias,
+    starts,
+    names,
+    places,
+    out,
+    sums,
+    width,
+    row_stride,
+    column_stride,
+    out_row,
+    out_column,
+    KP: tl.constexpr,
+    BD: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Write Σ values · table[name] + bias over a list, for BD columns; and the sum of the values.
+
+    A list is an example's, of units, or a unit's, of examples; then ``places`` says where its values stand.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    d = (tl.program_id(1) * BD + tl.arange(0, BD)).to(tl.int64)
+    within = d < width
+    first = tl.load(starts + row)
+    last = tl.load(starts + row + 1)
+    acc = tl.zeros((BD,), ACC)
+    total = tl.zeros((), ACC)
+    for begin in range(first, last, KP):
+        i = begin + tl.arange(0, KP)
+        valid = i < last
+        n = tl.load(names + i, mask=valid, other=0).to(tl.int64)
+        at = i
+        if places is not None:
+            at = tl.load(places + i, mask=valid, other=0).to(tl.int64)
+        v = tl.load(values + at, mask=valid, other=0).to(ACC)
+        total += tl.sum(v)
+        if out is not None:
+            w = tl.load(
+                table + n[:, None] * row_stride + d[None, :] * column_stride,
+                mask=valid[:, None] & within[None, :],
+                other=0,
+            )
+            acc += tl.sum(v[:, None] * w.to(ACC), 0)
+    if out is not None:
+        if bias is not None:
+            acc += tl.load(bias + d, mask=within, other=0).to(ACC)
+        tl.store(out + row * out_row + d * out_column, acc.to(out.dtype.element_ty), mask=within)
     if sums is not None:
         if tl.program_id(1) == 0:
-            tl.store(sums + n, total.to(sums.dtype.element_ty), mask=wanted)
-    if out is not None:
-        if examples is None:
-            if not_finite(acc) > 0:
-                acc = tl.zeros((BN, BD), ACC)
-                zero = tl.zeros((), tl.int64)
-                for example in range(0, batch):
-                    r = zero + example
-                    bits = tl.load(cols + n * col_words + r // 64, mask=wanted, other=0)
-                    there = ((bits >> (r % 64)) & 1) != 0
-                    factor = tl.load(coefficient + r * units + n, mask=there, other=0).to(ACC)
-                    row = tl.load(x + r * width + d, mask=within, other=0).to(ACC)
-                    acc += tl.where(there[:, None], factor[:, None] * row[None, :], 0)
-        at = n[:, None] * unit_stride + d[None, :] * width_stride
-        tl.store(out + at, acc.to(out.dtype.element_ty), mask=wanted[:, None] & within[None, :])
+            tl.store(sums + row, total.to(sums.dtype.element_ty))
 
 
-# -------------------------------------------------------------------- what is left at open pairs
+# -------------------------------------------------------------------- before the backward products
 
 
 @kernel
@@ -598,7 +625,6 @@ def pointwise(  # type: ignore[no-untyped-def]
     upper,
     pre,
     gate,
-    rows,
     wide_rows,
     coefficient,
     slopes,
@@ -613,39 +639,53 @@ def pointwise(  # type: ignore[no-untyped-def]
     BN: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Write C = g · gate · act'(z) at open pairs, and the gate's gradient Σ g · act(z), on the wide pattern if given.
+    """Write C = g · gate · act'(z), zero at closed pairs, and the gate's gradient Σ g · act(z).
 
-    A program takes BM examples and BN units, or the whole of one group.
+    The second is formed where the gate is open or, if given, where ``wide_rows`` is. A program takes BM examples and BN
+    units, or the whole of one group.
     """
     b = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
     valid = b < batch
     total = tl.zeros((BM,), ACC)
     size = BN if UNIT else group
-    low = tl.program_id(1).to(tl.int64) * size
+    low = tl.program_id(1) * size
     for start in range(0, size, BN):
         k = start + tl.arange(0, BN)
         n = low + k
-        inside = valid[:, None] & ((k < size) & (n < units))[None, :]
-        found = open_pairs(rows, gate, b[:, None], n[None, :], inside, gates, group, row_words)
+        within = (k < size) & (n < units)
+        inside = valid[:, None] & within[None, :]
         at = b[:, None] * units + n[None, :]
-        if coefficient is not None:
-            c = tl.load(upper + at, mask=found, other=0).to(ACC)
-            c *= tl.load(gate + b[:, None] * gates + (n // group)[None, :], mask=found, other=0).to(ACC)
-            if ACTIVATION != "identity":
-                c *= slope(tl.load(pre + at, mask=found, other=0).to(ACC), ACTIVATION)
-            tl.store(coefficient + at, c.to(coefficient.dtype.element_ty), mask=found)
-        if slopes is not None:
+        # Single units are read whether open or not: reading around the closed ones takes longer.
+        if UNIT:
+            value = tl.load(gate + at, mask=inside, other=0).to(ACC)
+            found = value != 0
+            wide, read = found, inside
             if wide_rows is not None:
-                found = open_pairs(wide_rows, None, b[:, None], n[None, :], inside, gates, group, row_words)
-            z = tl.load(pre + at, mask=found, other=0).to(ACC)
-            s = tl.load(upper + at, mask=found, other=0).to(ACC) * activate(z, ACTIVATION)
+                wide = open_pairs(wide_rows, gate, b[:, None], n[None, :], inside, gates, group, row_words)
+        else:
+            each = tl.load(gate + b * gates + tl.program_id(1), mask=valid, other=0).to(ACC)
+            row = each != 0
+            some = row
+            if wide_rows is not None:
+                some = open_pairs(wide_rows, gate, b, low, valid, gates, group, row_words)
+            value, found, wide = each[:, None], row[:, None], some[:, None]
+            read = (row | some)[:, None] & within[None, :]
+        g = tl.load(upper + at, mask=read, other=0).to(ACC)
+        if pre is not None:
+            z = tl.load(pre + at, mask=read, other=0).to(ACC)
+        if coefficient is not None:
+            c = g * value
+            if ACTIVATION != "identity":
+                c *= slope(z, ACTIVATION)
+            tl.store(coefficient + at, tl.where(found, c, 0).to(coefficient.dtype.element_ty), mask=inside)
+        if slopes is not None:
+            s = tl.where(wide, g * activate(z, ACTIVATION), 0)
             if UNIT:
                 tl.store(slopes + at, s.to(slopes.dtype.element_ty), mask=inside)
             else:
                 total += tl.sum(s, 1)
     if slopes is not None and not UNIT:
-        at = b * gates + tl.program_id(1)
-        tl.store(slopes + at, total.to(slopes.dtype.element_ty), mask=valid)
+        tl.store(slopes + b * gates + tl.program_id(1), total.to(slopes.dtype.element_ty), mask=valid)
 
 
 # -------------------------------------------------------------------- sampling
