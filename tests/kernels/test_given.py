@@ -1,5 +1,6 @@
 """Open units that are given, as indices or a CSR tensor: op × backend against the dense definition."""
 
+import importlib.util
 import inspect
 
 import pytest
@@ -11,7 +12,10 @@ from gatelet.kernels import OpenPattern, gated_ffn, gated_input_linear, gated_li
 # What torch says once of its own sparse tensors.
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse (invariant checks|CSR tensor support):UserWarning")
 
-BACKENDS = ["dense", "numba", "auto"]
+TRITON = pytest.param(
+    "triton", marks=pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+)
+BACKENDS = ["dense", "numba", "auto", TRITON]
 B, N, D, OUT, K = 7, 30, 9, 6, 4
 
 
@@ -82,7 +86,7 @@ def test_values_and_gradients(backend, op, lead):
 
 
 @pytest.mark.parametrize("wanted", ["x", "w1", "b1", "values", "rows2", "b2"])
-@pytest.mark.parametrize("backend", ["dense", "numba"])
+@pytest.mark.parametrize("backend", ["dense", "numba", TRITON])
 def test_each_gradient_alone(backend, wanted):
     p = Problem()
     inputs, run, dense = cases(p)["gated_ffn"]
@@ -121,7 +125,7 @@ def test_optimisers_take_sparse_gradients(optimiser):
 
 
 @pytest.mark.parametrize("form", ["pattern of CSR", "CSR", "indices"])
-@pytest.mark.parametrize("backend", ["dense", "numba"])
+@pytest.mark.parametrize("backend", ["dense", "numba", TRITON])
 def test_other_ways_to_give_them(backend, form):
     p = Problem()
     csr = p.wide(torch.ones(B, K, dtype=torch.float64)).to_sparse_csr()
@@ -134,7 +138,7 @@ def test_other_ways_to_give_them(backend, form):
     torch.testing.assert_close(out, p.wide(want) @ p.rows2)
 
 
-@pytest.mark.parametrize("backend", ["dense", "numba"])
+@pytest.mark.parametrize("backend", ["dense", "numba", TRITON])
 def test_examples_of_any_number_of_open_units(backend):
     """None, one, all."""
     gates = torch.zeros(4, N, dtype=torch.float64)
@@ -153,7 +157,7 @@ def test_examples_of_any_number_of_open_units(backend):
 
 @pytest.mark.parametrize(("lead", "most"), [((0,), 3), ((3,), 0)], ids=str)
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("backend", ["dense", "numba"])
+@pytest.mark.parametrize("backend", ["dense", "numba", TRITON])
 def test_nothing_open(backend, op, lead, most):
     p = Problem(lead, most=most)
     inputs, run, dense = cases(p)[op]
@@ -183,7 +187,7 @@ def test_other_dtypes(dtype):
         torch.testing.assert_close(run(), dense(), rtol=0.05 if dtype == torch.bfloat16 else 1e-5, atol=0.05)
 
 
-@pytest.mark.parametrize("backend", ["dense", "numba"])
+@pytest.mark.parametrize("backend", ["dense", "numba", TRITON])
 def test_opcheck(backend):
     p = Problem()
     form = p.pattern.form.tensors()

@@ -5,6 +5,7 @@ import functools
 import mmap
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 LARGE = 1 << 22
