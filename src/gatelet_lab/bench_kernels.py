@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +21,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn import functional as F
 
+from gatelet._checks import check_count
 from gatelet.kernels import Choice, choose, explain, gated_ffn, gated_linear
 from gatelet.kernels.backends import Layer
 from gatelet.nn import ConditionalLinear, Gater, conditional_linear
@@ -50,6 +51,8 @@ class BenchKernels:
     """Instead of the table: how far backend="auto" is from the faster of its choices, over a grid of layers."""
     step: bool = False
     """Instead of the table: where the time of a training step of the paper's network goes."""
+    bottleneck: int = 400
+    """With --step: the width of the gater's hidden layer."""
     lists: bool = False
     """Instead of the table: few open units given as lists, beside embedding_bag, sampled_addmm and CSR products."""
     rows: bool = False
@@ -119,7 +122,7 @@ def run(options: BenchKernels, console: Console) -> None:
         show_busy(options.busy, RATE, 2.0 if options.quick else 8.0, console)
         return
     if options.step:
-        show_steps(budget, options.patience, console)
+        show_steps(budget, options.patience, check_count(options.bottleneck, "--bottleneck"), console)
         return
     rows: tuple[Row, ...] = ROWS
     shapes: Sequence[tuple[int, int]] = AUTO_SHAPES
@@ -450,13 +453,13 @@ def cost_of_deciding(gate: Tensor, width: int, units: int, dtype: torch.dtype, b
 # -------------------------------------------------------------------- a training step of the paper's network
 
 
-def show_steps(budget: float, patience: float, console: Console) -> None:
+def show_steps(budget: float, patience: float, bottleneck: int, console: Console) -> None:
     """Print a training step's time, dense and by auto, and the parts of the latter: gater, experts, optimiser."""
     split = data.load("mnist")
     names = ("dense", "auto", "gater", "experts", "dense experts", "optimiser")
     console.print(f"{'ms per step':24}{'open':>6}" + "".join(f"{name:>15}" for name in names))
     for row in ("noisy_rectifier", "smooth_times_stochastic", "score_function"):
-        trainer = Trainer(recipe(row, "paper"), 0, split)
+        trainer = Trainer(replace(recipe(row, "paper"), bottleneck=bottleneck), 0, split)
         layer = cast(ConditionalLinear, trainer.model.layer)
         ways = steps(trainer)
         medians, _ = interleaved(ways, budget, patience)

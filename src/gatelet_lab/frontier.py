@@ -4,7 +4,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,15 +19,16 @@ from gatelet.estimators import ALL
 from gatelet_lab import jobs, plots, table
 from gatelet_lab.files import read_json, read_tensors, write_atomically, write_json
 from gatelet_lab.jobs import Job
-from gatelet_lab.model import build
+from gatelet_lab.model import build, multiply_adds
 from gatelet_lab.recipes import Recipe
 from gatelet_lab.settings import override
 
 Result = dict[str, Any]
 MIXTURE = "mixture"
 DENSE = "dense"
+NARROW = "narrow"
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-METHODS = ("straight_through", "gapped_straight_through", "noisy_rectifier", "smooth_times_stochastic", MIXTURE)
+METHODS = ("straight_through", "gapped_straight_through", "noisy_rectifier", "smooth_times_stochastic", MIXTURE, NARROW)
 _GROUPS = 100  # experts of a mixture; a hundredth of the units is the least share
 
 
@@ -36,9 +37,10 @@ class Frontier(jobs.Run):
     """Train one network at several shares of open units, by several methods: test error against cost."""
 
     methods: tuple[str, ...] = METHODS
-    """Estimators of the gates, and mixture: a top-k mixture of 100 experts with as many units computed."""
+    """Estimators of the gates; mixture: a top-k mixture of 100 experts with as many units computed; narrow: a dense
+    ReLU network of as many multiply-adds as the gates' network, gater included."""
     shares: tuple[float, ...] = SHARES
-    """Shares of open units; 1 is the network without a constraint."""
+    """Shares of open units; 1 is the network without a constraint, and of narrow the whole width."""
     seeds: int = 1
     """How many runs of each point, with seeds 0, 1, ..."""
     epochs: int = 8
@@ -80,7 +82,7 @@ def run(options: Frontier, console: Console) -> None:
     write_json(path, {**options.identity(), "points": points, "inference": times})
     text = markdown(options, points, times)
     write_atomically(options.out / "frontier.md", lambda file: file.write(text.encode()))
-    plots.frontier(points, options.out / "frontier.png")
+    plots.frontier(points, times, options.out / "frontier.png")
     console.print(text, highlight=False, markup=False, soft_wrap=True)
     console.print(f"frontier.json, frontier.md and frontier.png are in {options.out}")
 
@@ -92,7 +94,7 @@ def plan(options: Frontier) -> list[Job]:
     if not options.methods or not options.shares:
         raise ValueError("--methods and --shares: name at least one each")
     for method in options.methods:
-        check_choice(method, [*(name for name in ALL if ALL[name].needs != "objective"), MIXTURE], "method")
+        check_choice(method, [*(name for name in ALL if ALL[name].needs != "objective"), MIXTURE, NARROW], "method")
     for share in options.shares:
         if not 0 < share <= 1:
             raise ValueError(f"--shares: must lie in (0, 1], not {share:g}")
@@ -100,25 +102,25 @@ def plan(options: Frontier) -> list[Job]:
     for share in options.shares:
         for method in options.methods:
             each = override(point(method, share, options.epochs), options.settings)
-            recipes[each.row] = each
+            recipes[each.row] = narrowed(each, options, share) if method == NARROW else each
     return [Job(each, seed) for each in recipes.values() for seed in range(options.seeds)]
 
 
 def point(method: str, share: float, epochs: int) -> Recipe:
     """Return the recipe of a method at a share. Without a constraint all gates are sigmoids: the same network."""
-    mixture, dense = method == MIXTURE, share == 1
-    name = DENSE if dense and not mixture else method
+    mixture, narrow, dense = method == MIXTURE, method == NARROW, share == 1
+    name = DENSE if dense and not (mixture or narrow) else method
     rectifier = "rectifier" in method
     return Recipe(
         row=f"{name}-{share:g}",
         title=name,
         paper=None,
-        estimator="sigmoid" if dense or mixture else method,
-        kind="mixture" if mixture else "gates",
+        estimator="sigmoid" if dense or mixture or narrow else method,
+        kind="mixture" if mixture else "dense" if narrow else "gates",
         experts=1000,
         bottleneck=100,
         group_size=1000 // _GROUPS if mixture else 1,
-        target_rate=None if dense else share,
+        target_rate=None if dense or narrow else share,
         kl_weight=None if rectifier else 0.01,
         l1_weight=1e-5 if rectifier else None,
         gate_bias=None,
@@ -136,6 +138,17 @@ def point(method: str, share: float, epochs: int) -> Recipe:
     )
 
 
+def narrowed(recipe: Recipe, options: Frontier, share: float) -> Recipe:
+    """Return the dense recipe with as many units as cost what the gates' network does at this share, gater included."""
+    if share == 1:
+        return recipe
+    split = options.load()
+    sizes = split.train_images.shape[1], split.classes
+    gated = multiply_adds(replace(recipe, kind="gates", layers=1), *sizes, share)
+    one = multiply_adds(replace(recipe, experts=1, group_size=1, layers=1), *sizes, 1.0)["dense"]
+    return replace(recipe, experts=max(1, round((gated["gater"] + gated["experts"] + gated["output"]) / one)))
+
+
 def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
     """Return a point per recipe, with its figures' means (and the test error's deviation) over the seeds."""
     points = []
@@ -147,14 +160,14 @@ def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
             {
                 "point": row,
                 "method": runs[0]["config"]["title"],
-                "share": runs[0]["config"]["target_rate"] or 1.0,
+                "share": float(row.rpartition("-")[2]),
                 "open_test": statistics.fmean(each["open_test"] for each in runs),
                 "valid_error": statistics.fmean(each["valid_error"] for each in runs),
                 "test_error": statistics.fmean(errors),
                 "test_error_sd": statistics.stdev(errors) if len(errors) > 1 else None,
                 "seeds": len(runs),
                 "seconds_per_epoch": statistics.median(each["seconds_per_epoch"] for each in runs),
-                "multiply_adds": cost["gater"] + cost["experts"] + cost["output"],
+                "multiply_adds": table.total(runs[0]),
                 "multiply_adds_dense": cost["dense"],
             }
         )
@@ -180,7 +193,7 @@ def measure(options: Frontier, planned: Sequence[Job], console: Console) -> dict
             weights = read_tensors(jobs.weights_file(options.out, job), options.device)
             model.load_state_dict(weights)
             calls[job.recipe.row] = model.eval()
-    width = planned[0].recipe.experts * planned[0].recipe.members
+    width = max(job.recipe.experts * job.recipe.members for job in planned)
     reference = nn.Sequential(nn.Linear(x.shape[1], width), nn.ReLU(), nn.Linear(width, split.classes))
     calls["reference"] = reference.to(options.device).eval()
     console.print(f"timing {len(calls)} networks on {len(x)} images, {torch.get_num_threads()} threads")
@@ -234,6 +247,8 @@ def markdown(options: Frontier, points: Sequence[Mapping[str, Any]], times: Mapp
         f"gatelet frontier --dataset {options.dataset} --epochs {options.epochs}{settings}: {seeds}.\n\n"
         f"{table.markdown(header, lines)}\n\n"
         f"share: asked for; open: on the test set. s/epoch: training, the median. kMAC: thousand multiply-adds per "
-        f"image, gater or router included (dense: {points[0]['multiply_adds_dense'] / 1e3:.0f}). "
+        f"image, gater or router included (dense: {max(each['multiply_adds_dense'] for each in points) / 1e3:.0f}). "
+        "narrow: a dense ReLU network with as many multiply-adds in all as the gates' network at this share, at 100 of "
+        "its width. "
         f"ms: a forward pass{threads}; / dense: of a ReLU network of the same width without gates.\n"
     )

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from gatelet._checks import check_count
 from gatelet_lab import data, plots
 from gatelet_lab.files import CheckpointError, read_json, read_tensors, write_atomically, write_json
-from gatelet_lab.model import build
+from gatelet_lab.model import Ensemble, PaperNet, build
 from gatelet_lab.recipes import DEFAULTS, Recipe, teacher
 from gatelet_lab.train import Epoch, Trainer
 
@@ -227,7 +227,7 @@ def teacher_of(recipe: Recipe) -> Job | None:
     return Job(replace(teacher(), more_training=recipe.more_training), 0) if recipe.teacher_share else None
 
 
-def read_teacher(options: Run, recipe: Recipe, split: data.Split) -> torch.nn.Module | None:
+def read_teacher(options: Run, recipe: Recipe, split: data.Split) -> PaperNet | Ensemble | None:
     """Return the trained network that a recipe learns from."""
     job = teacher_of(recipe)
     if job is None:

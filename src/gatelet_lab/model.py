@@ -261,12 +261,27 @@ def penalty(model: PaperNet | Ensemble) -> Tensor:
     return torch.stack(terms).sum()
 
 
-def multiply_adds(recipe: Recipe, features: int, classes: int, open_share: float) -> Mapping[str, int]:
+def group_share(model: PaperNet | Ensemble) -> float | None:
+    """Return the share of groups into which gaters in two stages looked, since the mode last changed; None: no such."""
+    gaters = [layer.gater for layer in model.layers if isinstance(layer, gatelet.nn.ConditionalLinear)]
+    staged = [gater for gater in gaters if isinstance(gater, gatelet.nn.TwoStageGater)]
+    if not staged:
+        return None
+    return sum(int(gater.computed) / max(1, gater.tokens * gater.groups.out_features) for gater in staged) / len(staged)
+
+
+def multiply_adds(
+    recipe: Recipe, features: int, classes: int, open_share: float, group_share: float | None = None
+) -> Mapping[str, int]:
     """Return the multiply-adds per example at test time: of the gaters, the open experts, the output; and if dense.
 
-    A layer above the first reads open units only; so do its experts and its gater. All members' are counted.
+    A layer above the first reads open units only; so do its experts and its gater. All members' are counted. A gater
+    in two stages computes the logits of ``group_share`` of its groups.
     """
     groups = recipe.experts // recipe.group_size
+    if group_share is not None:
+        stages = recipe.gater_groups or gatelet.nn.TwoStageGater(1, groups, 1).groups.out_features
+        groups = round(stages + group_share * groups)
     open_share = 1.0 if recipe.kind == "dense" else open_share
     gater = experts = 0.0
     dense = 0

@@ -113,20 +113,26 @@ def variance(points: Sequence[Mapping[str, float]], path: Path) -> None:
     _save(figure, path)
 
 
-def frontier(points: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Plot test error against the share of open units, and against the multiply-adds; a line per method."""
+def frontier(points: Sequence[Mapping[str, Any]], times: Mapping[str, Any], path: Path) -> None:
+    """Plot test error against all multiply-adds, and, where it was measured, against the time; a line per method."""
     plt, mpl = _matplotlib()
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
-    methods = dict.fromkeys(each["method"] for each in points)
-    for axes, key, scale in ((panels[0], "open_test", 100), (panels[1], "multiply_adds", 1e-3)):
-        for method in methods:
-            line = sorted((each[key] * scale, each["test_error"]) for each in points if each["method"] == method)
-            axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=method)
+    taken = times.get("milliseconds", {})
+    costs = {
+        panels[0]: {each["point"]: each["multiply_adds"] / 1e3 for each in points},
+        panels[1]: {name: each / taken["reference"] for name, each in taken.items()},
+    }
+    for axes, cost in costs.items():
+        for method in dict.fromkeys(each["method"] for each in points):
+            own = [each for each in points if each["method"] == method and each["point"] in cost]
+            line = sorted((cost[each["point"]], each["test_error"]) for each in own)
+            dense = {"color": "black", "linestyle": "--"} if method == "narrow" else {}
+            axes.plot(*zip(*line, strict=True), marker="o", markersize=4, label=method, **dense) if line else None
         axes.set(xscale="log", yscale="log")
         axes.xaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
         axes.grid(alpha=0.3, which="both")
-    panels[0].set(xlabel="units computed (%)", ylabel="test error (%)")
-    panels[1].set(xlabel="thousand multiply-adds per image, gater included")
+    panels[0].set(xlabel="thousand multiply-adds per image, gater included", ylabel="test error (%)")
+    panels[1].set(xlabel="time, over a dense ReLU network's of the same width" if taken else "time: not measured yet")
     for which in (panels[0].yaxis.set_major_formatter, panels[0].yaxis.set_minor_formatter):
         which(mpl.ticker.FormatStrFormatter("%g"))
     panels[0].legend(fontsize=8)

@@ -24,6 +24,8 @@ _COLUMNS: Sequence[Column] = (
     ("our test", lambda row: row["test_error"], "{:.2f}"),
     ("our smpl.", lambda row: row["test_error_sampled"], "{:.2f}"),
     ("open %", lambda row: 100 * row["open_test"], "{:.1f}"),
+    ("kMAC", lambda row: total(row) / 1e3, "{:.0f}"),
+    ("of dense %", lambda row: 100 * total(row) / row["multiply_adds"]["dense"], "{:.0f}"),
     ("ep.", lambda row: row["epochs"], "{:.0f}"),
 )
 _ALL_COLUMNS: Sequence[Column] = (
@@ -33,17 +35,25 @@ _ALL_COLUMNS: Sequence[Column] = (
     ("valid mean of 10", lambda row: row["valid_error_mean_of_10"], "{:.2f}"),
     _COLUMNS[4],
     ("open smpl. %", lambda row: 100 * row["open_test_sampled"], "{:.1f}"),
-    _COLUMNS[5],
+    *_COLUMNS[5:],
     ("s/epoch", lambda row: row["seconds_per_epoch"], "{:.1f}"),
     ("minutes", lambda row: row["seconds"] / 60, "{:.0f}"),
     ("seeds", lambda row: row["seeds"], "{:.0f}"),
 )
 _PAPER = (("train_nll", "{:.1e}"), ("valid_error", "{:.2f}"), ("test_error", "{:.2f}"))
 
+
+def total(row: Result) -> int:
+    """Return the multiply-adds per example at test time: gater, open units and output."""
+    cost = row["multiply_adds"]
+    return int(cost["gater"] + cost["experts"] + cost["output"])
+
+
 LEGEND = (
     "train: negative log-likelihood; valid, test: error in per cent. Ours: weights of the best validation error (with "
     "a cosine the last), deterministic thresholded gates; smpl.: gates drawn with noise; open: share of gates ≠ 0 on "
-    "the test set, deterministic. Paper: its single run."
+    "the test set, deterministic; kMAC: thousand multiply-adds per example at test time, gater, open units and output; "
+    "of dense: in per cent of the same units all computed, without a gater. Paper: its single run."
 )
 
 
@@ -90,8 +100,10 @@ def caveat(results: Sequence[Result], options: "Reproduce") -> str:
     """Return what must be said of this run."""
     if options.preset == "best":
         cost, taken = results[0]["multiply_adds"], results[0]["config"]["more_training"]
+        teacher = results[0].get("teacher")
+        taught = "" if teacher is None else f"The teacher's test error is {teacher['test_error']:.2f} %. "
         return (
-            f"Up to {taken} of the validation images were trained on; valid is of the others. "
+            f"{taught}Up to {taken} of the validation images were trained on; valid is of the others. "
             "Thousand multiply-adds per image: "
             + ", ".join(f"{name} {each / 1e3:.0f}" for name, each in cost.items() if name != "dense")
             + f"; all units, without gates {cost['dense'] / 1e3:.0f}. "

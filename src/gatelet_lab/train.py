@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import gatelet
 from gatelet_lab.data import Split
 from gatelet_lab.files import CheckpointError, read_tensors, write_atomically
-from gatelet_lab.model import Dense, build, multiply_adds, penalty
+from gatelet_lab.model import Dense, Ensemble, PaperNet, build, group_share, multiply_adds, penalty
 from gatelet_lab.recipes import DEFAULTS, Recipe
 
 VERSION = 1  # of the checkpoints
@@ -50,7 +50,7 @@ class Trainer:
     """
 
     def __init__(
-        self, recipe: Recipe, seed: int, split: Split, device: str = "cpu", teacher: nn.Module | None = None
+        self, recipe: Recipe, seed: int, split: Split, device: str = "cpu", teacher: PaperNet | Ensemble | None = None
     ) -> None:
         if bool(recipe.teacher_share) != (teacher is not None):
             raise ValueError(
@@ -228,9 +228,14 @@ class Trainer:
             gatelet.sparsity.calibrate_thresholds(self.averaged, batches)
 
     @torch.no_grad()
-    def evaluate(self, images: Tensor, labels: Tensor, samples: int = 0) -> tuple[float, float, float]:
-        """Return error (per cent), NLL and share of open gates: deterministic, or the mean of some samples."""
-        model = self.averaged.eval()
+    def evaluate(
+        self, images: Tensor, labels: Tensor, samples: int = 0, model: PaperNet | Ensemble | None = None
+    ) -> tuple[float, float, float]:
+        """Return error (per cent), NLL and share of open gates: deterministic, or the mean of some samples.
+
+        Of what is trained here, its moving average if there is one; or of another ``model``.
+        """
+        model = (self.averaged if model is None else model).eval()
         wrong, nll, share = 0, 0.0, 0.0
         for x, y in zip(images.split(_EVAL_BATCH), labels.split(_EVAL_BATCH), strict=True):
             x, y = self._put(x), self._put(y)
@@ -259,6 +264,7 @@ class Trainer:
             torch.manual_seed(self.seed)
             valid, _, _ = self.evaluate(split.valid_images, split.valid_labels)
             test, _, open_test = self.evaluate(split.test_images, split.test_labels)
+            stages = group_share(self.averaged)
             sampled, _, open_sampled = self.evaluate(split.test_images, split.test_labels, samples=1)
             mean10, _, _ = self.evaluate(split.test_images, split.test_labels, samples=10)
             _, train_nll, _ = self.evaluate(split.train_images, split.train_labels)
@@ -283,10 +289,20 @@ class Trainer:
             "best_epoch": self.best_epoch + 1,
             "seconds_per_epoch": seconds,
             "seconds": seconds * len(self.history),
-            "multiply_adds": multiply_adds(recipe, split.train_images.shape[1], split.classes, open_test),
+            "multiply_adds": multiply_adds(recipe, split.train_images.shape[1], split.classes, open_test, stages),
             "config": {key: value for key, value in asdict(recipe).items() if key != "paper"},
             "paper": recipe.paper and asdict(recipe.paper),
+            **self._of_teacher(),
         }
+
+    def _of_teacher(self) -> dict[str, Any]:
+        """Return the teacher's errors in per cent, if there is one."""
+        if self.teacher is None:
+            return {}
+        split = self.split
+        valid, _, _ = self.evaluate(split.valid_images, split.valid_labels, model=self.teacher)
+        test, _, _ = self.evaluate(split.test_images, split.test_labels, model=self.teacher)
+        return {"teacher": {"valid_error": valid, "test_error": test}}
 
     @torch.no_grad()
     def gates(self) -> tuple[Tensor, list[float]]:

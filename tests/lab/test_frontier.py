@@ -11,7 +11,7 @@ SMALL = {
     "dataset": "digits",
     "epochs": 1,
     "jobs": 2,
-    "methods": ("straight_through", "noisy_rectifier", "mixture"),
+    "methods": ("straight_through", "noisy_rectifier", "mixture", "narrow"),
     "shares": (0.1, 1.0),
     "settings": ("experts=100", "bottleneck=10", "batch=64"),
 }
@@ -23,9 +23,19 @@ def test_without_a_constraint_all_gates_are_one_network():
         "straight_through-0.1-seed0",
         "noisy_rectifier-0.1-seed0",
         "mixture-0.1-seed0",
+        "narrow-0.1-seed0",
         "dense-1-seed0",
         "mixture-1-seed0",
+        "narrow-1-seed0",
     ]
+
+
+def test_a_narrow_dense_network_costs_what_the_gates_network_does():
+    jobs_ = {job.recipe.row: job.recipe for job in frontier.plan(frontier.Frontier(**SMALL))}
+    gated = 64 * 10 + 10 * 100 + (64 + 10) * 10  # gater, open units and their output
+    assert jobs_["narrow-0.1"].kind == "dense"
+    assert jobs_["narrow-0.1"].experts == round(gated / (64 + 10))
+    assert jobs_["narrow-1"].experts == 100
 
 
 def test_the_command_writes_everything_resumes_and_times(tmp_path, monkeypatch):
@@ -34,7 +44,10 @@ def test_the_command_writes_everything_resumes_and_times(tmp_path, monkeypatch):
     path = tmp_path / "out" / "frontier.json"
     found = json.loads(path.read_text())
     by_name = {point["point"]: point for point in found["points"]}
-    assert list(by_name) == ["straight_through-0.1", "noisy_rectifier-0.1", "mixture-0.1", "dense-1", "mixture-1"]
+    gates = ["straight_through-0.1", "noisy_rectifier-0.1"]
+    assert list(by_name) == [*gates, "mixture-0.1", "narrow-0.1", "dense-1", "mixture-1", "narrow-1"]
+    cost = by_name["straight_through-0.1"]["multiply_adds"]
+    assert by_name["narrow-0.1"]["multiply_adds"] == pytest.approx(cost, abs=64 + 10)
     assert by_name["straight_through-0.1"]["open_test"] == pytest.approx(0.1, abs=0.03)
     assert by_name["mixture-0.1"]["open_test"] == pytest.approx(0.1)
     assert by_name["dense-1"]["open_test"] == 1

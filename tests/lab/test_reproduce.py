@@ -14,7 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from gatelet_lab import data, jobs, reproduce, settings, table
+from gatelet_lab import data, jobs, recipes, reproduce, settings, table
 from gatelet_lab.recipes import ROWS, recipe
 from gatelet_lab.train import CheckpointError, Trainer
 
@@ -110,11 +110,33 @@ def test_a_setting_overrides_the_recipe_and_is_told(tmp_path):
     assert "--set options.std=0.5" in (out / "table.md").read_text()
 
 
-def test_the_preset_best_tells_its_cost_and_has_no_paper_beside_it(tmp_path):
-    small = reproduce.Reproduce(preset="best", dataset="digits", epochs=1, settings=("experts=50",), out=tmp_path / "o")
+def in_this_process(options, planned, console, finish):
+    """What worker processes do, where a test can change what they know."""
+    for job in planned:
+        trainer = Trainer(
+            job.recipe, job.seed, split := options.load(), teacher=jobs.read_teacher(options, job.recipe, split)
+        )
+        trainer.step_epoch()
+        result = trainer.result() | {"history": []}
+        if job.recipe.row == "teacher":
+            torch.save(trainer.best, jobs.weights_file(options.out, job))
+        (options.out / "rows" / f"{job.name}.json").write_text(json.dumps(result))
+        finish(job, result)
+
+
+def test_the_preset_best_learns_from_a_teacher_tells_its_cost_and_has_no_paper_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "teacher", lambda: replace(recipes.teacher(), epochs=1, experts=20, batch=64))
+    monkeypatch.setattr(jobs, "train_all", in_this_process)
+    small = reproduce.Reproduce(
+        preset="best", dataset="digits", epochs=1, settings=("experts=50", "bottleneck=2"), out=tmp_path / "o"
+    )
     told = io.StringIO()
     reproduce.run(small, Console(width=120, file=told))
     assert "Thousand multiply-adds per image: gater" in told.getvalue()
+    assert "first teacher-seed0, which others learn from" in told.getvalue()
+    teacher = json.loads((tmp_path / "o" / "rows" / "teacher-seed0.json").read_text())
+    assert teacher["config"]["more_training"] == recipes.best().more_training
+    assert f"The teacher's test error is {teacher['test_error']:.2f} %" in told.getvalue()
     (row,) = rows(tmp_path / "o")
     assert row["paper"] is None
     assert row["config"]["optimizer"] == "adamw"
@@ -227,12 +249,14 @@ def test_seeds_are_shown_as_mean_and_deviation():
         "valid_error": 2.0,
         "test_error_sampled": 2.0,
         "open_test": 1.0,
+        "multiply_adds": {"gater": 1000, "experts": 500, "output": 500, "dense": 8000},
         "epochs": 8,
         "paper": {"train_nll": 1e-3, "valid_error": 1.0, "test_error": 1.0},
     }
     _, lines = table.cells([row | {"test_error": 1.0}, row | {"test_error": 3.0}])
     assert len(lines) == 1
     assert "2.00 ± 1.41" in lines[0]
+    assert lines[0][6:8] == ["2", "25"]  # thousand multiply-adds, and in per cent of dense
 
 
 def test_jobs_come_in_the_tables_order():

@@ -66,10 +66,11 @@ MODERN = {
 }
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [MODERN, MODERN | {"members": 2, "layers": 1}, MODERN | {"kind": "mixture", "group_size": 10, "gater_norm": False}],
-)
+MIXTURE = MODERN | {"kind": "mixture", "group_size": 10, "gater_norm": False}
+STAGED = MODERN | {"gater": "two_stage", "layers": 1, "bfloat16": True}
+
+
+@pytest.mark.parametrize("changes", [MODERN, MODERN | {"members": 2, "layers": 1}, MIXTURE, STAGED])
 def test_what_the_paper_has_not_is_resumed_too(changes, digits, tmp_path):
     recipe = small("straight_through", **changes)
     whole = run(Trainer(recipe, 3, digits), 3)
@@ -202,6 +203,88 @@ def test_multiply_adds_are_counted_by_hand():
     assert multiply_adds(replace(recipe, members=3), 64, 10, 0.1) == {key: 3 * value for key, value in count.items()}
     mixed = multiply_adds(replace(recipe, layers=1, kind="mixture", group_size=6), 64, 10, 0.1)
     assert mixed["gater"] == 64 * 10
+    staged = multiply_adds(replace(recipe, layers=1, gater="two_stage", gater_groups=6), 64, 10, 0.1, group_share=0.25)
+    assert staged["gater"] == 20 * (64 + 6 + 15)
+    dense = multiply_adds(replace(recipe, kind="dense"), 64, 10, 1.0)
+    assert dense["gater"] == 0
+    assert dense["experts"] + dense["output"] == dense["dense"]
+
+
+def test_the_cost_of_a_gater_in_two_stages_is_what_it_computed(digits):
+    recipe = small("straight_through", gater="two_stage", gater_groups=6, gate_bias=None)
+    trainer = run(Trainer(recipe, 0, digits), 2)
+    found = trainer.result()["multiply_adds"]["gater"]
+    gater, threshold = trainer.model.layer.gater, trainer.model.layer.unit.threshold
+    with torch.no_grad():
+        images = torch.cat([digits.valid_images, digits.test_images])
+        share = (gater.groups(gater.hidden(images).tanh()) > threshold).float().mean().item()
+    assert found == pytest.approx(20 * (64 + 6 + share * 60), abs=10)
+    assert found < 20 * (64 + 60)
+
+
+def test_a_limit_on_the_output_layer_is_its_own(digits):
+    def longest(**changes):
+        trainer = Trainer(small("straight_through", rate=3.0, **changes), 0, digits)
+        run(trainer, 1)
+        model = trainer.model
+        weights = model.output.weight, model.layer.expert.weight, model.layer.gater.gates.weight
+        return [torch.linalg.vector_norm(weight, dim=1).max().item() for weight in weights]
+
+    limits = {"max_norm": 0.5, "gater_max_norm": 0.25}
+    output, expert, gater = longest(output_max_norm=0.125, **limits)
+    assert [output, expert, gater] == pytest.approx([0.125, 0.5, 0.25], rel=1e-5)
+    free, expert, gater = longest(output_max_norm=None, **limits)
+    assert free > 0.2
+    assert [expert, gater] == pytest.approx([0.5, 0.25], rel=1e-5)
+
+
+def test_a_dense_network_has_no_gater(digits):
+    trainer = Trainer(replace(small("sigmoid"), kind="dense", layers=2, norm=True, bfloat16=True), 0, digits)
+    before = run(trainer, 4).history[0]
+    assert trainer.history[-1].valid_error < before.valid_error
+    result = trainer.result()
+    assert result["open_test"] == 1
+    x = digits.test_images[:5]
+    with torch.no_grad():
+        hidden = x
+        for layer in trainer.model.eval().layers:
+            hidden = layer.units.norm(torch.nn.functional.linear(hidden, layer.units.weight, layer.units.bias)).relu()
+        torch.testing.assert_close(trainer.model(x), trainer.model.output(hidden))
+
+
+def test_products_in_bfloat16_are_for_training_alone(digits):
+    trainer = Trainer(small("straight_through", bfloat16=True), 0, digits)
+    layer, seen = trainer.model.layer, []
+    layer.expert.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    layer.unit.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    trainer._step(digits.train_images[:40], digits.train_labels[:40])
+    assert seen == [torch.float32, torch.bfloat16]  # logits, which noise is compared with; experts
+    assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+    seen.clear()
+    trainer.calibrate()
+    trainer.evaluate(digits.valid_images, digits.valid_labels)
+    assert set(seen) == {torch.float32}
+
+
+def test_a_teacher_is_learned_from(digits):
+    taught = Trainer(small("sigmoid"), 0, digits).model.eval()
+    x, y = digits.train_images[:40], digits.train_labels[:40]
+    for share in (1.0, 0.25):
+        trainer = Trainer(small("sigmoid", teacher_share=share), 1, digits, teacher=taught)
+        with torch.no_grad():
+            wanted = share * taught(x).softmax(-1) + (1 - share) * torch.nn.functional.one_hot(y, 10)
+        torch.testing.assert_close(trainer._target(x, y), wanted)
+    assert trainer._step(x, y) > 0
+    trainer.step_epoch()
+    assert trainer.result()["teacher"]["test_error"] > 50  # it was never trained
+    assert Trainer(small("sigmoid"), 0, digits)._target(x, y) is y
+
+
+def test_a_teacher_and_its_share_go_together(digits):
+    with pytest.raises(ValueError, match=r"teacher_share is 0.5, and a teacher was not given"):
+        Trainer(small("sigmoid", teacher_share=0.5), 0, digits)
+    with pytest.raises(ValueError, match="a teacher was given"):
+        Trainer(small("sigmoid"), 0, digits, teacher=Trainer(small("sigmoid"), 0, digits).model)
 
 
 def test_gates_and_their_probabilities_are_those_of_the_calibrated_model(digits):

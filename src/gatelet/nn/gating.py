@@ -1,6 +1,7 @@
 """What every conditional layer shares: gater, gates, the control of their rate, and what was counted of them."""
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -48,8 +49,8 @@ class Gating(Penalised):
 
     Raises:
         ValueError: for sizes that are not integers of at least 1, a group size that does not divide N, a rate
-            outside (0, 1), an unknown estimator or gater, a gater whose output has another width or which costs as
-            much as closed units save; at the call for an input of another width or not finite.
+            outside (0, 1), an unknown estimator or gater, a gater whose output has another width, or one by name
+            that costs as much as closed units save (of a module's cost a warning tells); at the call for an input of another width or not finite.
 
     >>> import torch
     >>> Gating(8, 32, bottleneck=4, flops_per_unit=16)(torch.randn(3, 8)).shape
@@ -87,7 +88,7 @@ class Gating(Penalised):
             self._gate_by_itself(target_rate, sparsity)
         else:
             self.gater = gaters.resolve(gater, in_features, self.num_gates, bottleneck, detach_gater_input)
-            self._gate_by_network(estimator, target_rate, sparsity)
+            self._gate_by_network(estimator, target_rate, sparsity, isinstance(gater, str))
         for controller in self.sparsity:
             cast(Controller, controller).for_gates(self.num_gates)
         self.fully_open = False
@@ -100,7 +101,11 @@ class Gating(Penalised):
         self._last: tuple[Tensor, Any] | None = None  # counts and tokens of the last forward pass
 
     def _gate_by_network(
-        self, estimator: str | Estimator, target_rate: float | None, sparsity: Sequence[Controller] | None
+        self,
+        estimator: str | Estimator,
+        target_rate: float | None,
+        sparsity: Sequence[Controller] | None,
+        named: bool,
     ) -> None:
         self._probed_flops = gaters.probe(self.gater, self.in_features, self.num_gates)
         estimator = resolve(estimator)
@@ -115,7 +120,7 @@ class Gating(Penalised):
         if target_rate is not None:  # start at the target: the paper starts at 0, most gates open, and loses epochs
             if (start_at := getattr(self.gater, "start_at", None)) is not None:
                 start_at(estimator.logit_at(target_rate), target_rate)
-            self._check_saves(target_rate)
+            self._check_saves(target_rate, named)
         if sparsity is None:
             sparsity = [] if target_rate is None else [self._default_controller(target_rate)]
         self.sparsity = nn.ModuleList(sparsity)
@@ -149,8 +154,8 @@ class Gating(Penalised):
         """What a token spends on an open unit besides."""
         return self.flops_per_unit - (2 * self.in_features if isinstance(self.gater, SelfGater) else 0)
 
-    def _check_saves(self, target_rate: float) -> None:
-        """Raise if the gater costs as much as the closed units save."""
+    def _check_saves(self, target_rate: float, named: bool) -> None:
+        """Raise if the gater costs as much as the closed units save; warn if it is the user's own module."""
         dense, cost = self.units * self.flops_per_unit, self.flops_gater
         saved = (1 - target_rate) * dense
         if cost < saved:
@@ -158,10 +163,13 @@ class Gating(Penalised):
         most = "a cheaper one"
         if type(self.gater) is Gater:
             most = f"a bottleneck far under {int(saved / (2 * (self.in_features + self.num_gates)))}"
-        raise GaterError(
+        told = (
             f"gater: it costs {cost:,} FLOPs per token, but closing {1 - target_rate:.0%} of the {self.units:,} units "
             f"saves only {saved:,.0f} of their {dense:,}; take {most}"
         )
+        if named:
+            raise GaterError(told)
+        warnings.warn(told, stacklevel=4)
 
     @property
     def units(self) -> int:
