@@ -48,7 +48,8 @@ class ConditionalLinear(Gating):
     Raises:
         ValueError: for sizes that are not integers of at least 1, a group size that does not divide N, a rate
             outside (0, 1), an unknown estimator or gater, a gater whose output has another width, or one by name
-            that costs as much as closed units save (of a module's cost a warning tells); at the call for an input of another width or not finite.
+            that costs as much as closed units save (of a module's cost a warning tells); at the call for an input of
+            another width or not finite.
 
     >>> import torch
     >>> layer = ConditionalLinear(784, 2000, bottleneck=400, estimator="straight_through", target_rate=0.1)

@@ -50,7 +50,8 @@ class Gating(Penalised):
     Raises:
         ValueError: for sizes that are not integers of at least 1, a group size that does not divide N, a rate
             outside (0, 1), an unknown estimator or gater, a gater whose output has another width, or one by name
-            that costs as much as closed units save (of a module's cost a warning tells); at the call for an input of another width or not finite.
+            that costs as much as closed units save (of a module's cost a warning tells); at the call for an input of
+            another width or not finite.
 
     >>> import torch
     >>> Gating(8, 32, bottleneck=4, flops_per_unit=16)(torch.randn(3, 8)).shape
