@@ -23,7 +23,7 @@ from gatelet._checks import check_choice, check_count, check_positive
 from gatelet.diagnose import Moments, Report, exact_gradient, moments
 from gatelet.diagnose.moments import noise_outcomes
 from gatelet.diagnose.report import Budget, diagnose
-from gatelet.diagnose.table import facts
+from gatelet.diagnose.table import facts, forms
 from gatelet.estimators import ALL, Estimator, Objective, ScoreFunction, StraightThrough, resolve
 from gatelet.estimators._noise import NONE
 from gatelet.model_diagnosis import ModelReport, diagnose_model
@@ -407,7 +407,7 @@ def cases(names: Sequence[str] = ()) -> list[tuple[str, Estimator]]:
     """Return every estimator in every variant (or those of these names), with its line's name."""
     found = []
     for name in names or ALL:
-        for options in ({}, *facts(ALL[name]).variants):
+        for options in forms(ALL[name]):
             made = ALL[name](**options)
             shown = ", ".join(f"{key}={value}" for key, value in options.items())
             found.append((f"{name}({shown})" if shown else name, made))

@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 
 import gatelet
-from gatelet.diagnose.table import facts
+from gatelet.diagnose.table import forms
 from gatelet.estimators import ALL, LeaveOneOut, NoisyRectifier, ScoreFunction, StraightThrough
 from gatelet_lab import diagnose
 from gatelet_lab.diagnose import Diagnose
@@ -96,7 +96,7 @@ def test_certificate(tmp_path, monkeypatch):
     table = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("|")]
     assert table[0][:3] == ["estimator", "bias declared", "bias found"]
     rows = {row[0]: row for row in table[2:]}
-    assert len(rows) == sum(1 + len(facts(ALL[name]).variants) for name in (*FEW, "score_function"))
+    assert len(rows) == sum(len(forms(ALL[name])) for name in (*FEW, "score_function"))
     assert rows["leave_one_out"][1] == "none"
     assert float(rows["leave_one_out"][2]) < 1e-12
     assert rows["straight_through(slope=sigmoid)"][1] == "biased"
@@ -139,7 +139,7 @@ def test_certified_in_both_kinds(kind):
 
 
 def test_cases_walk_everything():
-    assert len(diagnose.cases()) == sum(1 + len(facts(cls).variants) for cls in ALL.values())
+    assert len(diagnose.cases()) == sum(len(forms(cls)) for cls in ALL.values())
 
 
 # ---------------------------------------------------------------- bad inputs

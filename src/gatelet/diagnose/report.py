@@ -396,7 +396,7 @@ def _make(estimator: str | Estimator, kind: Kind) -> _Chosen:
     if kind.name not in cls.kinds:
         return _Chosen(None, reason=f"has no {kind.name} form")
     method = cls() if kind == Bernoulli() else cls(kind=kind)  # not all take a kind
-    return _Chosen(method, warm_up=any(True for _ in method.buffers()))
+    return _Chosen(method, warm_up=len(method.state_dict()) > len(list(method.parameters())))
 
 
 class _Target(NamedTuple):

@@ -117,6 +117,12 @@ FACTS: dict[type[Estimator], Facts] = {
 """The one table. An estimator of one's own may add its row."""
 
 
+def forms(cls: type[Estimator]) -> list[Mapping[str, Any]]:
+    """Return the options in which an estimator stands in the certificate: the defaults, its variants, one of N."""
+    subset: list[Mapping[str, Any]] = [{"kind": "subset", "k": 1}] if {"bernoulli", "subset"} <= set(cls.kinds) else []
+    return [{}, *facts(cls).variants, *subset]
+
+
 def facts(method: Estimator | type[Estimator]) -> Facts:
     """Return the facts of an estimator, or of the nearest class it derives from; by default a sampled gate's."""
     cls = method if isinstance(method, type) else type(method)
