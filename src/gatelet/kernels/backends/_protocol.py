@@ -55,6 +55,9 @@ class Products(Protocol):
     A number per pair, such as C, is (B, N) where the pattern is :class:`~gatelet.kernels.pattern.Bits` or None, and
     (P,) in the pattern's order where it is :class:`~gatelet.kernels.pattern.Lists`. Without a pattern the pairs are
     those whose gate is not zero. Closed pairs count as zero, whatever stands there. A weight may have any strides.
+
+    A backend may also have ``ffn(x, w1, b1, gate, activation, w2, b2)``, W2 by unit, which gives both layers of
+    ``gated_ffn`` in one pass without gradients, or None where it has no such way.
     """
 
     def pattern(self, gate: Tensor, units: int) -> Form | None:

@@ -185,6 +185,10 @@ def forward(given: Given) -> tuple[Tensor, Tensor, Tensor]:
     """Return the output and, to keep, the hidden units before and after activation and gate."""
     backend, keep = _running(given), given.keep
     run, pattern = backend.products, None if backend.by_gate and not listed(given.pattern) else given.pattern
+    if not keep and not listed(pattern) and hasattr(run, "ffn"):
+        both = run.ffn(given.x, given.w1, given.b1, given.gate, given.activation, given.rows2, given.b2)
+        if both is not None:
+            return both, both.new_empty(0), both.new_empty(0)
     hidden, pre = run.dots(
         *(given.x, given.w1, given.b1, given.gate, pattern), keep=keep, activation=given.activation, fill=keep
     )

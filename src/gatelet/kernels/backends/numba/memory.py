@@ -5,7 +5,6 @@ import functools
 import mmap
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 LARGE = 1 << 22

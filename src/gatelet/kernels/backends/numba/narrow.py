@@ -10,7 +10,6 @@ from torch import Tensor
 from gatelet.kernels.backends._activations import ACTIVATIONS
 from gatelet.kernels.backends.numba import team
 from gatelet.kernels.backends.numba.narrow_kernels import NEAR, narrow
-from gatelet.kernels.backends.numba.products import DENSE
 from gatelet.kernels.backends.rows import Int8Rows, Rows
 
 PARTS = 8
@@ -39,7 +38,7 @@ def linear(x: Tensor, weight: Rows, bias: Tensor | None, gate: Tensor, activatio
     shift = None if bias is None else _floats(bias)
     scratch, stride = _scratch(units)
     narrow.run(
-        *("linear", 8 * rows.element_size(), team.threads(batch * units * width // DENSE)),
+        *("linear", 8 * rows.element_size(), team.threads(batch * units * width // team.DENSE)),
         x=own.data_ptr(),
         weight=rows.data_ptr(),
         scales=_address(scales),
@@ -126,7 +125,7 @@ def _ffn(
     scratch, stride = _scratch(units)
     work = batch * units * (outputs + (width if first is not None else 0) + (width if third is not None else 0))
     narrow.run(
-        *("ffn", 8 * rows.element_size(), team.threads(work // DENSE)),
+        *("ffn", 8 * rows.element_size(), team.threads(work // team.DENSE)),
         x=_address(own),
         w1=_address(first),
         s1=_address(first_scales),

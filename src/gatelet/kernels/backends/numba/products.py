@@ -5,13 +5,13 @@ from torch import Tensor
 
 from gatelet.kernels.backends import _pairs
 from gatelet.kernels.backends._activations import ACTIVATIONS
-from gatelet.kernels.backends.numba import SMALLEST_GROUP, lists
+from gatelet.kernels.backends.numba import SMALLEST_GROUP, lists, narrow
 from gatelet.kernels.backends.numba import team as _team
 from gatelet.kernels.backends.numba.kernels import MOST, RECORD, RUNS, SLICE, VECTOR, WORDS, kernel
 from gatelet.kernels.pattern import Bits, Form, Lists, words
 
-DENSE = 1 << 5
-"""So many multiply-adds of the dense product count as one number to pass over: a tenth of them is done, by vectors."""
+FEW_EXAMPLES = 8
+"""At most so many go through the kernels that read a unit's row once for all of them, whatever is open."""
 
 
 def _bits(tensor: Tensor) -> int:
@@ -114,6 +114,8 @@ def dots(
     if isinstance(pattern, Lists):
         found = lists.dots(x, weight, bias, pattern.starts, pattern.units)
         return _pairs.finish(found, gate, activation), found if keep else x.new_empty(0)
+    if pattern is None and gate is not None and not keep and _few(x):
+        return narrow.linear(x, weight, bias, gate, activation), x.new_empty(0)
     gate = None if gate is None else gate.contiguous()
     batch, units = x.shape[0], weight.shape[0]
     out = x.new_empty((batch, units))
@@ -129,6 +131,17 @@ def dots(
     group = units // gate.shape[1] if gate is not None else pattern.group if isinstance(pattern, Bits) else 1
     _dots(x, weight, bias, gate, mask, rows, cols, out, pre if keep else None, group, activation, fill)
     return out, pre
+
+
+def ffn(
+    x: Tensor, w1: Tensor, b1: Tensor | None, gate: Tensor, activation: str, w2: Tensor, b2: Tensor | None
+) -> Tensor | None:
+    """Return (act(x W1ᵀ + b1) ∘ gate) W2 + b2 for a few examples, in one pass; None for more, or other numbers."""
+    return narrow.ffn(x, w1, b1, gate, activation, w2, b2) if _few(x) else None
+
+
+def _few(x: Tensor) -> bool:
+    return len(x) <= FEW_EXAMPLES and x.dtype == torch.float32
 
 
 def _dots(
@@ -148,7 +161,7 @@ def _dots(
     """Write to ``out`` and ``pre``. With ``mask`` (B, G) its non-zeros are the pattern, which is written first."""
     batch, width = x.shape
     units = weight.shape[0]
-    team = _team.threads(batch * units * width // DENSE)
+    team = _team.threads(batch * units * width // _team.DENSE)
     code = ACTIVATIONS.index(activation)
     name = "one_dots" if batch == 1 else "group_dots" if group >= SMALLEST_GROUP else "dots"
     if mask is not None and (name == "group_dots" or batch > 64):
@@ -193,7 +206,7 @@ def by_example(
     out = weight.new_empty((batch, width))
     if not out.numel():
         return out
-    team = _team.threads(batch * units * width // DENSE)
+    team = _team.threads(batch * units * width // _team.DENSE)
     size = weight.element_size()
     slices, each = _slicing(width, size)
     # Threads share out the examples, so that pairs are listed once; the slices where examples are few, for each

@@ -67,7 +67,7 @@ def _make(one: Any) -> dict[str, Any]:
     lanes = VECTOR // size
 
     def adam(p: Any) -> None:
-        """Step the rows ``touched``; a task is ``span`` of them. ``numbers``: rate, 1 − β₁, 1 − β₂, ε; room for dots."""
+        """Step the rows ``touched``; a task is ``span`` rows. ``numbers``: rate, 1 − β₁, 1 − β₂, ε; room for dots."""
         counter, w, m, s, grad, touched, count, width, unit, numbers, scratch, span = arguments(p, 12)
         room = scratch + take(counter + 8) * 128
         pitch, length, rest = width * size, width // lanes * VECTOR, width % lanes

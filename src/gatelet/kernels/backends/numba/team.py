@@ -30,6 +30,9 @@ RESERVED = 2
 FEW = 1 << 15
 """Passing over fewer numbers than this takes less time than waking a thread."""
 
+DENSE = 1 << 5
+"""So many multiply-adds of the dense product count as one number to pass over: a tenth of them is done, by vectors."""
+
 WAITED = 0.75
 """A region that was waiting for more than this share of its time lost by having threads,"""
 SLACK = 100_000
