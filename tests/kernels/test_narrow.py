@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gatelet.kernels import Int8Rows, int8_rows, narrow_ffn, narrow_input_linear, narrow_linear
+from gatelet.kernels import Int8Rows, gated_ffn, gated_linear, int8_rows, narrow_ffn, narrow_input_linear, narrow_linear
+from gatelet.kernels.backends.numba import narrow
 from gatelet.kernels.backends.rows import as_float
 
 pytestmark = pytest.mark.cpu
@@ -119,6 +120,26 @@ def test_what_is_closed_is_not_read_and_threads_change_no_bit() -> None:
         torch.set_num_threads(1)
     assert alone.isfinite().all()
     assert alone.equal(together)
+
+
+@pytest.mark.parametrize("sizes", SIZES[:3])
+def test_a_few_float32_examples_take_this_way(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    p = problem(*sizes)
+    p["gate"][0, 0] = torch.nan  # open
+    p["w1"][p["each"].ne(0).logical_not().all(0)] = torch.inf  # closed for everybody: not read
+    taken: list[str] = []
+    for name in ("linear", "ffn"):
+        way = getattr(narrow, name)
+        monkeypatch.setattr(narrow, name, lambda *args, way=way, name=name: (taken.append(name), way(*args))[1])
+    for bias in (p["b1"], None):
+        have = gated_linear(p["x"], p["w1"], bias, p["gate"], backend="numba")
+        torch.testing.assert_close(
+            have, gated_linear(p["x"], p["w1"], bias, p["gate"], backend="dense"), equal_nan=True
+        )
+        args = (p["x"], p["w1"], bias, p["gate"], "gelu", p["w2"].t(), p["b2"])
+        have, want = (gated_ffn(*args, backend=backend) for backend in ("numba", "dense"))
+        torch.testing.assert_close(have, want, equal_nan=True, rtol=1e-4, atol=1e-4)
+    assert taken == ["linear", "ffn"] * 2
 
 
 def test_many_examples_and_leading_shapes() -> None:
