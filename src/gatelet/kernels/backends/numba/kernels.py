@@ -18,15 +18,14 @@ one size follow each other, each in code of its own: no loop over bits whose end
 ``pointwise`` does what is left at open pairs: gates, activations, their gradients.
 """
 
-import ctypes
-import functools
 import inspect
 import math
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
+from numba import njit
 
+from gatelet.kernels.backends.numba import gather
 from gatelet.kernels.backends.numba import vector as v
 
 SLICE, VECTOR, RECORD, MOST, ALONE = v.SLICE, v.VECTOR, v.RECORD, v.MOST, 1 << v.ALONE
@@ -41,6 +40,7 @@ nonzero_bits, lowest, take = v.nonzero_bits, v.lowest, v.take
 read, write, read_word, write_word = v.read, v.write, v.read_word, v.write_word
 read_index, write_index = v.read_index, v.write_index
 clear, copy, ones = v.clear, v.copy, v.ones
+arguments = gather.arguments
 
 P = (
     1.1283791461557542,
@@ -232,11 +232,10 @@ def _kernels(one: Any) -> dict[str, Any]:
     zero = one * 0
 
     def pattern(p: Any) -> None:
-        A = carray(p, (16,), types.int64)
-        gate, rows, cols, B, N, group = A[2], A[3], A[4], A[5], A[6], A[7]
+        counter, gate, rows, cols, B, N, group = arguments(p, 7)
         words, chunks = (N + 63) // 64, (B + 63) // 64
         while True:
-            t = take(A.ctypes.data)
+            t = take(counter)
             c, word = t % chunks, t // chunks * 16
             if word >= words:
                 break
@@ -244,11 +243,10 @@ def _kernels(one: Any) -> dict[str, Any]:
 
     def pack(p: Any) -> None:
         """Copy x (B, D) into slices: blocks of B rows, the last ones padded with zeros."""
-        A = carray(p, (16,), types.int64)
-        x, packed, B, D = A[2], A[3], A[4], A[5]
+        counter, x, packed, B, D = arguments(p, 5)
         slices, each = slicing(D, lanes, span)
         while True:
-            b0 = take(A.ctypes.data) * 16
+            b0 = take(counter) * 16
             if b0 >= B:
                 break
             for b in range(b0, min(b0 + 16, B)):
@@ -261,11 +259,13 @@ def _kernels(one: Any) -> dict[str, Any]:
 
     def dots(p: Any) -> None:
         """Pattern (unless given), products, and bias, activation, gate at the end; a task is some units × examples."""
-        A = carray(p, (32,), types.int64)
-        packed, W, bias, mask, gate, rows, cols = A[2], A[3], A[4], A[5], A[6], A[7], A[8]
-        out, pre, B, N, D, group, span_b, span_n = A[9], A[10], A[11], A[12], A[13], A[14], A[15], A[18]
-        fill, code = A[19], A[20]
-        near = A[16] + take(A.ctypes.data + 8) * A[17]
+        # fmt: off
+        (
+            counter, packed, W, bias, mask, gate, rows, cols, out, pre, B, N, D,
+            group, fill, code, span_b, span_n, scratch, stride,
+        ) = arguments(p, 20)
+        # fmt: on
+        near = scratch + take(counter + 8) * stride
         near_pre = near + 64 * span_n * size
         runs = near_pre + 64 * span_n * size
         records = runs + span_b // 64 * RUNS
@@ -275,7 +275,7 @@ def _kernels(one: Any) -> dict[str, Any]:
         slices, each = slicing(D, lanes, span)
         tiles_n, gates = (N + span_n - 1) // span_n, N // group
         while True:
-            t = take(A.ctypes.data)
+            t = take(counter)
             if t >= tiles_n * ((B + span_b - 1) // span_b):
                 break
             b0, n0 = (t // tiles_n) * span_b, (t % tiles_n) * span_n
@@ -366,16 +366,13 @@ def _kernels(one: Any) -> dict[str, Any]:
 
     def one_dots(p: Any) -> None:
         """Like ``dots`` for one example, whose open weight rows are read from end to end; a task is 256 units."""
-        A = carray(p, (32,), types.int64)
-        scratch = A[16] + take(A.ctypes.data + 8) * A[17]
-        x, W, bias, mask, gate, rows, cols = A[2], A[3], A[4], A[5], A[6], A[7], A[8]
-        out, pre, N, D, group = A[9], A[10], A[12], A[13], A[14]
-        fill, code = A[19], A[20]
+        counter, x, W, bias, mask, gate, rows, cols, out, pre, N, D, group, fill, code, room, stride = arguments(p, 17)
+        scratch = room + take(counter + 8) * stride
         sums = scratch + 64
         write_word(scratch, 0)
         length, rest = D // lanes * VECTOR, D % lanes
         while True:
-            n0 = take(A.ctypes.data) * 256
+            n0 = take(counter) * 256
             if n0 >= N:
                 break
             n1 = min(n0 + 256, N)
@@ -419,15 +416,12 @@ def _kernels(one: Any) -> dict[str, Any]:
 
     def group_dots(p: Any) -> None:
         """Like ``dots`` for gates of several units: a task is a group, a dense product with its open examples."""
-        A = carray(p, (32,), types.int64)
-        scratch = A[16] + take(A.ctypes.data + 8) * A[17]
-        x, W, bias, gate, cols = A[2], A[3], A[4], A[6], A[8]
-        out, pre, B, N, D, group = A[9], A[10], A[11], A[12], A[13], A[14]
-        fill, code = A[19], A[20]
+        counter, x, W, bias, gate, cols, out, pre, B, N, D, group, fill, code, room, stride = arguments(p, 16)
+        scratch = room + take(counter + 8) * stride
         chunks, gates = (B + 63) // 64, N // group
         result = scratch + ((4 * B + 79) // 64) * 64
         while True:
-            g = take(A.ctypes.data)
+            g = take(counter)
             if g >= gates:
                 break
             n0 = g * group
@@ -479,12 +473,10 @@ def _kernels(one: Any) -> dict[str, Any]:
 
     def by_example(p: Any) -> None:
         """A task is some slices of D × some examples, whose sums stay near; units pass in blocks of 64."""
-        A = carray(p, (32,), types.int64)
-        C, W, bias, rows, out = A[2], A[3], A[4], A[5], A[6]
-        B, N, D, span_b, span_s = A[7], A[8], A[9], A[10], A[11]
+        counter, C, W, bias, rows, out, B, N, D, span_b, span_s, room, room_stride = arguments(p, 13)
         slices, each = slicing(D, lanes, span)
         stride = each * size
-        scratch = A[12] + take(A.ctypes.data + 8) * A[13]
+        scratch = room + take(counter + 8) * room_stride
         near = scratch + 64 * SLICE
         runs = near + span_s * span_b * stride
         records = runs + WORDS * RUNS
@@ -494,7 +486,7 @@ def _kernels(one: Any) -> dict[str, Any]:
         tiles = (slices + span_s - 1) // span_s
         copies = span_b > 32
         while True:
-            t = take(A.ctypes.data)
+            t = take(counter)
             if t >= tiles * ((B + span_b - 1) // span_b):
                 break
             s0, b0 = (t % tiles) * span_s, (t // tiles) * span_b
@@ -557,20 +549,18 @@ def _kernels(one: Any) -> dict[str, Any]:
 
     def by_unit(p: Any) -> None:
         """A task is some units; a slice of their rows of V stays near while the packed examples pass."""
-        A = carray(p, (32,), types.int64)
-        C, packed, cols, V, total = A[2], A[3], A[4], A[5], A[6]
-        B, N, D, span_n = A[7], A[8], A[9], A[12]
+        counter, C, packed, cols, V, total, B, N, D, span_n, room, room_stride = arguments(p, 12)
         chunks = (B + 63) // 64
         slices, each = slicing(D, lanes, span)
         stride = each * size
-        near = A[10] + take(A.ctypes.data + 8) * A[11]
+        near = room + take(counter + 8) * room_stride
         columns = near + span_n * SLICE
         runs = columns + 64 * span_n * size
         records = runs + chunks * RUNS
         most = chunks * span_n * ((min(B, 64) + MOST - 1) // MOST)
         scales = records + (most * RECORD + 63) // 64 * 64
         while True:
-            n0 = take(A.ctypes.data) * span_n
+            n0 = take(counter) * span_n
             if n0 >= N:
                 break
             n1 = min(n0 + span_n, N)
@@ -635,12 +625,10 @@ def _kernels(one: Any) -> dict[str, Any]:
 
         Where the gate is zero (pairs that only the support has) C is not formed.
         """
-        A = carray(p, (32,), types.int64)
-        g, z, gate, rows, C, slopes = A[2], A[3], A[4], A[5], A[6], A[7]
-        B, N, group, code = A[8], A[9], A[10], A[11]
+        counter, g, z, gate, rows, C, slopes, B, N, group, code = arguments(p, 11)
         words, gates = (N + 63) // 64, N // group
         while True:
-            b0 = take(A.ctypes.data) * 4
+            b0 = take(counter) * 4
             if b0 >= B:
                 break
             for b in range(b0, min(b0 + 4, B)):
@@ -666,14 +654,4 @@ def _kernels(one: Any) -> dict[str, Any]:
     return {kernel.__name__: kernel for kernel in made}
 
 
-@functools.cache
-def kernel(name: str, bits: int) -> int:
-    """Return the address of a kernel for float32 or float64, compiled at the first call (or read from the cache)."""
-    one = np.float32(1) if bits == 32 else np.float64(1)
-    function = inspect.unwrap(_kernels(one)[name])
-    built = cfunc(types.void(types.voidptr), cache=True, error_model="numpy")(function)
-    _keep.append(built)
-    return ctypes.cast(built.ctypes, ctypes.c_void_p).value or 0
-
-
-_keep: list[Any] = []
+products = gather.Kernels(_kernels)

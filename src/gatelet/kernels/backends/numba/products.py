@@ -7,7 +7,7 @@ from gatelet.kernels.backends import _pairs
 from gatelet.kernels.backends._activations import ACTIVATIONS
 from gatelet.kernels.backends.numba import SMALLEST_GROUP, lists, narrow
 from gatelet.kernels.backends.numba import team as _team
-from gatelet.kernels.backends.numba.kernels import MOST, RECORD, RUNS, SLICE, VECTOR, WORDS, kernel
+from gatelet.kernels.backends.numba.kernels import MOST, RECORD, RUNS, SLICE, VECTOR, WORDS, products
 from gatelet.kernels.pattern import Bits, Form, Lists, words
 
 FEW_EXAMPLES = 8
@@ -58,8 +58,11 @@ def _written(pattern: Form | None) -> Bits:
 def _build(gate: Tensor, rows: Tensor | None, cols: Tensor | None, units: int) -> None:
     if gate.numel():
         batch, group = gate.shape[0], units // gate.shape[1]
-        args = (gate.data_ptr(), _address(rows), _address(cols), batch, units, group)
-        _team.run(kernel("pattern", _bits(gate)), args, _team.threads(batch * units))
+        products.run(
+            *("pattern", _bits(gate), _team.threads(batch * units)),
+            **{"gate": gate.data_ptr(), "rows": _address(rows), "cols": _address(cols)},
+            **{"B": batch, "N": units, "group": group},
+        )
 
 
 def _slicing(width: int, size: int) -> tuple[int, int]:
@@ -93,7 +96,8 @@ def pack(x: Tensor) -> Tensor:
         return x
     slices, each = _slicing(width, x.element_size())
     packed = x.new_empty(batch * slices * each)
-    _team.run(kernel("pack", _bits(x)), (x.data_ptr(), packed.data_ptr(), batch, width), _team.threads(x.numel()))
+    sizes = {"B": batch, "D": width}
+    products.run("pack", _bits(x), _team.threads(x.numel()), x=x.data_ptr(), packed=packed.data_ptr(), **sizes)
     return packed
 
 
@@ -168,23 +172,25 @@ def _dots(
         # Along the examples' rows in a pass of its own; a few examples are looked at on the way.
         _build(mask, rows, cols, units)
         mask = None
+    args = {
+        **{"W": weight.data_ptr(), "bias": _address(bias), "gate": _address(gate), "cols": _address(cols)},
+        **{"out": out.data_ptr(), "pre": _address(pre), "N": units, "D": width},
+        **{"group": group, "fill": int(fill), "code": code},
+    }
     if name != "dots":
         stride = 4 * batch + 512
         scratch = x.new_empty(team * stride, dtype=torch.uint8)
-        source, spans = x, (0, 0)
+        args |= {"x": x.data_ptr(), "room": scratch.data_ptr(), "stride": stride}
+        args |= {"B": batch} if name == "group_dots" else {"mask": _address(mask), "rows": _address(rows)}
     else:
-        spans = (min(256, 64 * words(batch)), _span(units, team))
-        chunks, size = spans[0] // 64, x.element_size()
-        stride = 128 * spans[1] * size + chunks * RUNS + _records(chunks * spans[1], batch, size)
-        stride = _aligned(stride)
+        span_b, span_n = min(256, 64 * words(batch)), _span(units, team)
+        chunks, size = span_b // 64, x.element_size()
+        stride = _aligned(128 * span_n * size + chunks * RUNS + _records(chunks * span_n, batch, size))
         scratch = x.new_empty(team * stride, dtype=torch.uint8)
-        source = pack(x)
-    args = (
-        *(source.data_ptr(), weight.data_ptr(), _address(bias), _address(mask), _address(gate), _address(rows)),
-        *(_address(cols), out.data_ptr(), _address(pre), batch, units, width, group, spans[0]),
-        *(scratch.data_ptr(), stride, spans[1], int(fill), code),
-    )
-    _team.run(kernel(name, _bits(x)), args, team)
+        packed = pack(x)
+        args |= {"packed": packed.data_ptr(), "scratch": scratch.data_ptr(), "stride": stride, "B": batch}
+        args |= {"mask": _address(mask), "rows": _address(rows), "span_b": span_b, "span_n": span_n}
+    products.run(name, _bits(x), team, **args)
 
 
 def by_example(
@@ -217,11 +223,12 @@ def by_example(
     size_s = span_s * span * each * size
     stride = _aligned(64 * SLICE + size_s + WORDS * RUNS + _records(WORDS * span, 64, size))
     scratch = weight.new_empty(team * stride, dtype=torch.uint8)
-    args = (
-        *(coefficient.data_ptr(), weight.data_ptr(), _address(bias), rows.data_ptr(), out.data_ptr()),
-        *(batch, units, width, span, span_s, scratch.data_ptr(), stride),
+    products.run(
+        *("by_example", _bits(weight), team),
+        **{"C": coefficient.data_ptr(), "W": weight.data_ptr(), "bias": _address(bias), "rows": rows.data_ptr()},
+        **{"out": out.data_ptr(), "B": batch, "N": units, "D": width, "span_b": span, "span_s": span_s},
+        **{"room": scratch.data_ptr(), "room_stride": stride},
     )
-    _team.run(kernel("by_example", _bits(weight)), args, team)
     return out
 
 
@@ -251,11 +258,12 @@ def by_unit(
     size, chunks = x.element_size(), words(batch)
     stride = _aligned(span * SLICE + 64 * span * size + chunks * RUNS + _records(chunks * span, batch, size))
     scratch = x.new_empty(team * stride, dtype=torch.uint8)
-    args = (
-        *(coefficient.data_ptr(), source.data_ptr(), cols.data_ptr(), _address(result), _address(sums)),
-        *(batch, units, width, scratch.data_ptr(), stride, span),
+    products.run(
+        *("by_unit", _bits(x), team),
+        **{"C": coefficient.data_ptr(), "packed": source.data_ptr(), "cols": cols.data_ptr()},
+        **{"V": _address(result), "total": _address(sums), "B": batch, "N": units, "D": width, "span_n": span},
+        **{"room": scratch.data_ptr(), "room_stride": stride},
     )
-    _team.run(kernel("by_unit", _bits(x)), args, team)
     return result.t() if result is not None and transposed else result, sums
 
 
@@ -281,11 +289,12 @@ def pointwise(
     coefficient = torch.empty_like(upper) if need_coefficient else None
     if not upper.numel():
         return coefficient, slopes
-    args = (
-        *(upper.data_ptr(), _address(pre), gate.data_ptr(), rows.data_ptr(), _address(coefficient), _address(slopes)),
-        *(batch, units, units // max(gate.shape[1], 1), ACTIVATIONS.index(activation)),
+    products.run(
+        *("pointwise", _bits(upper), _team.threads(upper.numel())),
+        **{"g": upper.data_ptr(), "z": _address(pre), "gate": gate.data_ptr(), "rows": rows.data_ptr()},
+        **{"C": _address(coefficient), "slopes": _address(slopes), "B": batch, "N": units},
+        **{"group": units // max(gate.shape[1], 1), "code": ACTIVATIONS.index(activation)},
     )
-    _team.run(kernel("pointwise", _bits(upper)), args, _team.threads(upper.numel()))
     return coefficient, slopes
 
 
