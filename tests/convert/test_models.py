@@ -1,4 +1,4 @@
-"""More models of transformers, tiny and random: open gates are the dense model, closed units closed, saved, reverted."""
+"""More models of transformers, tiny and random: open gates are the dense model, closed units closed, saved."""
 
 import copy
 
@@ -14,7 +14,8 @@ from gatelet.convert.block import affine_at
 IDS = torch.randint(5, 50, (2, 7), generator=torch.Generator().manual_seed(0))
 SIZES = {"num_attention_heads": 2, "vocab_size": 50, "pad_token_id": 1}
 ENCODER_DECODER = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 64,
-                   "decoder_ffn_dim": 64, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 50}  # fmt: skip
+                   "decoder_ffn_dim": 64, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
+                   "vocab_size": 50}  # fmt: skip
 
 
 def opt():
