@@ -42,12 +42,12 @@ class Line:
 
 LINES = [
     Line("self", 0.5, ("float32", "bf16", "int8")),
-    Line("self", 0.7, ("float32", "int8", "int8 rows, the rest bf16")),
+    Line("self", 0.7, ("float32", "bf16", "int8")),
     Line("mlp", 0.5, ("float32", "bf16")),
     Line("self", 0.35),
     Line("self", 0.25),
-    Line("mlp", 0.7),
-    Line("self", 0.8, ("float32", "int8 rows, the rest bf16")),
+    Line("mlp", 0.7, ("float32", "bf16")),
+    Line("self", 0.8, ("float32", "int8")),
 ]
 PRUNED = 0.7
 
@@ -142,28 +142,20 @@ def ffn_milliseconds(models, prompt, turns=12):
     return {name: sorted(each)[len(each) // 2] for name, each in times.items()}
 
 
-def int8_rest(model):
-    """Every Linear that is left in int8, by torch's own dynamic quantisation."""
-    return torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, torch.qint8)
-
-
 def variants(dense, text, out):
     """All lines' models, ready to decode."""
     models = {
         "dense, float32": dense,
         "dense, bf16": copy.deepcopy(dense).to(torch.bfloat16),
-        "dense, int8": int8_rest(copy.deepcopy(dense)),
+        "dense, int8 (quantize_dynamic)": torch.ao.quantization.quantize_dynamic(copy.deepcopy(dense), {nn.Linear}),
         f"pruned to {PRUNED:.0%}, float32": pruned(dense, PRUNED, text.fit[:2]),
     }
     for line in LINES:
         if (out / line.name).exists():
             for weights in line.weights:
-                model = keep_rows(gatelet.load(out / line.name), weights.split()[0])
-                if weights == "int8":
-                    model = int8_rest(model)
-                elif weights != "float32":
-                    model = model.to(torch.bfloat16)
-                models[f"{line.name}, {weights}"] = model
+                model = keep_rows(gatelet.load(out / line.name), weights)
+                name = f"{line.name}, {'int8 rows, the rest bf16' if weights == 'int8' else weights}"
+                models[name] = model if weights == "float32" else model.to(torch.bfloat16)
     return models
 
 
