@@ -1,6 +1,6 @@
 """Converted blocks for inference alone: weights by unit in float32, bfloat16 or int8, few calls per token."""
 
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,6 @@ from gatelet.kernels import Int8Rows, int8_rows, narrow_ffn, narrow_input_linear
 from gatelet.nn.conditional_ffn import ACTIVATIONS
 from gatelet.nn.gaters import SelfGater
 
-Weights = Literal["float32", "bf16", "int8"]
 KEPT = ("float32", "bf16", "int8")
 
 
@@ -34,7 +33,7 @@ class RowsFFN(nn.Module):
         ValueError: for a gate that is not 0 or 1, or one without a threshold.
     """
 
-    def __init__(self, owner: nn.Module, gating: BlockGating, weights: Weights = "float32") -> None:
+    def __init__(self, owner: nn.Module, gating: BlockGating, weights: str = "float32") -> None:
         super().__init__()
         block, unit = gating.block, gating.unit
         if not unit.estimator.settles():
@@ -52,7 +51,7 @@ class RowsFFN(nn.Module):
         self._keep("down", down.weight.t(), down.bias, weights)
         self.gated = block.glu is not None
 
-    def _keep(self, name: str, weight: Tensor, bias: Tensor | None, weights: Weights) -> None:
+    def _keep(self, name: str, weight: Tensor, bias: Tensor | None, weights: str) -> None:
         weight = weight.detach()
         if weights == "int8":
             kept = int8_rows(weight)
@@ -113,7 +112,7 @@ class RowsFFN(nn.Module):
         return f"weights={self.weights!r}, activation={self.activation!r}, gated={self.gated}"
 
 
-def keep_rows(model: nn.Module, weights: Weights = "int8") -> nn.Module:
+def keep_rows(model: nn.Module, weights: str = "int8") -> nn.Module:
     """Replace a model's converted blocks, in place, by ones for inference that keep their weights in few bytes.
 
     For decoding one token at a time on a CPU. There is no way back: save the model before.
