@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # tensorboard's noise
 
@@ -32,6 +32,7 @@ def main() -> None:
     )
     from gatelet_lab.data import DataError
     from gatelet_lab.files import CheckpointError
+    from gatelet_lab.sae import command as sae
 
     if sys.argv[1:] == ["--version"]:
         print(version("gatelet"))
@@ -39,10 +40,10 @@ def main() -> None:
     named = tyro.conf.subcommand
 
     @dataclass(frozen=True)
-    class Train(vae.TrainVAE):
-        __doc__ = vae.TrainVAE.__doc__
-        model: tyro.conf.Positional[Literal["vae"]] = "vae"
-        """What to train."""
+    class Train:
+        """Train a binary-latent VAE, or a sparse autoencoder of a language model."""
+
+        subject: Annotated[vae.TrainVAE, named("vae")] | Annotated[sae.TrainSAE, named("sae")]
 
     @dataclass(frozen=True)
     class Bench:
@@ -61,7 +62,8 @@ def main() -> None:
         frontier.Frontier: frontier.run,
         convert.Convert: convert.run,
         diagnose.Diagnose: diagnose.run,
-        Train: vae.run,
+        vae.TrainVAE: vae.run,
+        sae.TrainSAE: sae.run,
         bench_estimators.BenchEstimators: bench_estimators.run,
         bench_kernels.BenchKernels: bench_kernels.run,
         bench_ffn.BenchFFN: bench_ffn.run,
@@ -89,7 +91,7 @@ def main() -> None:
             description="gatelet: networks that decide which of their units to compute.",
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
         )
-        options = options.subject if isinstance(options, Bench) else options
+        options = options.subject if isinstance(options, Bench | Train) else options
         run[type(options)](options, console)
     except (ValueError, OSError, RuntimeError, OverflowError, MemoryError, DataError, CheckpointError) as error:
         Console(stderr=True).print(f"gatelet: {error}", style="bold red", highlight=False, markup=False)

@@ -77,9 +77,7 @@ def test_a_full_disk(tmp_path):
         with open("/dev/full", "wb", buffering=0) as full:
             full.write(b"x")
 
-    with pytest.raises(
-        OSError, match=r"No space left on device; .*was not written, the last good file"
-    ):
+    with pytest.raises(OSError, match=r"No space left on device; .*was not written, the last good file"):
         files.write_atomically(path, write)
     with pytest.raises(OSError, match="there was none before"):
         files.write_atomically(tmp_path / "new.pt", write)
@@ -107,7 +105,19 @@ def test_a_gzip_bomb_is_not_unpacked(tmp_path):
 
 def test_a_terminal_that_shows_ascii_only_and_a_path_with_brackets(tmp_path):
     out = tmp_path / "h" / "[" / "b]"
-    command = ["reproduce", "--dataset", "digits", "--rows", "rectifier", "--epochs", "1", "--jobs", "1", "--set", "bottleneck=4"]
+    command = [
+        "reproduce",
+        "--dataset",
+        "digits",
+        "--rows",
+        "rectifier",
+        "--epochs",
+        "1",
+        "--jobs",
+        "1",
+        "--set",
+        "bottleneck=4",
+    ]
     command += ["--out", str(out)]
     code = f"import sys; sys.argv[1:] = {command!r}\n"
     code += "if __name__ == '__main__':\n    from gatelet_lab.cli import main\n    main()"

@@ -1,6 +1,8 @@
 """SparseAutoencoder: many latents, of which a few are open per example."""
 
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +14,7 @@ from gatelet._checks import check_choice, check_count, check_input, is_transform
 from gatelet.estimators import Estimator, JumpReLU, Rectifier, TopK
 from gatelet.estimators._distributed import is_distributed
 from gatelet.estimators.jump_relu import jump_relu, jump_step
-from gatelet.nn import _agreement
+from gatelet.nn import _agreement, sae_lens
 from gatelet.nn._largest import largest, largest_in_groups
 from gatelet.nn._lists import ListedLinear, ListedSum, Lists, UnitRows
 from gatelet.nn.sparse_code import SparseCode
@@ -273,6 +275,21 @@ class SparseAutoencoder(nn.Module):
         output = ((found.detach() + self.decoder_bias.detach()) / self.input_scale).view(x.shape)
         total = reconstruction + penalty + auxiliary + balance
         return SAELoss(total, reconstruction, penalty, auxiliary, balance, code, output)
+
+    def save_sae_lens(self, directory: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
+        """Write the autoencoder in the format of SAELens; :func:`load_sae_lens` and SAELens read it.
+
+        The input's scale goes into the weights. "batch_top_k" is written as SAELens has it, with its threshold.
+
+        Args:
+            directory: made if it is not there.
+            metadata: what else ``cfg.json`` is to tell, such as ``model_name`` and ``hook_name``.
+
+        Raises:
+            ValueError: with groups, for which the format has no place.
+            RuntimeError: without the package safetensors.
+        """
+        sae_lens.save(self, directory, metadata)
 
     @property
     def dead(self) -> int:

@@ -1,0 +1,277 @@
+"""`gatelet train sae`: what it is told, and what it does from the text to the page."""
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gatelet._checks import check_count, check_positive
+from gatelet.nn import SparseAutoencoder
+from gatelet_lab.jobs import read_json
+from gatelet_lab.sae import activations, report
+from gatelet_lab.sae.training import Row, Trainer
+from gatelet_lab.train import write_json
+
+
+@dataclass(frozen=True)
+class TrainSAE:
+    """Train a sparse autoencoder on a language model's residual stream, and write a page that shows its latents."""
+
+    model: Path
+    """A causal language model: a directory of transformers, or a GGUF file."""
+    layer: int
+    """Take the residual stream after this layer, counted from 1."""
+    text: tuple[str, ...]
+    """Patterns of text files to train on, such as 'docs/**/*.txt'."""
+    held_out: tuple[str, ...] = ()
+    """Patterns of the files to test on; by default every 20th of the text's."""
+    latents: int = 32768
+    """Latents of the autoencoder."""
+    k: int = 32
+    """Open latents per token."""
+    activation: Literal["top_k", "batch_top_k", "jump_relu", "relu", "gated"] = "top_k"
+    """Which latents open."""
+    sparsity: float | None = None
+    """Weight of the sparsity penalty of the last three; by default the layer's own."""
+    groups: int = 1
+    """Groups of latents, of which a router opens some (top_k only)."""
+    open_groups: int = 1
+    """Groups that are open per token."""
+    tokens: int = 4_000_000
+    """Tokens to train on; the text is read again where it has fewer."""
+    collect: int = 1_000_000
+    """Tokens whose activations are collected, at most."""
+    context: int = 256
+    """Tokens that the model reads at once."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """In what the model runs."""
+    batch: int = 1024
+    """Tokens per step."""
+    rate: float = 5e-4
+    """Adam's learning rate."""
+    warm_up: int = 100
+    """Steps over which learning rate and sparsity penalty grow to their values."""
+    dead_after: int = 500_000
+    """A latent that so many tokens did not open counts as dead."""
+    seed: int = 0
+    """Of the autoencoder's start and of the order of the text."""
+    every: int = 50
+    """Steps between two rows of the log; a checkpoint is kept at each."""
+    test: int = 8192
+    """Held-out tokens to test on."""
+    shown: int = 300
+    """Latents on the page."""
+    cache: Path | None = None
+    """Directory of the activations; by default in the output directory."""
+    out: Path = Path("runs/sae")
+    """Directory for page, report, autoencoder, logs and checkpoints."""
+    resume: bool = False
+    """Continue what is in the output directory; more tokens may be asked for."""
+
+
+FREE = ("tokens", "every", "test", "shown", "cache", "out", "resume")
+"""Options in which a continued run may differ."""
+
+
+def run(options: TrainSAE, console: Console) -> None:
+    """Collect, train, test, and write the page."""
+    check(options)
+    with processes() as (rank, world):
+        if options.batch % world:
+            raise ValueError(f"--batch {options.batch}: must be a multiple of the {world} processes")
+        quiet = rank > 0
+        say = Console(quiet=True) if quiet else console
+        if not quiet:
+            check_output(options)
+        source = activations.load_model(options.model, options.precision)
+        source.block(options.layer)
+        text = activations.find_text(options.text, options.held_out)
+        if not quiet:
+            make_output(options)
+        cache, held = collect(options, source, text, say, quiet)
+        trainer = Trainer(options, cache, rank, world)
+        train(trainer, options, say)
+        if not quiet:
+            finish(options, source, text, trainer, cache, held, say)
+
+
+def check(options: TrainSAE) -> None:
+    """Raise for options that cannot be, before anything is loaded."""
+    counts = ("layer", "latents", "k", "groups", "open_groups", "tokens", "collect", "batch", "every", "test", "shown")
+    for name in (*counts, "dead_after"):
+        check_count(getattr(options, name), f"--{name.replace('_', '-')}")
+    check_positive(options.rate, "--rate")
+    if options.warm_up < 0:
+        raise ValueError(f"--warm-up must be at least 0, not {options.warm_up}")
+    if check_count(options.context, "--context") <= activations.SKIPPED:
+        raise ValueError(f"--context must be more than {activations.SKIPPED}: the first token gives no activation")
+    if options.k > options.latents:
+        raise ValueError(f"--k {options.k}: more than the {options.latents} latents")
+    SparseAutoencoder(1, options.latents, options.activation, options.k, **grouping(options))
+
+
+def grouping(options: TrainSAE) -> dict[str, int]:
+    """Return the layer's options about groups."""
+    return {"groups": options.groups, "open_groups": options.open_groups}
+
+
+@contextmanager
+def processes() -> Iterator[tuple[int, int]]:
+    """Join the processes that torchrun started; yield this one's number and how many there are."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield 0, 1
+        return
+    torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))  # one collects while the others wait
+    try:
+        yield torch.distributed.get_rank(), world
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def identity(options: TrainSAE) -> dict[str, Any]:
+    """Return what an output directory must agree with to be continued."""
+    told = {key: value for key, value in asdict(options).items() if key not in FREE}
+    told |= {"model": str(options.model), "text": list(options.text), "held_out": list(options.held_out)}
+    return {"command": "train sae", "version": version("gatelet"), **told}
+
+
+def check_output(options: TrainSAE) -> None:
+    """See that the output directory is free, or with --resume that it holds this run."""
+    out = options.out
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out}: exists and is not a directory")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not options.resume:
+        raise ValueError(f"--out {out}: is not empty; continue it with --resume, or name another directory")
+    if not (out / "run.json").is_file():
+        raise ValueError(f"--out {out}: is not the output of `gatelet train sae`; name another directory")
+    found = read_json(out / "run.json")
+    for key, value in identity(options).items():
+        if found.get(key) != value:
+            raise ValueError(f"--out {out}: holds a run of {key} {found.get(key)}, not {value}; name another directory")
+
+
+def make_output(options: TrainSAE) -> None:
+    """Make the output directory and note in it which run it holds."""
+    try:
+        (options.out / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_json(options.out / "run.json", identity(options))
+    except OSError as error:
+        raise ValueError(f"--out {options.out}: cannot be written ({error.strerror})") from error
+
+
+def collect(
+    options: TrainSAE, source: activations.Source, text: activations.Text, console: Console, waits: bool
+) -> tuple[activations.Cache, activations.Cache]:
+    """Return the activations to train and to test on; the first process collects what is missing."""
+    folder = options.cache or options.out / "activations"
+    found = []
+    for name, files, count, seed in (
+        ("training", text.training, options.collect, options.seed),
+        ("held-out", text.held_out, options.test, None),
+    ):
+        where = folder / name
+        if not waits:
+            tokens = activations.contexts(source, files, options.context, -(-count // options.context), seed)
+            with bar(f"activations, {name}", len(tokens), console) as step:
+                activations.collect(source, tokens, options.layer, where, lambda done, of, step=step: step(done, ""))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        found.append(activations.Cache(where))
+    return found[0], found[1]
+
+
+def train(trainer: Trainer, options: TrainSAE, console: Console) -> None:
+    """Train to the end, with a row, a checkpoint and a line of TensorBoard every few steps."""
+    checkpoint = options.out / "checkpoints" / "sae.pt"
+    steps = options.tokens // options.batch
+    if steps < 1:
+        raise ValueError(f"--tokens {options.tokens}: are less than a --batch of {options.batch}")
+    if options.resume and checkpoint.is_file():
+        trainer.load(checkpoint)
+    with tensorboard(options, trainer) as log, bar("training", steps, console) as show:
+        batches = trainer.batches()
+        while trainer.steps < steps:
+            trainer.step(next(batches))
+            if trainer.steps % options.every and trainer.steps < steps:
+                continue
+            row = trainer.row()
+            show(trainer.steps, told(row))
+            if trainer.rank == 0:
+                trainer.save(checkpoint)
+                for key, value in asdict(row).items():
+                    log.add_scalar(key, value, row.step)
+
+
+def told(row: Row) -> str:
+    """Return a row in words."""
+    return f"loss {row.loss:.1f}, explained {row.explained:.3f}, L0 {row.l0:.1f}, dead {row.dead}"
+
+
+def tensorboard(options: TrainSAE, trainer: Trainer) -> Any:
+    """Return a writer of TensorBoard's logs; None of the processes but the first has one."""
+    if trainer.rank > 0:
+        return nullcontext()
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    return SummaryWriter(options.out / "tensorboard", purge_step=trainer.steps)
+
+
+@contextmanager
+def bar(name: str, total: int, console: Console) -> Iterator[Any]:
+    """Show progress: a bar in a terminal, a line every half minute elsewhere."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn())
+    rest = (TextColumn("{task.fields[state]}"), TimeRemainingColumn(compact=True))
+    shown = console.is_terminal and not console.quiet
+    last = -math.inf
+    with Progress(*columns, *rest, console=console, disable=not shown) as progress:
+        task = progress.add_task(name, total=total, state="")
+
+        def step(done: int, state: str) -> None:
+            nonlocal last
+            progress.update(task, completed=done, state=state)
+            if not shown and (time.monotonic() - last > 30 or done == total):
+                last = time.monotonic()
+                console.print(f"{name}: {done} of {total}{', ' + state if state else ''}", highlight=False)
+
+        yield step
+
+
+def finish(
+    options: TrainSAE,
+    source: activations.Source,
+    text: activations.Text,
+    trainer: Trainer,
+    cache: activations.Cache,
+    held: activations.Cache,
+    console: Console,
+) -> None:
+    """Test the autoencoder, save it in SAELens' format, and write report, pictures and page."""
+    sae = trainer.sae.eval()
+    console.print("testing on the held-out text, and looking for what opens the latents", highlight=False)
+    name = f"blocks.{options.layer - 1}.hook_resid_post"
+    sae.save_sae_lens(options.out / "sae", {"model_name": source.name, "hook_name": name})
+    found = report.measure(sae, source, options.layer, held)
+    found |= {"settings": identity(options), "tokens": trainer.steps * options.batch, "seconds": trainer.seconds}
+    found |= {"collected": len(cache.rows), "held_out_files": [str(file) for file in text.held_out]}
+    found |= {"history": [asdict(row) for row in trainer.history], "dead": sae.dead}
+    found["frequencies"], found["latents"] = report.contexts(sae, source, cache, options.shown)
+    report.write(options.out, found)
+    console.print(
+        f"explained variance {found['explained']:.3f}, L0 {found['l0']:.1f}, loss recovered "
+        f"{found['loss_recovered']:.3f}, dead latents {found['dead']} of {options.latents}; "
+        f"look at {options.out / 'report.html'}",
+        highlight=False,
+    )
