@@ -3,7 +3,7 @@
     python benchmarks/sparse_autoencoders.py speed                       # steps, memory, encoding and decoding
     python benchmarks/sparse_autoencoders.py train METHOD --cache DIR --held-out DIR --seconds 150 --out FILE
     python benchmarks/sparse_autoencoders.py table FILE...               # what the runs reached
-    python benchmarks/sparse_autoencoders.py format                      # SAELens reads what we write, and we what it writes
+    python benchmarks/sparse_autoencoders.py format                      # SAELens reads what we write, and the reverse
 
 The peers are optional: pip install sae-lens==6.54.0 eai-sparsify==1.3.3. METHOD is a name of METHODS. Caches are those
 of `gatelet train sae`. Training time is the processor's (one thread), not the clock's: runs may share a machine.
@@ -211,9 +211,9 @@ def train(args: argparse.Namespace) -> None:
     spread = (test - test.mean(0)).square().sum()
     method = METHODS[args.method](d, args.latents, args.k)
     start_at(method, some * scale)
-    rows, spent, steps, due = [], 0.0, 0, iter(itertools.count(0, args.every))
+    rows, spent, due = [], 0.0, itertools.count(0, args.every)
     following = next(due)
-    for x in cache.batches(args.batch, seed=0):
+    for steps, x in enumerate(cache.batches(args.batch, seed=0)):
         if spent >= following or spent >= args.seconds:
             with torch.no_grad():
                 parts = test.split(1024)
@@ -230,7 +230,6 @@ def train(args: argparse.Namespace) -> None:
         began = time.process_time()
         method.step(x * scale)
         spent += time.process_time() - began if steps else 0.0  # the first step compiles
-        steps += 1
 
 
 def write(args: argparse.Namespace, rows: list, steps: int, spent: float) -> None:
@@ -256,16 +255,16 @@ def table(args: argparse.Namespace) -> None:
     seconds = min(run["rows"][-1]["seconds"] for run in runs)
     tokens = min(run["rows"][-1]["tokens"] for run in runs)
     print(f"latents {runs[0]['latents']}, k {runs[0]['k']}, batch {runs[0]['batch']}, one thread")
-    print(
-        f"| | explained at {seconds:.0f} s | tokens by then | explained at {tokens} tokens | L0 | closed | ms per step | peak GiB |"
-    )
+    names = (f"explained at {seconds:.0f} s", "tokens by then", f"explained at {tokens:,} tokens", "L0", "closed")
+    print("| | " + " | ".join((*names, "ms per step", "peak GiB")) + " |")
     print("|---|---|---|---|---|---|---|---|")
     for run in runs:
         in_time = max((r for r in run["rows"] if r["seconds"] <= seconds * 1.02), key=lambda r: r["seconds"])
         alike = min(run["rows"], key=lambda r: abs(r["tokens"] - tokens))
         print(
             f"| {run['method']} | {in_time['explained']:.3f} | {in_time['tokens']:,} | {alike['explained']:.3f} "
-            f"({alike['tokens']:,}) | {in_time['l0']:.0f} | {in_time['closed']:.1%} | {run['step_ms']:.0f} | {run['peak_gib']:.2f} |"
+            f"({alike['tokens']:,}) | {in_time['l0']:.0f} | {in_time['closed']:.1%} | {run['step_ms']:.0f} | "
+            f"{run['peak_gib']:.2f} |"
         )
 
 
@@ -345,9 +344,8 @@ def memory(args: argparse.Namespace) -> None:
         found = subprocess.run(
             command, capture_output=True, text=True, check=False, env=os.environ | {"MALLOC_ARENA_MAX": "1"}
         )
-        print(
-            f"memory {name}: {found.stdout.strip().splitlines()[-1] if not found.returncode else found.stderr[-300:]} MiB"
-        )
+        told = found.stderr[-300:] if found.returncode else found.stdout.strip().splitlines()[-1] + " MiB"
+        print(f"memory {name}: {told}", flush=True)
 
 
 # -------------------------------------------------------------------- the format

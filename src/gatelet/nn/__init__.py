@@ -8,7 +8,7 @@ from gatelet.nn.gaters import TwoStageGater as TwoStageGater
 from gatelet.nn.gating import Gating as Gating
 from gatelet.nn.gating import fully_open as fully_open
 from gatelet.nn.gating import masking as masking
+from gatelet.nn.sae_lens import load_sae_lens as load_sae_lens
 from gatelet.nn.sparse_autoencoder import SAELoss as SAELoss
 from gatelet.nn.sparse_autoencoder import SparseAutoencoder as SparseAutoencoder
 from gatelet.nn.sparse_code import SparseCode as SparseCode
-from gatelet.nn.sae_lens import load_sae_lens as load_sae_lens

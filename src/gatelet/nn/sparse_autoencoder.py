@@ -21,6 +21,8 @@ from gatelet.nn.sparse_code import SparseCode
 
 SPARSITY = {"top_k": 0.0, "batch_top_k": 0.0, "jump_relu": 100.0, "relu": 5.0, "gated": 5.0}
 """The default weight of the sparsity penalty, for inputs of length √D."""
+FOLLOWS = 0.1
+"""So much of the way the threshold of "batch_top_k" moves to a batch's smallest open value, which varies little."""
 FEW = 0.05
 """Up to this share of open latents their products are formed from lists, above it densely."""
 
@@ -455,7 +457,7 @@ class SparseAutoencoder(nn.Module):
         limit = _agreement.least(limit)
         if limit.isfinite():
             start = torch.where(self.threshold == 0, limit, self.threshold)
-            self.threshold.copy_(start.lerp(limit, 0.01))
+            self.threshold.copy_(start.lerp(limit, FOLLOWS))
 
     def extra_repr(self) -> str:
         """Show the sizes."""

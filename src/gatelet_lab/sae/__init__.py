@@ -1,1 +1,1 @@
-"""`gatelet train sae`: a sparse autoencoder of a language model's residual stream, and a page that shows its latents."""
+"""`gatelet train sae`: a sparse autoencoder of a model's residual stream, and a page that shows its latents."""

@@ -1,9 +1,12 @@
 """A language model's residual activations on some text: collected once, kept on disk, read in shuffled order.
 
-A cache is a directory: ``cache.json`` (what it holds, and how many contexts are done), ``tokens.npy`` (contexts × length)
-and ``activations.bin``, bfloat16, a row per token but each context's first. (At the first token models park their
-attention; its activations are hundreds of times longer than all others.) Collecting appends a block of contexts and
-then raises the count, so it can be interrupted anywhere.
+A cache is a directory: ``cache.json`` (what it holds, and how many contexts are done), ``tokens.npy`` (contexts ×
+length) and ``activations.bin``, bfloat16, a row per token but each context's first. Collecting appends a block of
+contexts and then raises the count, so it can be interrupted anywhere.
+
+At the first token, and at a few others, models park their attention: such a row is a hundred times longer than the
+rest, and alone has more variance than a thousand of them. Rows longer than ``LONG`` medians are left out: when a cache
+is opened, the row before stands in for each.
 """
 
 import glob
@@ -24,6 +27,8 @@ from gatelet_lab.files import write_atomically, write_json
 VERSION = 1
 SKIPPED = 1
 """First tokens of a context that give no row."""
+LONG = 10.0
+"""Rows longer than so many medians are left out."""
 _BLOCK = 32
 _SHUFFLED = 256
 """Neighbouring rows that are read together; a buffer mixes many such runs."""
@@ -188,7 +193,12 @@ class Cache:
         self.width, self.done = int(told["width"]), int(told["done"])
         size = self.done * (self.tokens.shape[1] - SKIPPED) * self.width
         flat = torch.from_file(str(folder / "activations.bin"), shared=False, size=size, dtype=torch.bfloat16)
-        self.rows = flat.view(-1, self.width)
+        self.rows = flat.view(-1, self.width)  # in memory of this process's own: the file stays as it is
+        self.limit = LONG * torch.linalg.vector_norm(self.sample(4096), dim=1).median().item()
+        lengths = torch.cat([torch.linalg.vector_norm(part.float(), dim=1) for part in self.rows.split(1 << 16)])
+        self.long = (lengths > self.limit).nonzero().squeeze(1)
+        for index in self.long.tolist():
+            self.rows[index] = self.rows[index - 1] if index else 0
 
     def sample(self, count: int) -> Tensor:
         """Return about ``count`` rows from all over the text, float32."""
@@ -231,7 +241,7 @@ def collect(
 
     Raises:
         DataError: if it holds the activations of another model, layer or text, or cannot be read.
-        FloatingPointError: if the model gives NaN or infinity; the blocks before stay.
+        RuntimeError: if the model gives NaN or infinity; the blocks before stay.
     """
     source.block(layer)
     identity = {
@@ -250,11 +260,11 @@ def collect(
     with path.open("r+b" if path.exists() else "w+b") as file:
         file.truncate(done * bytes_each)  # a block that was cut short
         file.seek(done * bytes_each)
-        for part in tokens[done:].split(_BLOCK):
+        for part in tokens[done:].split(_BLOCK) if done < len(tokens) else ():
             rows = source.residual(part, layer)[:, SKIPPED:]
             if not rows.isfinite().all():
-                raise FloatingPointError(
-                    f"layer {layer} of {source.name} gives NaN or infinity at context {done}; the cache keeps what was before"
+                raise RuntimeError(
+                    f"layer {layer} of {source.name} gives NaN or infinity at context {done}; those before are kept"
                 )
             file.write(rows.bfloat16().contiguous().view(torch.int16).numpy().tobytes())
             file.flush()

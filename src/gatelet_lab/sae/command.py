@@ -17,10 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gatelet._checks import check_count, check_positive
 from gatelet.nn import SparseAutoencoder
-from gatelet_lab.jobs import read_json
+from gatelet_lab.files import read_json, write_json
 from gatelet_lab.sae import activations, report
 from gatelet_lab.sae.training import Row, Trainer
-from gatelet_lab.train import write_json
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class TrainSAE:
     """In what the model runs."""
     batch: int = 1024
     """Tokens per step."""
-    rate: float = 5e-4
+    rate: float = 1e-3
     """Adam's learning rate."""
     warm_up: int = 100
     """Steps over which learning rate and sparsity penalty grow to their values."""
@@ -117,12 +116,9 @@ def check(options: TrainSAE) -> None:
         raise ValueError(f"--context must be more than {activations.SKIPPED}: the first token gives no activation")
     if options.k > options.latents:
         raise ValueError(f"--k {options.k}: more than the {options.latents} latents")
-    SparseAutoencoder(1, options.latents, options.activation, options.k, **grouping(options))
-
-
-def grouping(options: TrainSAE) -> dict[str, int]:
-    """Return the layer's options about groups."""
-    return {"groups": options.groups, "open_groups": options.open_groups}
+    SparseAutoencoder(
+        1, options.latents, options.activation, options.k, groups=options.groups, open_groups=options.open_groups
+    )
 
 
 @contextmanager
@@ -186,7 +182,7 @@ def collect(
         if not waits:
             tokens = activations.contexts(source, files, options.context, -(-count // options.context), seed)
             with bar(f"activations, {name}", len(tokens), console) as step:
-                activations.collect(source, tokens, options.layer, where, lambda done, of, step=step: step(done, ""))
+                activations.collect(source, tokens, options.layer, where, step)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.barrier()
         found.append(activations.Cache(where))
@@ -239,12 +235,14 @@ def bar(name: str, total: int, console: Console) -> Iterator[Any]:
     with Progress(*columns, *rest, console=console, disable=not shown) as progress:
         task = progress.add_task(name, total=total, state="")
 
-        def step(done: int, state: str) -> None:
+        def step(done: int, state: object) -> None:
             nonlocal last
-            progress.update(task, completed=done, state=state)
+            progress.update(task, completed=done, state=state if isinstance(state, str) else "")
             if not shown and (time.monotonic() - last > 30 or done == total):
                 last = time.monotonic()
-                console.print(f"{name}: {done} of {total}{', ' + state if state else ''}", highlight=False)
+                console.print(
+                    f"{name}: {done} of {total}{', ' + state if isinstance(state, str) else ''}", highlight=False
+                )
 
         yield step
 

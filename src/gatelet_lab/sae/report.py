@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gatelet.nn import SparseAutoencoder
+from gatelet_lab.files import write_atomically, write_json
 from gatelet_lab.sae.activations import SKIPPED, Cache, Source
-from gatelet_lab.train import write_atomically, write_json
 
 _CONTEXTS = 8  # run through the model at once
 _ROWS = 100_000  # of the training text, searched for the strongest contexts
@@ -25,7 +25,8 @@ def measure(sae: SparseAutoencoder, source: Source, layer: int, held: Cache) -> 
     """Return explained variance, L0 and the share of latents never open on held-out text, and the loss recovered.
 
     The loss recovered is (L₀ − L) / (L₀ − L*): L* the model's cross-entropy, L with the reconstruction in place of the
-    layer's activations, L₀ with zeros there. A context's first token keeps its activations.
+    layer's activations, L₀ with zeros there. A context's first token keeps its activations, and so do tokens whose
+    activations are so long that no cache holds them.
     """
     rows, parts = held.rows, [part.float() for part in held.rows.split(4096)]
     mean = torch.stack([part.sum(0) for part in parts]).sum(0) / len(rows)
@@ -36,7 +37,7 @@ def measure(sae: SparseAutoencoder, source: Source, layer: int, held: Cache) -> 
         left += (sae.decode(code) - part).square().sum().item()
         l0 += code.l0.sum().item()
         opened |= code.opened()
-    clean, zero, spliced = losses(sae, source, layer, held.tokens[: held.done])
+    clean, zero, spliced = losses(sae, source, layer, held.tokens[: held.done], held.limit)
     return {
         "explained": 1 - left / spread,
         "l0": l0 / len(rows),
@@ -49,11 +50,12 @@ def measure(sae: SparseAutoencoder, source: Source, layer: int, held: Cache) -> 
     }
 
 
-def losses(sae: SparseAutoencoder, source: Source, layer: int, tokens: Tensor) -> list[float]:
+def losses(sae: SparseAutoencoder, source: Source, layer: int, tokens: Tensor, limit: float) -> list[float]:
     """Return the model's mean cross-entropy as it is, with zeros after the layer, and with the reconstruction."""
 
     def reconstructed(x: Tensor) -> Tensor:
-        return sae(x.float()).to(x.dtype)
+        found: Tensor = sae(x.float()).to(x.dtype)
+        return found
 
     found = []
     for change in (None, torch.zeros_like, reconstructed):
@@ -61,7 +63,9 @@ def losses(sae: SparseAutoencoder, source: Source, layer: int, tokens: Tensor) -
 
         def replace(module: nn.Module, args: Any, output: Any, change: Any = change) -> Any:
             stream = output[0] if isinstance(output, tuple) else output
-            stream = torch.cat([stream[:, :SKIPPED], change(stream[:, SKIPPED:])], 1)
+            rest = stream[:, SKIPPED:]
+            long = torch.linalg.vector_norm(rest.float(), dim=-1, keepdim=True) > limit
+            stream = torch.cat([stream[:, :SKIPPED], torch.where(long, rest, change(rest))], 1)
             return (stream, *output[1:]) if isinstance(output, tuple) else stream
 
         handle = None if change is None else source.block(layer).register_forward_hook(replace)

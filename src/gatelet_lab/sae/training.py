@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gatelet import RowAdam
 from gatelet.nn import SparseAutoencoder
+from gatelet_lab.files import CheckpointError, read_tensors, write_atomically
 from gatelet_lab.sae.activations import Cache
-from gatelet_lab.train import CheckpointError, write_atomically
 
 if TYPE_CHECKING:
     from gatelet_lab.sae.command import TrainSAE
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 VERSION = 1
 SAMPLE = 20_000
 """Activations that scale, mean and thresholds start from."""
+THRESHOLDS = 10.0
+"""The thresholds' logarithms learn so much faster: a step of Adam moves every number by about the rate."""
 COOL = 0.2
 """The last share of the steps, over which the learning rate falls to zero."""
 
@@ -61,8 +63,14 @@ class Trainer:
                 sparse_grad=True,
             )
         self.sae.start_from(cache.sample(SAMPLE))
-        rest = [parameter for name, parameter in self.sae.named_parameters() if name != "decoder_weight"]
-        groups: list[dict[str, Any]] = [{"params": [self.sae.decoder_weight], "unit_rows": True}, {"params": rest}]
+        apart = {"decoder_weight", "estimator.log_threshold"}
+        rest = [parameter for name, parameter in self.sae.named_parameters() if name not in apart]
+        thresholds = list(self.sae.estimator.parameters())
+        groups: list[dict[str, Any]] = [
+            {"params": [self.sae.decoder_weight], "unit_rows": True, "scale": 1.0},
+            {"params": rest, "scale": 1.0},
+            *([{"params": thresholds, "scale": THRESHOLDS}] if thresholds else []),
+        ]
         self.optimizer = RowAdam(groups, options.rate)
         self.steps, self.seconds = 0, 0.0
         self.history: list[Row] = []
@@ -90,7 +98,7 @@ class Trainer:
                 f"training diverged: the loss became {value} in step {self.steps + 1}; the last checkpoint is kept"
             )
         for group in self.optimizer.param_groups:
-            group["lr"] = self.rate()
+            group["lr"] = self.rate() * group["scale"]
         self.optimizer.zero_grad()
         found.total.backward()
         self._average()
@@ -145,11 +153,8 @@ class Trainer:
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint of the same settings and activations."""
-        try:
-            state = torch.load(path, weights_only=True)
-            found = json.loads(state["identity"])
-        except Exception as error:
-            raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from error
+        state = read_tensors(path, "cpu")
+        found = json.loads(state["identity"])
         wanted = json.loads(self._identity())
         differing = [key for key in wanted if found.get(key) != wanted[key]]
         if differing:
