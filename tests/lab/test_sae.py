@@ -196,15 +196,17 @@ def test_rows_that_are_far_too_long_are_left_out(model, text, tmp_path):
     assert torch.equal(again.rows, cache.rows[[*range(17), 16, *range(18, len(cache.rows))]])
 
 
-def test_batches_take_each_row_once_per_pass_and_start_anywhere(finished):
+def test_batches_take_each_row_at_most_once_per_pass_and_start_anywhere(finished):
     options, _ = finished
     cache = activations.Cache(options.out / "activations" / "training")
     cache.rows[:, 0] = torch.arange(len(cache.rows)) % 256  # bfloat16 tells 256 whole numbers apart
-    runs = len(cache.rows) // 256
+    runs = len(cache.rows) // 256 // 2 * 2  # a buffer holds two
     stream = cache.batches(64, seed=3, buffer=512)
     first = [next(stream) for _ in range(3 * 4 * runs)]
     once = torch.cat(first[: 4 * runs])[:, 0]
-    assert torch.equal(once.long().bincount(minlength=256), torch.full((256,), runs))
+    counts = once.long().bincount(minlength=256)
+    assert counts.sum() == 256 * runs
+    assert counts.max() <= cache.rows[:, 0].long().bincount(minlength=256).max()
     assert not torch.equal(first[0], first[4 * runs])
     for start in (1, 5, 4 * runs + 3):
         assert torch.equal(next(cache.batches(64, seed=3, start=start, buffer=512)), first[start])

@@ -205,10 +205,11 @@ class Cache:
         return self.rows[:: max(1, len(self.rows) // count)].float()
 
     def batches(self, batch: int, seed: int, start: int = 0, buffer: int = 1 << 17) -> Iterator[Tensor]:
-        """Yield batches for ever, from batch number ``start`` on, each row once per pass over the text.
+        """Yield batches for ever, from batch number ``start`` on, each row at most once per pass over the text.
 
         A buffer holds runs of neighbouring rows from all over the text and gives its rows in random order. What a
-        batch holds follows from the seed and its number alone.
+        batch holds follows from the seed and its number alone. Runs that do not fill a buffer sit a pass out; which
+        these are changes from pass to pass.
         """
         runs = len(self.rows) // _SHUFFLED
         if runs * _SHUFFLED < batch:
