@@ -17,6 +17,7 @@ from gatelet.estimators import (
     ARMS,
     DARN,
     IMLE,
+    RODEO,
     SIMPLE,
     ZGR,
     BitFlip,
@@ -382,7 +383,49 @@ def test_double_control_variates_have_no_variance_for_a_linear_loss():
     assert moments(oracles.linear(1, 2), logits, "leave_one_out").variance.max() > 1e-3
 
 
+def trained_rodeo(cls):
+    """With a network that says something."""
+    method = cls()
+    with torch.no_grad():
+        method.out.copy_(torch.randn(2, 10, generator=torch.Generator().manual_seed(3)))
+    return method.double()
+
+
+def check_rodeo(make, units=2):
+    logits, loss = logits_for(1, units), oracles.table(1, units)
+    close(moments(loss, logits, make()).mean, oracles.bernoulli_gradient(loss, logits))
+
+
+@pytest.mark.parametrize("units", [1, 2, 3])
+def test_rodeo_is_unbiased_whatever_its_network_says(units):
+    check_rodeo(lambda: trained_rodeo(RODEO), units)
+
+
+def test_rodeo_begins_as_leave_one_out_and_learns_to_vary_less():
+    logits, loss = logits_for(1, 2), oracles.quadratic(1, 2)
+    method = RODEO().double()
+    before = moments(loss, logits, method).variance.sum()
+    close(before, moments(loss, logits, "leave_one_out").variance.sum(), 1e-12)
+    step = torch.optim.Adam(method.parameters(), 0.02)
+    many = logits.expand(200, 2)
+    wide_loss = lambda h: loss(h.reshape(-1, 1, 2)).reshape(h.shape[:-1])  # noqa: E731
+    for seed in range(150):
+        step.zero_grad()
+        noise = method.draw_noise(many.expand(2, 200, 2), torch.Generator().manual_seed(seed))
+        method.surrogate(wide_loss, many, noise).mean().backward()
+        step.step()
+    assert moments(loss, logits, method).variance.sum() < 0.8 * before
+
+
 # ---------------------------------------------------------------- wrong on purpose
+
+
+class OwnLossInItsControl(RODEO):
+    """Extrapolates from the sample itself too."""
+
+    def _estimate(self, logits, gates, losses, slope, values):
+        mean = losses.mean(0, keepdim=True).expand_as(losses)
+        return super()._estimate(logits, gates, losses + 0.3 * (mean - losses), slope, values)
 
 
 class UnweightedARMS(ARMS):
@@ -465,6 +508,11 @@ def expectation(name):
 WRONG = [
     (UnweightedARMS, ARMS, lambda make: check_arms(make, 3, 2)),
     (ForgetsItsExpansion, DoubleControlVariates, expectation("double_control_variates")),
+    (
+        lambda: trained_rodeo(OwnLossInItsControl),
+        lambda: trained_rodeo(RODEO),
+        check_rodeo,
+    ),
     (NotTimesN, BitFlip, lambda make: check_bit_flip(make, 1, 2)),
     (ShrinksTowardsAll, ShrunkBaseline, check_shrunk),
     (

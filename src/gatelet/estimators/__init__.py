@@ -35,6 +35,7 @@ from gatelet.estimators.perturbation import FiniteDifferences as FiniteDifferenc
 from gatelet.estimators.rebar import REBAR as REBAR
 from gatelet.estimators.rebar import RELAX as RELAX
 from gatelet.estimators.reinmax import ReinMax as ReinMax
+from gatelet.estimators.rodeo import RODEO as RODEO
 from gatelet.estimators.score_function import ScoreFunction as ScoreFunction
 from gatelet.estimators.shrunk_baseline import ShrunkBaseline as ShrunkBaseline
 from gatelet.estimators.simple import SIMPLE as SIMPLE
@@ -90,6 +91,7 @@ ALL: Mapping[str, type[Estimator]] = MappingProxyType(
         "leave_one_out": LeaveOneOut,
         "shrunk_baseline": ShrunkBaseline,
         "double_control_variates": DoubleControlVariates,
+        "rodeo": RODEO,
         "vimco": VIMCO,
         "nvil": NVIL,
         "muprop": MuProp,
