@@ -77,7 +77,7 @@ def test_global_seed_reproduces(name):
 def test_any_leading_shape(name, shape, training):
     unit = StochasticUnit(name).train(training)
     if name in ("top_k", "simple") and shape[-1] == 0:
-        with pytest.raises(ValueError, match="k = 1 .*, but there are 0"):
+        with pytest.raises(ValueError, match=r"k = 1 .*, but there are 0"):
             unit(torch.randn(shape))
         return
     assert unit(torch.randn(shape)).shape == shape
