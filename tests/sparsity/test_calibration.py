@@ -189,14 +189,14 @@ def test_subsampling_weighs_early_and_late_batches_alike(monkeypatch):
 def test_memory_stays_bounded(monkeypatch):
     monkeypatch.setattr(calibration, "_KEPT", 1000)
     largest = 0
-    pick = calibration._set_threshold
+    pick = calibration._Sample.settle
 
-    def watch(unit, logits, rate):
+    def watch(sample):
         nonlocal largest
-        largest = max(largest, logits.numel())
-        return pick(unit, logits, rate)
+        largest = max(largest, sample.logits().numel())
+        return pick(sample)
 
-    monkeypatch.setattr(calibration, "_set_threshold", watch)
+    monkeypatch.setattr(calibration._Sample, "settle", watch)
     calibrate_thresholds(StochasticUnit("straight_through", target_rate=0.1), [torch.randn(10, 50)] * 40)
     assert 250 < largest <= 1000
 

@@ -1,8 +1,10 @@
 """Statistics over the batches of all processes of torch.distributed."""
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -109,6 +111,66 @@ def _sums(sums: Tensor, count: int) -> tuple[Tensor, int]:
         if _exchange.noted is not None:
             _exchange.noted.append(packed)
     return packed[:-1].reshape(sums.shape), int(packed[-1])
+
+
+_meetings = 0
+
+
+def meet(what: str, timeout: float) -> None:
+    """Wait until all processes are here.
+
+    Nothing is sent through the process group before: one that came alone leaves it as it was.
+
+    Raises:
+        RuntimeError: if some process does not come within ``timeout`` seconds.
+    """
+    global _meetings
+    world, store = torch.distributed.get_world_size(), torch.distributed.distributed_c10d._get_default_store()
+    key, until = f"gatelet/meeting/{_meetings}", time.monotonic() + timeout
+    store.add(key, 1)
+    while (there := store.add(key, 0)) < world:
+        if time.monotonic() > until:
+            store.add(key, -1)
+            raise RuntimeError(
+                f"{what}: {there} of {world} processes of torch.distributed called it within {timeout:g} s; all have "
+                "to, for they pool what they see; one that calls it by itself says local=True"
+            )
+        time.sleep(0.01)
+    _meetings += 1
+
+
+def gathered(value: Any) -> list[Any]:
+    """Return the value of every process, by rank."""
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
+def total(values: Sequence[float]) -> list[float]:
+    """Return the sums of these numbers over all processes."""
+    device = "cpu" if torch.distributed.get_backend() in ("gloo", "mpi") else torch.accelerator.current_accelerator()
+    summed = torch.tensor(values, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(summed)
+    return summed.tolist()
+
+
+def pooled_quantile(values: Float[Tensor, " n"], rate: float, kept: float) -> Float[Tensor, ""]:
+    """Return the (1 − rate)-quantile of the values of all processes, of which each has ``kept`` of those it saw.
+
+    The order statistic that ``kthvalue`` finds in all values together: by bisection over the floating numbers in their
+    order, so that no process sends what it has.
+    """
+    bits, most = values.double().view(torch.int64), 2**63 - 1
+    keys = (bits ^ ((bits >> 63) & most)).sort().values  # integers in the numbers' order
+    (count,) = total([len(keys) / kept])
+    wanted = min(count, max(1.0, round((1 - rate) * count)))
+    low, high = -most - 1, most
+    while low < high:
+        middle = (low + high) // 2
+        (below,) = total([int(torch.searchsorted(keys, middle, right=True)) / kept])
+        low, high = (low, middle) if below >= wanted else (middle + 1, high)
+    found = torch.tensor(low, dtype=torch.int64, device="cpu")
+    return (found ^ ((found >> 63) & most)).view(torch.float64)
 
 
 def is_distributed() -> bool:

@@ -7,8 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from gatelet._checks import check_logits, check_rate
-from gatelet.estimators._distributed import is_distributed
+from gatelet._checks import check_logits, check_positive, check_rate
+from gatelet.estimators._distributed import alone, gathered, is_distributed, meet, pooled_quantile, total
 from gatelet.estimators._noise import wide
 from gatelet.units import StochasticUnit, sampling
 
@@ -26,6 +26,9 @@ def calibrate_thresholds(
     loader: Iterable[Any],
     target_rate: float | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
+    *,
+    local: bool = False,
+    timeout: float = 30.0,
 ) -> dict[str, float]:
     """Set each unit's test-time threshold so that the target share of its gates is open on ``loader``.
 
@@ -41,6 +44,9 @@ def calibrate_thresholds(
         loader: yields batches; must allow several passes (a list or a DataLoader, no generator).
         target_rate: s for all units, instead of their own.
         forward: runs the model on a batch; by default ``model(batch)``, or ``model(batch[0])`` for a tuple or list.
+        local: of several processes (torch.distributed), go by this one's loader alone. Otherwise all processes call
+            this, each with its part of the data, of any size, and the quantile is that of all logits together.
+        timeout: seconds to wait for the other processes to call this too.
 
     Returns:
         unit's name -> share of its gates that are open now, on ``loader``. It differs from s where gates tie
@@ -49,6 +55,7 @@ def calibrate_thresholds(
     Raises:
         ValueError: if no unit has a target rate, the loader is an iterator or yields nothing, a rate lies outside
             (0, 1), the model runs none of its units, or logits are not finite.
+        RuntimeError: if another process does not call this in time, or fails in its part.
 
     >>> import torch, gatelet
     >>> layer = gatelet.nn.ConditionalLinear(8, 50, bottleneck=4, estimator="straight_through", target_rate=0.1)
@@ -74,11 +81,14 @@ def calibrate_thresholds(
         raise ValueError("model: holds no stochastic unit with a target_rate, so there is nothing to calibrate")
     if not units:
         return {}
+    together = is_distributed() and not local
+    if together:
+        meet("calibrate_thresholds", check_positive(timeout, "timeout"))
     modes = [(module, module.training) for module in model.modules()]
     before = {name: unit.threshold.clone() for name, unit in units.items()}
     model.eval()
     try:
-        with torch.no_grad(), sampling(model, on=False):
+        with torch.no_grad(), sampling(model, on=False), alone(not together):
             return _settle(model, units, target_rate, loader, run)
     except BaseException:
         for name, threshold in before.items():
@@ -100,20 +110,47 @@ def _settle(
     shares: dict[str, float] = {}
     for sweep in range(_SWEEPS):
         samples = {name: _Sample(unit, target_rate) for name, unit in units.items()}
-        exact = _sweep(model, samples, loader, run, moving=sweep == 0)
-        order = sorted((name for name in samples if samples[name].place), key=lambda name: samples[name].place)
+        exact, order = _swept(model, samples, loader, run, moving=sweep == 0)
         in_force = {name: samples[name].share() for name in order}
-        shares = {name: _set_threshold(units[name], samples[name].logits(), samples[name].rate) for name in order}
+        shares = {name: samples[name].settle() for name in order}
         moved = max(abs(shares[name] - in_force[name]) for name in order)
-        if is_distributed():  # all processes sweep as often
-            most = torch.tensor(moved, device=units[order[0]].threshold.device)
-            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-            moved = most.item()
-        elif len(order) == 1 or (sweep == 0 and exact):
+        if not is_distributed() and (len(order) == 1 or (sweep == 0 and exact)):
             break
         if sweep > 0 and moved <= _SETTLED:
             break
     return shares
+
+
+def _swept(
+    model: nn.Module, samples: dict[str, "_Sample"], loader: Iterable[Any], run: Callable[..., Any], moving: bool
+) -> tuple[bool, list[str]]:
+    """Sweep; return whether each threshold is exact already, and the units that ran, in their order, in any process."""
+    error: Exception | None = None
+    exact = False
+    try:
+        exact = _sweep(model, samples, loader, run, moving)
+    except Exception as caught:
+        error = caught
+    order = sorted((name for name in samples if samples[name].place), key=lambda name: samples[name].place)
+    if not is_distributed():
+        if error is not None:
+            raise error
+        return exact, order
+    empty = isinstance(error, _NothingSeenError)
+    found = gathered((None if error is None or empty else f"{type(error).__name__}: {error}", order))
+    if error is not None and not empty:
+        raise error
+    for rank, (said, _) in enumerate(found):
+        if said is not None:
+            raise RuntimeError(f"calibrate_thresholds: process {rank} failed: {said}")
+    order = max((names for _, names in found), key=len)
+    if not order:
+        raise error or ValueError("loader: yielded no batch in any process")
+    return False, order
+
+
+class _NothingSeenError(ValueError):
+    """This process has no batch: an error, unless others have some."""
 
 
 class _Seen(Exception):  # noqa: N818
@@ -147,12 +184,28 @@ class _Sample:
         return values[torch.rand(values.shape, generator=self.generator, device="cpu") < keep]
 
     def logits(self) -> Tensor:
-        self.kept = [torch.cat(self.kept)]
+        empty = torch.zeros(0, dtype=wide(self.unit.threshold), device="cpu")
+        self.kept = [torch.cat(self.kept) if self.kept else empty]
         return self.kept[0]
 
     def share(self) -> float:
-        """Return the share that the threshold in force opens."""
-        return _share(self.unit, self.logits())
+        """Return the share that the threshold in force opens, of all processes' logits."""
+        logits, unit = self.logits(), self.unit
+        opened = int((unit.estimator.deterministic(logits, unit.threshold.to(logits)) != 0).sum())
+        seen = [opened / self.share_kept, logits.numel() / self.share_kept]
+        opened_by_all, count = total(seen) if is_distributed() else seen
+        return opened_by_all / count if count else 0.0
+
+    def settle(self) -> float:
+        """Set the threshold to the (1 − rate)-quantile, and return the share of gates that it opens."""
+        logits = self.logits()
+        if not (total([logits.numel()])[0] if is_distributed() else logits.numel()):
+            raise ValueError("loader: yielded only empty batches")
+        pooled = is_distributed()
+        self.unit.threshold.copy_(
+            pooled_quantile(logits, self.rate, self.share_kept) if pooled else _quantile(logits, self.rate)
+        )
+        return self.share()
 
     def move(self) -> None:
         """Set the threshold by what was seen so far; to 0 if that is nothing."""
@@ -197,25 +250,9 @@ def _sweep(
             hook.remove()
     if not batches:
         again = "" if moving else " on a second pass; give a list or a DataLoader, not a generator"
-        raise ValueError(f"loader: yielded no batch{again}")
+        raise _NothingSeenError(f"loader: yielded no batch{again}")
     return batches == 1 and all(sample.calls <= 1 for sample in samples.values())
-
-
-def _set_threshold(unit: StochasticUnit, logits: Tensor, rate: float) -> float:
-    """Set the threshold to the (1 − rate)-quantile, and return the share of gates that it opens."""
-    if logits.numel() == 0:
-        raise ValueError("loader: yielded only empty batches")
-    unit.threshold.copy_(_quantile(logits, rate))
-    if is_distributed():  # each process calibrated on its share of the data
-        torch.distributed.all_reduce(unit.threshold)
-        unit.threshold /= torch.distributed.get_world_size()
-    return _share(unit, logits)
 
 
 def _quantile(logits: Tensor, rate: float) -> Tensor:
     return logits.kthvalue(min(logits.numel(), max(1, round((1 - rate) * logits.numel())))).values
-
-
-def _share(unit: StochasticUnit, logits: Tensor) -> float:
-    gates = unit.estimator.deterministic(logits, unit.threshold.to(logits))
-    return (gates != 0).float().mean().item() if logits.numel() else 0.0

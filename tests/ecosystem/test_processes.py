@@ -1,0 +1,177 @@
+"""Two processes of torch.distributed do what one does with the whole batch, uneven and empty parts included."""
+
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import gatelet
+from gatelet.nn import ConditionalFFN, ConditionalLinear
+from gatelet.sparsity import AdaptiveL1, FiringRateBias, KLRate, calibrate_thresholds, penalty
+
+PARTS = {"halves": [8, 8], "uneven": [11, 5], "empty": [16, 0]}
+
+
+def data():
+    return torch.randn(16, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def layer(control):
+    torch.manual_seed(0)
+    made = {"kl": KLRate(0.3), "l1": AdaptiveL1(0.3, weight=0.1), "bias": FiringRateBias(0.6, step=0.1)}[control]
+    return ConditionalLinear(12, 40, 4, estimator="straight_through", sparsity=[made]).double()
+
+
+def rates(x, noise, control):
+    """Penalty, its gradient as DDP averages it, and the state, after three steps."""
+    net = layer(control)
+    for _ in range(3):
+        net.zero_grad()
+        y = net(x, noise=noise)
+        term = penalty(net)
+        (term + 0 * y.sum()).backward()
+    gradient = net.gater.gates.weight.grad.clone()
+    return {"term": term.detach(), "gradient": gradient, **net.sparsity.state_dict()}
+
+
+def baseline(x, start):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 6), gatelet.StochasticUnit("score_function")).double()
+    for step in range(3):
+        noise = torch.rand(16, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        with gatelet.Tape() as tape:
+            h = net[1](net[0](x), noise=noise[start : start + len(x)])
+        tape.surrogate(h.sum(-1) + 1).sum().backward()
+    return net[1].state_dict()
+
+
+def calibrated(x):
+    torch.manual_seed(0)
+    net = ConditionalFFN(12, 200, 4, target_rate=0.3).double()
+    shares = calibrate_thresholds(net, list(x.split(4)))
+    return {"threshold": net.unit.threshold, "share": torch.tensor(shares["unit"])}
+
+
+def everything(rank, sizes):
+    x, noise = data(), torch.rand(16, 40, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    x, noise = (each.split(sizes)[rank] for each in (x, noise))
+    found = {control: rates(x, noise, control) for control in ("kl", "l1", "bias")}
+    return {**found, "baseline": baseline(x, sum(sizes[:rank])), "calibration": calibrated(x)}
+
+
+def checkpointed(rank):
+    """KLRate's exchange is not repeated in the backward pass: the processes repeat at other times."""
+    from torch.utils.checkpoint import checkpoint
+
+    net, x = layer("kl"), data().split([8, 8])[rank].requires_grad_()
+    y = checkpoint(net, x, use_reentrant=False)
+    (y.sum() + penalty(net)).backward()
+    return net.gater.gates.weight.grad
+
+
+def ddp(rank):
+    """One step under DistributedDataParallel, with an uneven batch."""
+    net = layer("kl")
+    run = nn.parallel.DistributedDataParallel(net)
+    x = data().split([8, 8])[rank]
+    noise = torch.rand(16, 40, generator=torch.Generator().manual_seed(2), dtype=torch.float64).split([8, 8])[rank]
+    (run(x, noise=noise).square().sum(-1).mean() + penalty(run)).backward()
+    return [p.grad for p in net.parameters()]
+
+
+def alone(rank):
+    """What one process does by itself, and what it hears when it should not have."""
+    net, found = ConditionalFFN(12, 64, 4), {}
+    if rank == 0:
+        x = data().float()
+        began = time.monotonic()
+        try:
+            calibrate_thresholds(net, [x], timeout=1.0)
+        except RuntimeError as error:
+            found["said"], found["seconds"] = str(error), time.monotonic() - began
+        found["share"] = calibrate_thresholds(net, [x], local=True)["unit"]
+        with gatelet.sparsity.alone():
+            net(x).sum().backward()
+        with torch.no_grad():
+            net(x)  # a look waits for nobody
+        penalty(net)
+    torch.distributed.barrier()
+    bad = [torch.full((4, 12), float("nan"))] if rank else [data().float()]
+    try:
+        calibrate_thresholds(net, bad)
+    except (RuntimeError, ValueError) as error:
+        found["bad"] = str(error)
+    return found
+
+
+def main(rank, folder):
+    """What each of the two processes runs."""
+    where = {"init_method": f"file://{folder}/meet", "rank": rank, "world_size": 2}
+    torch.distributed.init_process_group("gloo", **where, timeout=timedelta(seconds=60))
+    found = {name: everything(rank, sizes) for name, sizes in PARTS.items()}
+    found |= {"checkpointed": checkpointed(rank), "ddp": ddp(rank), "alone": alone(rank)}
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    path = os.pathsep.join(str(each) for each in (Path(__file__).parent, Path(gatelet.__file__).parents[1]))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", f"import test_processes; test_processes.main({rank}, {str(folder)!r})"],
+            env=os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        errors = [process.communicate(timeout=240)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], errors
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_together_as_one(ran, parts):
+    whole, (first, second) = everything(0, [16]), [each[parts] for each in ran]
+    for name, values in whole.items():
+        for key, value in values.items():
+            have = [first[name][key], second[name][key]]
+            if key == "gradient":  # DDP's mean
+                have = [(have[0] + have[1]) / 2] * 2
+            for each in have:
+                torch.testing.assert_close(
+                    each, value, rtol=1e-6, atol=1e-9, msg=lambda s, at=(name, key): f"{at}: {s}"
+                )
+
+
+def test_under_ddp_and_checkpointing(ran):
+    net = layer("kl")
+    noise = torch.rand(16, 40, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    (net(data(), noise=noise).square().sum(-1).mean() + penalty(net)).backward()
+    for a, b, whole in zip(ran[0]["ddp"], ran[1]["ddp"], net.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(a, whole.grad, rtol=1e-6, atol=1e-9)
+    assert all(each["checkpointed"].isfinite().all() for each in ran)
+
+
+def test_one_process_alone(ran):
+    found = ran[0]["alone"]
+    assert "1 of 2 processes of torch.distributed called it within 1 s" in found["said"]
+    assert "local=True" in found["said"]
+    assert found["seconds"] < 20
+    assert abs(found["share"] - 0.1) < 0.01
+    assert "process 1 failed: ValueError: x holds 48 values that are NaN" in found["bad"]
+    assert "NaN" in ran[1]["alone"]["bad"]
