@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from gatelet._checks import check_count, check_logits, check_noise
@@ -109,7 +109,7 @@ class Tape:
         """Keep something of this forward pass alive as long as the tape."""
         self._owned.append(thing)
 
-    def surrogate(self, loss: Float[Tensor, "*lead"]) -> Float[Tensor, "*lead"]:
+    def surrogate(self, loss: Shaped[Tensor, "*lead"]) -> Float[Tensor, "*lead"]:
         """Return the loss, with the gradient of every recorded unit's estimator added to its own.
 
         Args:
