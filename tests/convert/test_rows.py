@@ -91,7 +91,7 @@ def test_refused():
     gatelet.convert(fresh, target_rate=0.4, bottleneck=4)
     with pytest.raises(ValueError, match="model: its gates have no threshold yet"):
         keep_rows(fresh)
-    with pytest.raises(ValueError, match="weights must be one of"):
+    with pytest.raises(ValueError, match="unknown weights 'int4'"):
         keep_rows(converted(llama())[0], "int4")
     with pytest.raises(ValueError, match="gates of NoisyRectifier are more than 0 or 1"):
         keep_rows(converted(llama(), estimator="noisy_rectifier")[0])
