@@ -56,7 +56,7 @@ class TrainSAE:
     """In what the model runs."""
     batch: int = 1024
     """Tokens per step."""
-    rate: float = 1e-3
+    rate: float = 2e-3
     """Adam's learning rate."""
     warm_up: int = 100
     """Steps over which learning rate and sparsity penalty grow to their values."""
