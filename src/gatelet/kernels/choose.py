@@ -60,6 +60,15 @@ def _announce(why: str) -> None:
     )
 
 
+@functools.cache
+def compiles() -> bool:
+    """Return whether there are CPU kernels for lists of rows, which no backend is chosen for; say once if not."""
+    why = BACKENDS["numba"].missing()
+    if why:
+        warnings.warn(f"gatelet: lists of rows go by PyTorch's own operators, because {why}", UserWarning, stacklevel=3)
+    return why is None
+
+
 def share_open(gate: Tensor) -> float:
     """Return the share of open gates (B, G), from rows spread evenly over the batch."""
     sample = gate[:: step_of(gate.numel(), gate.shape[0])]

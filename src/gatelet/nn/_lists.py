@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gatelet.kernels.choose import compiles
+
 
 class Lists:
     """Open latents of each example: ``indices[offsets[b]:offsets[b + 1]]`` are those of example b.
@@ -62,9 +64,10 @@ class Lists:
 def compiled(*tensors: Tensor) -> bool:
     """Return whether the compiled kernels take these tensors."""
     kind = tensors[0].dtype
-    return kind in (torch.float32, torch.float64) and all(
+    plain = kind in (torch.float32, torch.float64) and all(
         each.device.type == "cpu" and each.dtype == kind and each.is_contiguous() for each in tensors
     )
+    return plain and compiles()
 
 
 def _kernels() -> Any:

@@ -3,7 +3,9 @@
 import functools
 import importlib
 import importlib.util
+import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,7 +40,11 @@ class Costs(NamedTuple):
 @functools.cache
 def missing() -> str | None:
     """Return why the backend runs nowhere, None if it does. Nothing is imported to find out."""
-    return None if importlib.util.find_spec("numba") else "numba is not installed"
+    if not importlib.util.find_spec("numba"):
+        return "numba is not installed"
+    config = sys.modules.get("numba.core.config")
+    off = os.environ.get("NUMBA_DISABLE_JIT", "0") if config is None else config.DISABLE_JIT
+    return "Numba compiles nothing where NUMBA_DISABLE_JIT is set" if off not in ("", "0", 0) else None
 
 
 class Numba(Backend):

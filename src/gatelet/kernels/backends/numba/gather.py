@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import cfunc, types
+from numba import types
 from numba.extending import intrinsic as _intrinsic
 
 from gatelet.kernels.backends.numba import team
@@ -234,7 +234,7 @@ class Kernels:
 
     def _find(self, name: str, bits: int) -> tuple[Any, tuple[str, ...]]:
         function = inspect.unwrap(self.make(NUMBERS[bits](1))[name])
-        built = cfunc(types.void(types.voidptr), cache=True, error_model="numpy")(function)
+        built = team.compiled(function, error_model="numpy")
         return built, slots(function)
 
     def run(self, name: str, bits: int, threads: int, /, **args: int) -> None:

@@ -15,7 +15,9 @@ import ctypes
 import functools
 import inspect
 import os
+import pickle
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +51,7 @@ HEAD = 4
 """Words before a kernel's own arguments: its address, whether a thread has left, and when (seconds, nanoseconds)."""
 _forked = False
 _alone_until, _multiple = 0, LEAST
+_announced = False
 
 
 def _find_parallel() -> Any:
@@ -106,6 +109,28 @@ def _judge(begin: int, left: int, end: int) -> None:
         _alone_until, _multiple = 0, max(LEAST, DECAY * _multiple)
 
 
+def compiled(function: Any, **options: Any) -> Any:
+    """Compile a function of one address for calls from C, and keep the result on disk where that can be written."""
+    decorate = functools.partial(cfunc, types.void(types.voidptr), **options)
+    try:
+        return decorate(cache=True)(function)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:  # no folder, a full disk, a damaged file
+        _announce_no_cache(str(error))
+        return decorate()(function)
+
+
+def _announce_no_cache(why: str) -> None:
+    global _announced
+    if not _announced:
+        _announced = True
+        warnings.warn(
+            f"gatelet.kernels: every process compiles its kernels anew, for Numba's cache is of no use here ({why}); "
+            "NUMBA_CACHE_DIR may name a folder that can be written",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
 def _run_timed(p: Any) -> None:  # pragma: no cover (compiled)
     """Run a region's kernel, and note when the first thread is through."""
     head = carray(p, (HEAD,), types.int64)
@@ -116,5 +141,5 @@ def _run_timed(p: Any) -> None:  # pragma: no cover (compiled)
 @functools.cache
 def _timed() -> tuple[Any, int]:
     """Return ``_run_timed``, compiled, and its address."""
-    built = cfunc(types.void(types.voidptr), cache=True)(inspect.unwrap(_run_timed))
+    built = compiled(inspect.unwrap(_run_timed))
     return built, ctypes.cast(built.ctypes, ctypes.c_void_p).value or 0
