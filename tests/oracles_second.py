@@ -197,3 +197,62 @@ def arms_patterns(p, samples):
         mass = sum((-1) ** j * math.comb(samples - m, j) * all_of(m + j) for j in range(samples - m + 1))
         patterns.append((torch.tensor(gates, dtype=torch.float64), mass))
     return patterns
+
+
+def carms_patterns(p, samples):
+    """Every pattern of K classes of one variable (K, C) and its mass, mean over the orders, by inclusion and exclusion."""
+    classes, power = len(p), samples - 1
+
+    def below(ends):
+        return max(0.0, sum(x ** (1 / power) for x in ends) - power) ** power
+
+    pairs, mass = list(itertools.combinations(range(classes), 2)), {}
+    for first, last in pairs:
+        order = [first, *(c for c in range(classes) if c not in (first, last)), last]
+        part, start = {}, 0.0
+        for c in order:
+            part[c] = (start, start + p[c])
+            start += p[c]
+        for pattern in itertools.product(range(classes), repeat=samples):
+            for corner in itertools.product((0, 1), repeat=samples):
+                sign = (-1) ** (samples - sum(corner))
+                volume = sign * below([part[c][i] for c, i in zip(pattern, corner, strict=True)])
+                mass[pattern] = mass.get(pattern, 0.0) + volume / len(pairs)
+    eye = torch.eye(classes, dtype=torch.float64)
+    return [(eye[list(pattern)], m) for pattern, m in mass.items()]
+
+
+# ---------------------------------------------------------------- classes and their noise, swapped
+
+
+def arsm_cells(logits):
+    """Parts of the simplex of π (C), in none of which a swapped argmin_i π_i·exp(−a_i) changes: centre and mass of each.
+
+    The simplex is cut into smaller ones, an edge at a time, until no plane π_i = t·π_j crosses any. An estimate that
+    is linear in π on each of them has its mean at the centre.
+    """
+    classes = len(logits)
+    planes = []
+    for i, j in itertools.combinations(range(classes), 2):
+        for k, m in itertools.permutations(range(classes), 2):
+            plane = torch.zeros(classes, dtype=torch.float64)
+            plane[i], plane[j] = 1.0, -math.exp(logits[k] - logits[m])
+            planes.append(plane)
+    whole = [torch.eye(classes, dtype=torch.float64)]
+    for plane in planes:
+        done = []
+        while whole:
+            corners = whole.pop()
+            side = corners @ plane
+            low, high = int(side.argmin()), int(side.argmax())
+            if side[low] > -1e-14 or side[high] < 1e-14:
+                done.append(corners)
+                continue
+            at = torch.lerp(corners[low], corners[high], -side[low] / (side[high] - side[low]))
+            for replaced in (low, high):
+                piece = corners.clone()
+                piece[replaced] = at
+                whole.append(piece)
+        whole = done
+    corners = torch.stack(whole)
+    return corners.mean(1), torch.linalg.det(corners).abs()

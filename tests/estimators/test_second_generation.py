@@ -14,7 +14,10 @@ from gatelet.diagnose import moments
 from gatelet.estimators import (
     AIMLE,
     ALL,
+    ARM,
     ARMS,
+    ARSM,
+    CARMS,
     DARN,
     IMLE,
     RODEO,
@@ -417,7 +420,132 @@ def test_rodeo_begins_as_leave_one_out_and_learns_to_vary_less():
     assert moments(loss, logits, method).variance.sum() < 0.8 * before
 
 
+def class_loss(variables, classes):
+    """A loss with an entry for every outcome of the variables, of gates (K, B, V, C)."""
+    entries = logits_for(classes**variables, 1)[:, 0]
+    places = classes ** torch.arange(variables)
+    return lambda h: entries[(h.argmax(-1) * places).sum(-1)]
+
+
+def check_carms(make, samples, variables, classes):
+    """Over all patterns of K·V classes, each an example of one batch, with its mass under the copula."""
+    logits, loss = logits_for(variables, classes)[None], class_loss(variables, classes)
+    each = [second.carms_patterns(p, samples) for p in logits.softmax(-1)[0].tolist()]
+    choices = list(itertools.product(*each))
+    gates = torch.stack([torch.stack([gate for gate, _ in choice], 1) for choice in choices], 1)  # (K, Q, V, C)
+    mass = torch.tensor([[m for _, m in choice] for choice in choices], dtype=torch.float64).prod(-1)
+    losses = loss(gates).unsqueeze(-1).expand(gates.shape[:-1])
+    estimate = make().coefficients(logits.expand_as(gates), gates, losses).mean(0)
+    close(mass.sum(), torch.ones((), dtype=torch.float64))
+    close(torch.einsum("q,qvc->vc", mass, estimate)[None], oracles_relaxations.categorical_gradient(loss, logits))
+
+
+@pytest.mark.parametrize(
+    ("samples", "variables", "classes"), [(2, 1, 2), (2, 1, 5), (2, 2, 3), (3, 1, 4), (3, 2, 3), (4, 1, 3), (5, 1, 2)]
+)
+def test_carms_is_unbiased(samples, variables, classes):
+    check_carms(CARMS, samples, variables, classes)
+
+
+def test_carms_of_two_classes_and_two_samples_is_disarm():
+    logits, loss = logits_for(3, 2).reshape(3, 1, 2).expand(2, 3, 1, 2), torch.tensor([[1.0, 2, 3], [2, 5, 1]]).double()
+    gates = CARMS()(logits, CARMS().draw_noise(logits, torch.Generator().manual_seed(1)))
+    ours = CARMS().coefficients(logits, gates, loss.unsqueeze(-1)).mean(0)
+    theirs = DisARM().coefficients(logits[..., 0] - logits[..., 1], gates[..., 0], loss).mean(0)
+    close(ours, torch.stack([theirs, -theirs], -1), 1e-12)
+
+
+def test_the_copula_of_classes_has_the_law_that_the_certificate_sums_over():
+    """Frequencies of the patterns of three samples of four classes over a grid of the Dirichlet and the orders."""
+    logits, orders, ticks = logits_for(4, 1)[:, 0], 6, (torch.arange(100, dtype=torch.float64) + 0.5) / 100
+    first, other = torch.cartesian_prod(ticks, ticks).unbind(-1)
+    d1 = 1 - (1 - first).sqrt()  # the uniform law on the simplex
+    d2 = (1 - d1) * other
+    shares = torch.stack([d1, d2, 1 - d1 - d2]).clamp_min(1e-300)
+    noise = (-shares.log())[:, None, :, None].expand(3, orders, -1, 4).clone()
+    uniform = (torch.arange(orders, dtype=torch.float64) + 0.5) / orders
+    noise[0, ..., -1] = -(-uniform.log()).log()[:, None]
+    classes = CARMS()(logits.expand(noise.shape), noise).argmax(-1)
+    for pattern, mass in second.carms_patterns(logits.softmax(-1).tolist(), 3):
+        share = (classes == pattern.argmax(-1)[:, None, None]).all(0).double().mean().item()
+        assert share == pytest.approx(mass, abs=4e-3)
+
+
+def test_carms_stays_finite_where_classes_are_out_of_reach():
+    logits = torch.tensor([[100.0, -100.0, 0.0], [0.0, 90.0, 90.0]]).expand(4, 50, 2, 3)
+    for dtype in (torch.float32, torch.bfloat16):
+        a = logits.to(dtype)
+        gates = CARMS()(a, CARMS().draw_noise(a, torch.Generator().manual_seed(0)))
+        assert CARMS().coefficients(a, gates, torch.rand(4, 50, 2)).isfinite().all()
+
+
+def check_arsm(make, variables, classes):
+    """Over all cells of all variables' simplices, each an example of one batch: the estimate is linear in between."""
+    logits, loss = logits_for(variables, classes)[None], class_loss(variables, classes)
+    cells = [second.arsm_cells(a) for a in logits[0]]
+    index = torch.cartesian_prod(*[torch.arange(len(mass)) for _, mass in cells]).reshape(-1, variables)
+    shares = torch.stack([centre[i] for (centre, _), i in zip(cells, index.T, strict=True)], 1)  # (Q, V, C)
+    mass = torch.stack([m[i] for (_, m), i in zip(cells, index.T, strict=True)]).prod(0)
+    estimate = contract.gradient(make(), loss, logits.expand_as(shares), -shares.log()[None])
+    close(mass.sum(), torch.ones((), dtype=torch.float64))
+    close(torch.einsum("q,qvc->vc", mass, estimate)[None], oracles_relaxations.categorical_gradient(loss, logits))
+
+
+@pytest.mark.parametrize(("variables", "classes"), [(1, 2), (3, 2), (1, 3), (2, 3)])
+def test_arsm_is_unbiased(variables, classes):
+    check_arsm(ARSM, variables, classes)
+
+
+def test_arsm_of_two_classes_is_arm():
+    logits, weight = logits_for(5, 6).reshape(5, 3, 2), torch.tensor([1.0, -2.0, 0.7]).double()
+    noise = ARSM().draw_noise(logits[None], torch.Generator().manual_seed(2))
+    ours = contract.gradient(ARSM(), lambda h: (h[..., 0] @ weight - 0.4).square(), logits, noise)
+    share = (-noise).softmax(-1)[..., 0]
+    theirs = contract.gradient(ARM(), lambda h: (h @ weight - 0.4).square(), logits[..., 0] - logits[..., 1], share)
+    close(ours, torch.stack([theirs, -theirs], -1), 1e-12)
+
+
+@pytest.mark.parametrize("make", [ARSM, CARMS])
+def test_classes_train_in_a_layer_of_any_batch(make):
+    for batch, classes in ((0, 3), (4, 1), (4, 3)):
+        logits = torch.randn(batch, 2, classes, requires_grad=True)
+        losses = gatelet.surrogate(lambda h: h.square().sum((-1, -2)), logits, make(), samples=make().replicas)
+        losses.sum().backward()
+        assert losses.shape == (batch,)
+        assert logits.grad.isfinite().all()
+
+
+def test_diagnose_recommends_among_the_methods_for_classes():
+    """Four samples of classes that are equally probable: those that avoid each other vary less."""
+    weight = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64) * torch.tensor([[1.0], [2.0], [3.0]])
+    report = gatelet.diagnose(
+        lambda h: (h * weight).sum((-1, -2)),
+        torch.zeros(1, 3, 3, dtype=torch.float64),
+        ["leave_one_out", "carms", "arsm"],
+        1500,
+        replicas=4,
+        kind="categorical",
+    )
+    assert all(row.unbiased for row in report.rows)
+    assert report.recommendation.name == "carms"
+    assert [row.evaluations for row in report.rows] == [4, 4, 16]
+
+
 # ---------------------------------------------------------------- wrong on purpose
+
+
+class UnweightedCARMS(CARMS):
+    """Antithetic classes as if they were independent."""
+
+    def weights(self, p, gates):
+        return torch.ones_like(super().weights(p, gates))
+
+
+class OfItsNeighbour(ARSM):
+    """Weighs the swaps of one class by the noise of its neighbour."""
+
+    def estimate(self, objective, logits, gates, losses, noise):
+        return super().estimate(objective, logits, gates, losses, noise).roll(1, -1)
 
 
 class OwnLossInItsControl(RODEO):
@@ -506,6 +634,8 @@ def expectation(name):
 
 
 WRONG = [
+    (UnweightedCARMS, CARMS, lambda make: check_carms(make, 3, 1, 3)),
+    (OfItsNeighbour, ARSM, lambda make: check_arsm(make, 1, 3)),
     (UnweightedARMS, ARMS, lambda make: check_arms(make, 3, 2)),
     (ForgetsItsExpansion, DoubleControlVariates, expectation("double_control_variates")),
     (

@@ -99,6 +99,8 @@ FACTS: dict[type[Estimator], Facts] = {
     ),
     all_of.IMLE: Facts(breaks=at_minus_logit, summable=False),  # where the other gate jumps depends on the loss
     all_of.ARMS: Facts(summable=False, coupled=True),
+    all_of.CARMS: Facts(summable=False, coupled=True),
+    all_of.ARSM: Facts(constant=False, summable=False),  # the noise of all classes weighs the losses
     all_of.ShrunkBaseline: Facts(coupled=True),
     all_of.BitFlip: Facts(summable=False),  # which unit flips is one draw of all
     all_of.HardConcrete: Facts(

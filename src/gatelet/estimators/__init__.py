@@ -9,7 +9,9 @@ from gatelet.estimators._base import Objective as Objective
 from gatelet.estimators.antithetic import ARM as ARM
 from gatelet.estimators.antithetic import DisARM as DisARM
 from gatelet.estimators.arms import ARMS as ARMS
+from gatelet.estimators.arsm import ARSM as ARSM
 from gatelet.estimators.bit_flip import BitFlip as BitFlip
+from gatelet.estimators.carms import CARMS as CARMS
 from gatelet.estimators.concrete import Concrete as Concrete
 from gatelet.estimators.concrete import StraightThroughGumbel as StraightThroughGumbel
 from gatelet.estimators.decoupled import DecoupledStraightThrough as DecoupledStraightThrough
@@ -101,6 +103,8 @@ ALL: Mapping[str, type[Estimator]] = MappingProxyType(
         "arm": ARM,
         "disarm": DisARM,
         "arms": ARMS,
+        "carms": CARMS,
+        "arsm": ARSM,
         # several evaluations per unit
         "local_expectation": LocalExpectation,
         "bit_flip": BitFlip,
