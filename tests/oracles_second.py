@@ -200,7 +200,7 @@ def arms_patterns(p, samples):
 
 
 def carms_patterns(p, samples):
-    """Every pattern of K classes of one variable (K, C) and its mass, mean over the orders, by inclusion and exclusion."""
+    """Every pattern of K classes of one variable (K, C) and its mass, by inclusion and exclusion, over all orders."""
     classes, power = len(p), samples - 1
 
     def below(ends):
@@ -226,7 +226,7 @@ def carms_patterns(p, samples):
 
 
 def arsm_cells(logits):
-    """Parts of the simplex of π (C), in none of which a swapped argmin_i π_i·exp(−a_i) changes: centre and mass of each.
+    """Parts of the simplex of π, in none of which a swapped argmin_i π_i·exp(−a_i) changes: centre and mass of each.
 
     The simplex is cut into smaller ones, an edge at a time, until no plane π_i = t·π_j crosses any. An estimate that
     is linear in π on each of them has its mean at the centre.

@@ -12,7 +12,7 @@ from gatelet.estimators._noise import wide
 
 
 class ARSM(Evaluating):
-    """Losses at gates whose noise is swapped between two classes, weighted by the noise (augment, REINFORCE, swap, merge).
+    """Losses at gates whose noise is swapped between two classes, weighted by it (augment, REINFORCE, swap, merge).
 
     π = softmax(−g) for Gumbel noise g, which is Dirichlet(1), so h = argmin_i π_i·exp(−a_i). With h^{c⇌j} the gates
     where every variable's π_c and π_j change places,
@@ -29,7 +29,7 @@ class ARSM(Evaluating):
 
     >>> import torch
     >>> a = torch.zeros(1, 1, 2, requires_grad=True)                  # one example, one variable, two classes
-    >>> noise = torch.tensor([[[[3.0, 1.0]]]]).log()                  # π = (¼, ¾): the first class, by swapping the other
+    >>> noise = torch.tensor([[[[3.0, 1.0]]]]).log()                  # π = (¼, ¾): h is the first class
     >>> price = torch.tensor([1.0, 3.0])
     >>> ARSM().surrogate(lambda h: (h * price).sum((-1, -2)), a, noise).sum().backward()
     >>> a.grad                                                        # ±(1 − 3)·(½ − ¼)

@@ -23,9 +23,9 @@ class CARMS(Sampled):
     replicas of a variable share one order.)
 
     Bias: none, for one layer of independent variables.
-    Variance: below that of leave-one-out where several classes are likely and K is above 2; where one class has most of the
-    mass the weights, at most C(C − 1)/2, cost more than the spread gains. With two classes and K = 2 it is DisARM of
-    a_1 − a_2. No state.
+    Variance: below that of leave-one-out where several classes are likely and K is above 2; where one class has most
+    of the mass the weights, at most C(C − 1)/2, cost more than the spread gains. With two classes and K = 2 it is
+    DisARM of a_1 − a_2. No state.
 
     Cost: K evaluations, and K²·C² operations per variable for the weights.
 
