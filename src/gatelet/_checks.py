@@ -2,11 +2,16 @@
 
 import difflib
 import math
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_MOST = torch.iinfo(torch.int64).max
+_LONG = 128
+"""Integers of more bits are not written out."""
 
 
 def check_logits(logits: Any, name: str = "logits") -> None:
@@ -54,23 +59,50 @@ def check_input(x: Any, weight: Tensor | Callable[[], Tensor], name: str = "x") 
 
 def check_rate(value: float, name: str = "target_rate") -> float:
     """Return ``value`` if it lies strictly between 0 and 1; raise otherwise."""
-    if not isinstance(value, int | float) or not 0.0 < value < 1.0:
-        raise ValueError(f"{name} must lie strictly between 0 and 1, not {value!r}")
+    if not _is_number(value) or not 0.0 < value < 1.0:
+        raise ValueError(f"{name} must lie strictly between 0 and 1, not {_shown(value)}")
     return float(value)
 
 
 def check_positive(value: float, name: str) -> float:
     """Return ``value`` if it is a finite number above 0; raise otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"{name} must be a finite number above 0, not {value!r}")
+    if not _is_number(value) or value <= 0:
+        raise ValueError(f"{name} must be a finite number above 0, not {_shown(value)}")
+    return float(value)
+
+
+def check_weight(value: float, name: str) -> float:
+    """Return ``value`` if it is a finite number of at least 0; raise otherwise."""
+    if not _is_number(value) or value < 0:
+        raise ValueError(f"{name} must be a finite number of at least 0, not {_shown(value)}")
+    return float(value)
+
+
+def check_finite(value: float, name: str) -> float:
+    """Return ``value`` if it is a finite number; raise otherwise."""
+    if not _is_number(value):
+        raise ValueError(f"{name} must be a finite number, not {_shown(value)}")
     return float(value)
 
 
 def check_count(value: int, name: str) -> int:
-    """Return ``value`` if it is an integer of at least 1; raise otherwise."""
+    """Return ``value`` if it is an integer of at least 1 that tensors can count to; raise otherwise."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, not {value!r}")
+        raise ValueError(f"{name} must be an integer of at least 1, not {_shown(value)}")
+    if value > _MOST:
+        raise ValueError(f"{name} must be an integer below 2⁶³, not {_shown(value)}")
     return value
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is a finite number that a float holds, and no truth value."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max  # no float() first: it raises for a long integer
+
+
+def _shown(value: Any) -> str:
+    long = isinstance(value, int) and value.bit_length() > _LONG
+    return f"an integer of {value.bit_length()} bits" if long else repr(value)
 
 
 def check_choice(value: Any, choices: Iterable[str], name: str) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from gatelet._checks import check_positive
+from gatelet._checks import check_positive, check_weight
 from gatelet.kernels.choose import compiles
 
 
@@ -50,7 +50,7 @@ class RowAdam(torch.optim.Optimizer):
     ) -> None:
         check_positive(lr, "lr")
         check_positive(eps, "eps")
-        if not all(0 <= beta < 1 for beta in betas):
+        if not all(check_weight(beta, "betas") < 1 for beta in betas):
             raise ValueError(f"betas must lie in [0, 1), not {betas!r}")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "unit_rows": False})
 

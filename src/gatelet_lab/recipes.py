@@ -155,6 +155,8 @@ class Recipe:
             raise ValueError(f"beta_noise must be a finite number above 1, not {self.beta_noise!r}")
         if self.more_training < 0:
             raise ValueError(f"more_training must be at least 0, not {self.more_training}")
+        if self.more_training:
+            check_count(self.more_training, "more_training")
         for name in ("rate", "gater_rate", "weight_decay", "input_noise", "adversarial"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number of at least 0, not {getattr(self, name)!r}")

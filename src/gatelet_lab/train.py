@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gatelet
+from gatelet.kernels.choose import by_kind
 from gatelet_lab.data import Split
 from gatelet_lab.files import CheckpointError, read_tensors, write_atomically
 from gatelet_lab.model import Dense, Ensemble, PaperNet, build, group_share, multiply_adds, penalty
@@ -107,6 +108,7 @@ class Trainer:
         done = len(self.history)
         return done >= self.recipe.epochs or done - 1 - self.best_epoch >= self.recipe.patience
 
+    @by_kind()
     def step_epoch(self, stop: Callable[[], bool] = lambda: False) -> Epoch:
         """Train one epoch, calibrate, validate, and remember the weights if they are the ones to keep so far."""
         began, epoch = time.perf_counter(), len(self.history)
@@ -220,6 +222,7 @@ class Trainer:
         target: Tensor = known.lerp(F.one_hot(y, known.shape[-1]).float(), 1 - self.recipe.teacher_share)
         return target
 
+    @by_kind()
     def calibrate(self) -> None:
         """Set the test-time threshold on some training images."""
         if self.recipe.target_rate is not None and self.recipe.kind == "gates":
@@ -228,6 +231,7 @@ class Trainer:
             gatelet.sparsity.calibrate_thresholds(self.averaged, batches)
 
     @torch.no_grad()
+    @by_kind()
     def evaluate(
         self, images: Tensor, labels: Tensor, samples: int = 0, model: PaperNet | Ensemble | None = None
     ) -> tuple[float, float, float]:
@@ -255,6 +259,7 @@ class Trainer:
             share += opened * len(y)
         return 100 * wrong / len(labels), nll / len(labels), share / len(labels)
 
+    @by_kind()
     def result(self) -> dict[str, Any]:
         """Restore the weights that were kept and return the row of ``table.json``."""
         self.averaged.load_state_dict(self.best)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -110,12 +111,32 @@ def alone(rank):
     return found
 
 
+def reported(rank):
+    """What the processes count together and alone, of 11 and 5 examples, and what one hears that came alone."""
+    torch.manual_seed(0)
+    net, found = ConditionalFFN(12, 64, 4).double(), {}
+    calibrate_thresholds(net, [data()], local=True)
+    net.eval()(data().split([11, 5])[rank])
+    found["together"] = gatelet.report(net).layers[0]
+    found["local"] = gatelet.report(net, local=True).layers[0]
+    with gatelet.sparsity.alone():
+        found["alone"] = gatelet.report(net).layers[0]
+    if rank == 0:
+        try:
+            gatelet.report(net, timeout=1.0)
+        except RuntimeError as error:
+            found["said"] = str(error)
+    torch.distributed.barrier()
+    return {key: value if isinstance(value, str) else asdict(value) for key, value in found.items()}
+
+
 def main(rank, folder):
     """What each of the two processes runs."""
     where = {"init_method": f"file://{folder}/meet", "rank": rank, "world_size": 2}
     torch.distributed.init_process_group("gloo", **where, timeout=timedelta(seconds=60))
     found = {name: everything(rank, sizes) for name, sizes in PARTS.items()}
     found |= {"checkpointed": checkpointed(rank), "ddp": ddp(rank), "alone": alone(rank)}
+    found["reported"] = reported(rank)
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -175,3 +196,16 @@ def test_one_process_alone(ran):
     assert abs(found["share"] - 0.1) < 0.01
     assert "process 1 failed: ValueError: x holds 48 values that are NaN" in found["bad"]
     assert "NaN" in ran[1]["alone"]["bad"]
+
+
+def test_a_report_is_of_all_processes(ran):
+    torch.manual_seed(0)
+    net = ConditionalFFN(12, 64, 4).double()
+    calibrate_thresholds(net, [data()])
+    net.eval()(data())
+    whole, (first, second) = asdict(gatelet.report(net).layers[0]), [each["reported"] for each in ran]
+    assert first["together"] == second["together"] == whole
+    assert (first["local"]["tokens"], second["local"]["tokens"]) == (11, 5)
+    assert first["local"] == first["alone"]
+    assert "report: 1 of 2 processes" in first["said"]
+    assert "local=True" in first["said"]

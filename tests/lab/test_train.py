@@ -6,6 +6,8 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+import gatelet
+from gatelet.kernels.backends import numba
 from gatelet_lab import data, train
 from gatelet_lab.model import multiply_adds
 from gatelet_lab.recipes import ROWS, recipe
@@ -410,3 +412,24 @@ def test_samples_are_averaged_as_probabilities(digits):
     _, mean, _ = trainer.evaluate(digits.test_images, digits.test_labels, samples=20)
     assert mean < single  # Jensen: the mean of probabilities has the smaller NLL
     assert 0 < share < 1
+
+
+def test_what_is_trained_does_not_depend_on_a_stopwatch(digits, monkeypatch):
+    """With ``measure_costs()`` asked for or not, the trainer asks no clock; the switch is then as it was."""
+    asked = []
+    monkeypatch.setattr(numba, "measured", lambda *given: asked.append(given) or numba.Costs(0.1, 0.5))
+    monkeypatch.setattr(numba, "SMALL", 0)  # so that costs are asked for at these sizes
+    recipe = small("straight_through")
+    without = run(Trainer(recipe, 3, digits), 1)
+    gatelet.kernels.measure_costs()
+    try:
+        measured = run(Trainer(recipe, 3, digits), 1)
+        assert not asked
+        assert history(without) == history(measured)
+        for name, value in without.model.state_dict().items():
+            torch.testing.assert_close(measured.model.state_dict()[name], value, rtol=0, atol=0, equal_nan=True)
+        x, weight, gate = torch.zeros(512, 256), torch.zeros(512, 256), torch.zeros(512, 512)
+        gatelet.kernels.explain(x, weight, gate)
+        assert asked
+    finally:
+        gatelet.kernels.measure_costs(False)

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gatelet._checks import check_positive, check_weight
 from gatelet.convert.block import BlockGating
 from gatelet.convert.place import blocks
 from gatelet.convert.run import run_block
+from gatelet.estimators._distributed import alone, is_distributed, meet, total
 from gatelet.nn.gating import Gating, fully_open, gatings
 
 
@@ -87,12 +89,15 @@ class Report:
         return "\n".join(line.rstrip() for line in lines)
 
 
-def report(model: nn.Module, *inputs: Any, seconds: float = 0.2, **named: Any) -> Report:
+def report(
+    model: nn.Module, *inputs: Any, seconds: float = 0.2, local: bool = False, timeout: float = 30.0, **named: Any
+) -> Report:
     """Open share, FLOPs, dead units and measured speed-up of a model's conditional layers.
 
     The share of open gates and the groups that are dead (open for no token) or always open are those of all tokens
     since the layers last changed their mode; :func:`gatelet.distil` starts the count anew and runs its batches of
-    calibration. FLOPs count a multiply and an add as two, in affine maps only.
+    calibration. Of several processes (torch.distributed) the counts of all are added up, so all call this; one that
+    calls it by itself does so with ``local=True`` or under ``with gatelet.sparsity.alone():``. FLOPs count a multiply and an add as two, in affine maps only.
 
     Args:
         model: holds conditional layers.
@@ -100,12 +105,15 @@ def report(model: nn.Module, *inputs: Any, seconds: float = 0.2, **named: Any) -
             itself, on the input that it had there, without gradients: against itself with all gates open and no
             gater, in turns; medians.
         seconds: time to spend on each layer.
+        local: of several processes, show what this one counted. Times are always its own.
+        timeout: seconds to wait for the other processes to call this too.
 
     Returns:
         a row per layer; print it.
 
     Raises:
-        ValueError: if the model holds no conditional layer.
+        ValueError: if the model holds no conditional layer, or ``seconds`` is not a finite number of at least 0.
+        RuntimeError: if another process does not call this in time.
 
     >>> import torch, gatelet
     >>> model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.GELU(), torch.nn.Linear(256, 64))
@@ -115,7 +123,18 @@ def report(model: nn.Module, *inputs: Any, seconds: float = 0.2, **named: Any) -
     0.gating    256     –            66       –      5     –       –       0
     – : nothing counted yet; run the model, or give report(model, *inputs)
     """
+    check_weight(seconds, "seconds")
+    check_positive(timeout, "timeout")
     layers = gatings(model)
+    if together := is_distributed() and not local:
+        meet("report", timeout)
+    with alone(not together):
+        return _reported(model, layers, inputs, named, seconds)
+
+
+def _reported(
+    model: nn.Module, layers: dict[str, Gating], inputs: Any, named: dict[str, Any], seconds: float
+) -> Report:
     times: dict[str, tuple[float, float]] = {}
     if inputs or named:
         with torch.no_grad(), _inputs_of(model, layers) as seen:
@@ -132,8 +151,11 @@ def report(model: nn.Module, *inputs: Any, seconds: float = 0.2, **named: Any) -
 
 
 def _row(name: str, layer: Gating, times: tuple[float, float] | None) -> LayerReport:
-    tokens, groups, dense = int(layer.tokens), layer.opened.numel(), layer.units * layer.flops_per_unit
-    opened = layer.opened.cpu()
+    groups, dense = layer.opened.numel(), layer.units * layer.flops_per_unit
+    opened, tokens = layer.opened.cpu(), int(layer.tokens)
+    if is_distributed():
+        *counts, tokens = map(int, total([*opened.tolist(), tokens]))
+        opened = torch.tensor(counts, device="cpu")
     share = None if not tokens else float(opened.sum()) / (tokens * groups)
     return LayerReport(
         name,

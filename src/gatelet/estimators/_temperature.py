@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatelet._checks import check_positive, is_transformed
+from gatelet._checks import check_finite, check_positive, is_transformed
 from gatelet.estimators._kinds import Kind
 
 
@@ -16,7 +16,7 @@ def keep(module: nn.Module, value: float | Tensor, name: str = "temperature", po
             scalar, or one that requires a gradient and is no ``nn.Parameter``: its gradient would be lost.
     """
     if not isinstance(value, Tensor):
-        setattr(module, name, check_positive(value, name) if positive else float(value))
+        setattr(module, name, check_positive(value, name) if positive else check_finite(value, name))
         return
     if value.dim() or not value.is_floating_point():
         raise ValueError(f"{name} must be a floating scalar, not a tensor of shape {tuple(value.shape)}, {value.dtype}")

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gatelet._checks import check_finite
 from gatelet.estimators._base import Evaluating, Objective, evaluate
 from gatelet.estimators._noise import wide
 
@@ -24,6 +25,9 @@ class DoubleControlVariates(Evaluating):
     Args:
         alpha: α; 0 is leave-one-out.
 
+    Raises:
+        ValueError: for an α that is not a finite number.
+
     >>> import torch
     >>> a = torch.zeros(1, 2, requires_grad=True)
     >>> noise = torch.tensor([[[0.4, 0.6]], [[0.7, 0.1]]])
@@ -42,7 +46,7 @@ class DoubleControlVariates(Evaluating):
 
     def __init__(self, alpha: float = 1.0) -> None:
         super().__init__()
-        self.alpha = float(alpha)
+        self.alpha = check_finite(alpha, "alpha")
 
     def estimate(
         self,

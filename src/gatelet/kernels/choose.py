@@ -2,7 +2,8 @@
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,8 +155,24 @@ def measure_costs(enabled: bool = True) -> None:
     >>> measure_costs()
     >>> measure_costs(False)
     """
+    global _measured
+    _measured = enabled
     for backend in BACKENDS.values():
         backend.measure(enabled)
+
+
+_measured = False
+
+
+@contextmanager
+def by_kind() -> Iterator[None]:
+    """Go by the processor's kind inside the block or function, whatever :func:`measure_costs` was called with."""
+    before = _measured
+    measure_costs(False)
+    try:
+        yield
+    finally:
+        measure_costs(before)
 
 
 def settled(backend: str, layer: Layer) -> str:

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gatelet._checks import check_choice, check_count
+from gatelet._checks import check_choice, check_count, check_weight
 from gatelet.estimators import Estimator
 from gatelet.kernels import ACTIVATIONS as FUSED
 from gatelet.kernels import gated_ffn, gated_input_linear, gated_linear, open_pattern
@@ -285,7 +285,7 @@ class ConditionalFFN(Gating):
         gating = (estimator, target_rate, group_size, sparsity, detach_gater_input)
         super().__init__(d_model, d_ff, bottleneck, flops, *gating, gater, units_name="d_ff")
         self.activation = check_choice(activation, ACTIVATIONS, "activation")
-        if not 0 <= dropout < 1:
+        if check_weight(dropout, "dropout") >= 1:
             raise ValueError(f"dropout must lie in [0, 1), not {dropout!r}")
         self.dropout = dropout
         self.up = nn.Linear(d_model, d_ff, bias)

@@ -84,7 +84,7 @@ class Gating(Penalised):
         if target_rate is not None:
             check_rate(target_rate)
         self.in_features, self.num_gates, self.group_size = in_features, units // group_size, group_size
-        self.flops_per_unit = flops_per_unit
+        self.flops_per_unit = check_count(flops_per_unit, "flops_per_unit")
         if gater == "self":
             self._gate_by_itself(target_rate, sparsity)
         else:
@@ -406,7 +406,7 @@ class Gating(Penalised):
 
     @property
     def active_fraction(self) -> Tensor:
-        """The share of gates ≠ 0 in the last forward pass."""
+        """The share of gates ≠ 0 in the last forward pass, of this process; ``gatelet.report`` adds up all processes."""
         if self._last is None:
             return torch.tensor(float("nan"))
         counts, tokens = self._last

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatelet._checks import check_choice, check_count, check_input, is_transformed
+from gatelet._checks import check_choice, check_count, check_input, check_positive, check_weight, is_transformed
 from gatelet.estimators import Estimator, JumpReLU, Rectifier, TopK
 from gatelet.estimators._distributed import is_distributed
 from gatelet.estimators.jump_relu import jump_relu, jump_step
@@ -100,8 +100,8 @@ class SparseAutoencoder(nn.Module):
         threshold: t of "batch_top_k", a moving average of the smallest open value, moved likewise.
 
     Raises:
-        ValueError: for sizes that are not integers of at least 1, k over N, an unknown activation, groups that do not
-            divide N; at the call for an input of another width or not finite.
+        ValueError: for sizes that are not integers of at least 1, weights that are not finite numbers of at least 0, k
+            over N, an unknown activation, groups that do not divide N; at the call for an input of another width or not finite.
 
     >>> import torch
     >>> sae = SparseAutoencoder(16, 64, activation="top_k", k=4)
@@ -149,9 +149,13 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(f"k must be at most d_sae: {k} of {d_sae} latents cannot be open")
         self.groups, self.open_groups = check_count(groups, "groups"), check_count(open_groups, "open_groups")
         self._check_groups()
-        self.sparsity_weight = SPARSITY[activation] if sparsity_weight is None else sparsity_weight
-        self.auxiliary_weight, self.auxiliary_k = auxiliary_weight, auxiliary_k or max(1, d_in // 2)
-        self.balance_weight, self.unit_decoder, self.sparse_grad = balance_weight, unit_decoder, sparse_grad
+        weight = SPARSITY[activation] if sparsity_weight is None else sparsity_weight
+        self.sparsity_weight = check_weight(weight, "sparsity_weight")
+        self.auxiliary_weight = check_weight(auxiliary_weight, "auxiliary_weight")
+        self.auxiliary_k = max(1, d_in // 2) if auxiliary_k is None else check_count(auxiliary_k, "auxiliary_k")
+        self.balance_weight = check_weight(balance_weight, "balance_weight")
+        self.unit_decoder, self.sparse_grad = unit_decoder, sparse_grad
+        bandwidth = check_positive(bandwidth, "bandwidth")
         self.dead_after = check_count(dead_after, "dead_after")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.encoder_weight = nn.Parameter(torch.empty(d_sae, d_in, **factory))

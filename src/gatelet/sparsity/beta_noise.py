@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gatelet._checks import check_rate
+from gatelet._checks import check_finite, check_rate
 from gatelet.estimators._noise import given
 from gatelet.sparsity._controller import Controller
 
@@ -39,7 +39,7 @@ class BetaNoise(Controller):
     def __init__(self, target_rate: float, beta: float = 40.1) -> None:
         super().__init__()
         self.target_rate = s = check_rate(target_rate)
-        if not math.isfinite(beta) or beta <= 1:
+        if check_finite(beta, "beta") <= 1:
             raise ValueError(f"beta must be a finite number above 1, not {beta!r}")
         self.beta = beta
         self.alpha = (s * (beta - 2) + 1) / (1 - s)
