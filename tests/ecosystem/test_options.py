@@ -24,7 +24,10 @@ ARGUMENTS = {
     "SparseAutoencoder": {"d_in": 8, "d_sae": 16, "k": 2},
     "RowAdam": {"params": [torch.nn.Parameter(torch.zeros(3, 3))]},
     "StochasticUnit": {"estimator": "straight_through"},
-    **{name: {"target_rate": 0.2} for name in ("AdaptiveL1", "BetaNoise", "FiringRateBias", "KLRate", "StatisticalTopK")},
+    **{
+        name: {"target_rate": 0.2}
+        for name in ("AdaptiveL1", "BetaNoise", "FiringRateBias", "KLRate", "StatisticalTopK")
+    },
 }
 BAD = (True, False, float("nan"), float("inf"), -float("inf"), 10**400)
 
