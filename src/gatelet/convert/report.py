@@ -97,7 +97,8 @@ def report(
     The share of open gates and the groups that are dead (open for no token) or always open are those of all tokens
     since the layers last changed their mode; :func:`gatelet.distil` starts the count anew and runs its batches of
     calibration. Of several processes (torch.distributed) the counts of all are added up, so all call this; one that
-    calls it by itself does so with ``local=True`` or under ``with gatelet.sparsity.alone():``. FLOPs count a multiply and an add as two, in affine maps only.
+    calls it by itself does so with ``local=True`` or under ``with gatelet.sparsity.alone():``.
+    FLOPs count a multiply and an add as two, in affine maps only.
 
     Args:
         model: holds conditional layers.

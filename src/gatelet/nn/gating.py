@@ -406,7 +406,7 @@ class Gating(Penalised):
 
     @property
     def active_fraction(self) -> Tensor:
-        """The share of gates ≠ 0 in the last forward pass, of this process; ``gatelet.report`` adds up all processes."""
+        """The share of gates ≠ 0 in the last forward pass, of this process (``gatelet.report``: of all)."""
         if self._last is None:
             return torch.tensor(float("nan"))
         counts, tokens = self._last

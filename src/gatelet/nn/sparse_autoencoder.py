@@ -101,7 +101,8 @@ class SparseAutoencoder(nn.Module):
 
     Raises:
         ValueError: for sizes that are not integers of at least 1, weights that are not finite numbers of at least 0, k
-            over N, an unknown activation, groups that do not divide N; at the call for an input of another width or not finite.
+            over N, an unknown activation, groups that do not divide N; at the call for an input of another width or not
+            finite.
 
     >>> import torch
     >>> sae = SparseAutoencoder(16, 64, activation="top_k", k=4)
