@@ -9,7 +9,11 @@ import gatelet
 
 README = Path(__file__).parents[1] / "README.md"
 LOOP, UNIT = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-MODULES = [name for name, method in gatelet.estimators.ALL.items() if method.needs != "objective"]
+MODULES = [
+    name
+    for name, method in gatelet.estimators.ALL.items()
+    if method.needs != "objective" and "bernoulli" in method.kinds
+]
 REPLICATED = LOOP.replace("net(x[batch])", "net(tape.replicate(x[batch], 2))").replace(
     ", y[batch],", ", tape.replicate(y[batch], 2),"
 )

@@ -8,7 +8,7 @@ import gatelet
 from gatelet.estimators import ALL
 
 CATEGORICAL = [name for name, method in ALL.items() if "categorical" in method.kinds and method.needs != "objective"]
-REPLICATED = [name for name, method in ALL.items() if method.needs == "loss"]
+REPLICATED = [name for name, method in ALL.items() if method.needs == "loss" and "bernoulli" in method.kinds]
 
 
 def squares(h):

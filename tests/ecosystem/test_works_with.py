@@ -207,7 +207,9 @@ def test_threads():
 
 
 @pytest.mark.parametrize("make", [lambda h: h.sum(-1).long(), lambda h: h.sum(-1) > 1], ids=["counts", "truth"])
-@pytest.mark.parametrize("name", [name for name, kind in gatelet.estimators.ALL.items() if kind.needs == "loss"])
+@pytest.mark.parametrize(
+    "name", [name for name, kind in gatelet.estimators.ALL.items() if kind.needs == "loss" and name != "carms"]
+)
 def test_losses_that_are_counts(name, make):
     estimator = gatelet.estimators.ALL[name]()
     found = []

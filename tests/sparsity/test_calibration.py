@@ -14,7 +14,9 @@ from gatelet.estimators._noise import NONE
 from gatelet.nn import ConditionalLinear
 from gatelet.sparsity import FiringRateBias, calibrate_thresholds, calibration
 
-UNITS = {name: kind() for name, kind in ALL.items() if kind.needs != "objective" and not kind.antithetic}
+UNITS = {
+    name: kind() for name, kind in ALL.items() if kind.needs != "objective" and not kind.antithetic and name != "carms"
+}
 STOCHASTIC = [name for name, unit in UNITS.items() if unit.law != NONE and unit.rated]
 
 
