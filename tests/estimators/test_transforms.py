@@ -73,7 +73,7 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def compiled():
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", COMPILED], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-W", "ignore", "-c", COMPILED], capture_output=True, text=True, timeout=900, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)

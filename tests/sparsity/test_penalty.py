@@ -43,7 +43,7 @@ def test_controllers_of_a_layer_add_up():
 
 
 def test_stacked_layers_add_up():
-    net, x = nn.Sequential(layer(), nn.Sequential(layer(8, 3))), torch.randn(5, 6)
+    net, x = nn.Sequential(layer(), nn.Sequential(layer(8, 5))), torch.randn(5, 6)
     net(x)
     parts = [net[0]._penalty, net[1][0]._penalty]
     assert penalty(net).item() == pytest.approx(sum(part.item() for part in parts))
@@ -89,7 +89,7 @@ def test_a_penalty_from_before_eval_is_not_taken():
 
 
 def test_frozen_layer_beside_a_training_one():
-    net = nn.Sequential(layer(), layer(8, 3))
+    net = nn.Sequential(layer(), layer(8, 5))
     net[0].unit.threshold.fill_(0.0)
     net[0].eval()
     net(torch.randn(5, 6))

@@ -12,7 +12,6 @@ from types import MappingProxyType
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from gatelet._checks import check_choice
 from gatelet.nn.gaters.mlp import Gater as Gater
@@ -67,6 +66,8 @@ def probe(gater: nn.Module, in_features: int, num_gates: int) -> int:
     Raises:
         GaterError: for a gater that does not take (..., D), or gives anything but (..., G).
     """
+    from torch.utils.flop_counter import FlopCounterMode  # brings triton along, which importing gatelet must not
+
     like = next((p for p in gater.parameters() if p.is_floating_point()), None)
     device, dtype = (torch.device("cpu"), torch.get_default_dtype()) if like is None else (like.device, like.dtype)
     x = torch.zeros(1, in_features, device=device, dtype=dtype)
