@@ -311,7 +311,7 @@ def _obtain(name: str, data_dir: Path | None) -> _Files:
 
     listed = "\n".join(f"  - {line}" for line in tried)
     raise DataError(
-        f"{name} is not to be had; tried:\n{listed}\n"
+        f"{name} cannot be found; tried:\n{listed}\n"
         "Name a directory with its IDX files by --data-dir or GATELET_DATA, "
         "or take --dataset digits, which needs nothing."
     )

