@@ -116,7 +116,7 @@ def test_bad_text(home, tmp_path):
 
 
 def test_a_rate_that_saves_nothing(home, tmp_path):
-    with pytest.raises(ValueError, match=r"a gater of width 64 costs .* but closing 10% .* saves only"):
+    with pytest.raises(ValueError, match=r"gater: it costs .* but closing 10% .* saves only"):
         run(options(home, tmp_path / "out", rate=0.9, bottleneck=64))
 
 

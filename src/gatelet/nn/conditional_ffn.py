@@ -68,14 +68,14 @@ def feed_forward(
 
 def _by_unit(gating: Gating, up: Part, down: Part, glu: Part | None) -> tuple[Affine, Affine, Affine | None]:
     """Return the weights with each hidden unit's numbers together."""
-
-    def rows(name: str, part: Part) -> Affine:
-        assert isinstance(part, Affine)
-        return Affine(gating.laid.rows(name, part.weight), part.bias)
-
     assert isinstance(down, Affine)
     last = Affine(gating.laid.columns("down", down.weight), down.bias)
-    return rows("up", up), last, None if glu is None else rows("glu", glu)
+    return _rows(gating, "up", up), last, None if glu is None else _rows(gating, "glu", glu)
+
+
+def _rows(gating: Gating, name: str, part: Part) -> Affine:
+    assert isinstance(part, Affine)
+    return Affine(gating.laid.rows(name, part.weight), part.bias)
 
 
 def _by_itself(

@@ -29,7 +29,7 @@ def more_than_affine(module: Any) -> str | None:
     Linear is known, and Conv1D as GPT-2 has it. A parametrization (``torch.nn.utils.parametrize``) is read with the
     weight, so it is nothing besides.
     """
-    kind = type(module)
+    kind = getattr(module, "dense_class", type(module))  # a converted map's: its gates are no part of its weight
     if isinstance(module, nn.Linear):
         if kind.forward is not nn.Linear.forward:
             return f"{kind.__name__} has a forward of its own"
