@@ -224,6 +224,7 @@ def slicing(D: Any, lanes: Any, span: Any) -> Any:  # pragma: no cover (compiled
     return (vectors + each - 1) // each, each * lanes
 
 
+# Long, since Numba fixes a kernel's types and widths by what it closes over: each kernel is a function inside of it.
 def _kernels(one: Any) -> dict[str, Any]:
     """Return the kernels, not yet compiled, for numbers of the type of ``one``."""
     size = one.itemsize

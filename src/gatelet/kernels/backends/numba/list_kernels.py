@@ -85,6 +85,7 @@ def cut(
     return least
 
 
+# Long, since Numba fixes a kernel's types and widths by what it closes over: each kernel is a function inside of it.
 def _make(one: Any) -> dict[str, Any]:
     """Return the kernels, not yet compiled, for numbers of the type of ``one``."""
     size = one.itemsize
@@ -279,6 +280,7 @@ def _make(one: Any) -> dict[str, Any]:
     return {kernel.__name__: kernel for kernel in made}
 
 
+# Long, since Numba fixes a kernel's types and widths by what it closes over: each kernel is a function inside of it.
 def _make_turning(one: Any) -> dict[str, Any]:
     """Return the kernels that turn lists by example into lists by unit: a radix sort, whose tasks are parts of pairs.
 

@@ -69,6 +69,7 @@ def shifted(z: Any, scales: Any, bias: Any, unit: Any, one: Any) -> Any:  # prag
     return z + read(bias + 4 * unit, one) if bias != 0 else z
 
 
+# Long, since Numba fixes a kernel's types and widths by what it closes over: each kernel is a function inside of it.
 def _make(kind: Any) -> dict[str, Any]:
     """Return the kernels, not yet compiled, for weights stored like ``kind``."""
     size, one = kind.itemsize, np.float32(1)
