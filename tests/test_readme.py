@@ -1,4 +1,4 @@
-"""The README's code runs as printed, and with every other estimator in place of the one it names."""
+"""The code of the README and of the guide to the estimators runs, the loop with every estimator that fits it."""
 
 import re
 from pathlib import Path
@@ -7,8 +7,9 @@ import pytest
 
 import gatelet
 
-README = Path(__file__).parents[1] / "README.md"
-LOOP, UNIT = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+ROOT = Path(__file__).parents[1]
+(LOOP,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+UNIT = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "choosing.md").read_text(), flags=re.DOTALL)[0]
 MODULES = [
     name
     for name, method in gatelet.estimators.ALL.items()
