@@ -259,6 +259,18 @@ def test_plot(tmp_path, budget):
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_plot_shows_the_whole_legend(tmp_path, monkeypatch):
+    figures = pytest.importorskip("matplotlib.figure")
+    drawn = []
+    save = figures.Figure.savefig
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *a, **k: (save(self, *a, **k), drawn.append(self)))
+    names = {f"estimator {index}": "straight_through" for index in range(40)}
+    gatelet.diagnose(coupled, logits(), names, 20).plot(tmp_path / "report.png")
+    (legend,) = drawn[0].legends
+    assert len(legend.get_texts()) == 40
+    assert legend.get_window_extent().y0 >= 0
+
+
 def test_plot_without_matplotlib(monkeypatch, tmp_path):
     report = gatelet.diagnose(squares, TOY, FEW, 20)
     real = builtins.__import__
