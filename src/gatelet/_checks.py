@@ -35,7 +35,7 @@ def check_logits(logits: Any, name: str = "logits") -> None:
 
 
 def at_hand(tensor: Tensor) -> bool:
-    """Whether the tensor's values can be looked at for nothing: on the CPU, not traced, not transformed."""
+    """Whether reading the tensor's values costs nothing: on the CPU, not traced, not transformed."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed(tensor)
 
 

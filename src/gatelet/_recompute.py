@@ -41,8 +41,8 @@ class _Pass:
 class Passes:
     """The first passes of one module that may be repeated.
 
-    A repetition is known by the state of torch's random generator, which checkpointing restores: whoever draws the same
-    noise is the same pass. Where none is drawn, and several passes have the same state, their inputs tell.
+    A repetition is known by the state of torch's random generator, which checkpointing restores: a pass that draws
+    the same noise is the same pass. Where none is drawn, and several passes have the same state, their inputs tell.
     """
 
     def __init__(self) -> None:

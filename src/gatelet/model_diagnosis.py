@@ -85,7 +85,7 @@ def diagnose_model(
 
     The model runs in the mode it is in, but its units draw their gates in ``eval()`` too. In ``train()`` the noise of
     dropout is part of every estimator's variance, and can hide that of the gates; ``model.eval()`` leaves it out.
-    Afterwards everything is as it was, also after an error: estimators, modes, buffers, gradients, random state.
+    Afterwards everything is restored, also after an error: estimators, modes, buffers, gradients, random state.
 
     Bias and variance: as :func:`gatelet.diagnose`; the reference is exact for a few gates, and a run of leave-one-out
     with 8 replicas otherwise, or where the network draws noise above the layer. Cost: a forward and a backward pass

@@ -30,7 +30,7 @@ class StochasticUnit(nn.Module):
         estimator: a name of ``gatelet.estimators.ALL`` or an instance.
         threshold: the firing probability above which a gate is open in ``eval()``; ``None``: unknown until
             :func:`gatelet.sparsity.calibrate_thresholds` finds it, and an error in ``eval()`` before.
-        target_rate: the share of open gates that calibration aims at; ``None``: this unit is left alone by it.
+        target_rate: the share of open gates that calibration aims at; ``None``: calibration leaves this unit alone.
 
     The threshold is kept as a logit in the buffer ``threshold`` (NaN before calibration), so that probabilities
     which round to 1 can still be ranked; ``state_dict`` holds it.

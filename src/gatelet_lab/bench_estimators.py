@@ -40,7 +40,7 @@ class BenchEstimators:
     shapes: tuple[str, ...] = tuple(SHAPES)
     """Batch × units."""
     rounds: int = 60
-    """Interleaved rounds; the medians over them are reported."""
+    """Interleaved rounds; the report has the medians over them."""
     threads: int = 1
     """Threads of PyTorch."""
     out: Path | None = None

@@ -25,11 +25,11 @@ class BenchFFN:
     batches: tuple[int, ...] = (1, 32, 256)
     """Tokens."""
     estimator: str = "straight_through_open"
-    """For forward + backward; one that asks nothing of closed units."""
+    """Estimator for forward + backward; choose one that asks nothing of closed units."""
     group: int = 1
     """Units that share a gate."""
     seconds: float = 2.0
-    """Time per line."""
+    """Seconds to measure each line."""
 
 
 def run(options: BenchFFN, console: Console) -> None:

@@ -44,11 +44,11 @@ class BenchKernels:
     """Time the kernels that skip closed units, and their peers, on this machine."""
 
     quick: bool = False
-    """Fewer and shorter measurements: half a minute, not five."""
+    """Fewer and shorter measurements: half a minute in place of five."""
     shape: tuple[int, int] | None = None
     """Time this shape, D and N, instead of the table's."""
     auto: bool = False
-    """Instead of the table: how far backend="auto" is from the faster of its choices, over a grid of layers."""
+    """Instead of the table: how much slower backend="auto" is than the faster of its choices, over a grid of layers."""
     step: bool = False
     """Instead of the table: where the time of a training step of the paper's network goes."""
     bottleneck: int = 400

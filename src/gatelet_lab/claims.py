@@ -122,9 +122,9 @@ class Claims(jobs.Run):
     seeds: int = 2
     """How many runs of each variant, with seeds 0, 1, ..."""
     epochs: int = 8
-    """Of every run."""
+    """Epochs of every run."""
     train_images: int = 20_000
-    """How many of the training images are used, so that the whole stays short."""
+    """How many of the training images are used; few, so that the command stays short."""
     width: float = 0.25
     """Width of the networks, gaters included, as a fraction of the table's; 1: as in the table."""
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE"), tyro.conf.UseAppendAction] = ()

@@ -34,25 +34,25 @@ class Convert:
     rate: float = 0.5
     """Share of units to be open."""
     gater: Literal["mlp", "self"] = "mlp"
-    """What opens them: a network, or the block's own activation."""
+    """What opens the units: a network (mlp), or the block's own activation (self)."""
     bottleneck: int = 64
     """Width of the network's hidden layer."""
     where: str | None = None
     """Which blocks, a pattern of names; all by default."""
     steps: int = 200
-    """Most steps of the fitting."""
+    """Steps of fitting, at most."""
     fit_weights: bool = False
     """Let the blocks' own weights learn too."""
     tokens: int = 32768
-    """To fit and calibrate."""
+    """Tokens to fit and calibrate on."""
     held_out: int = 8192
     """Tokens to measure perplexity on."""
     length: int = 256
-    """Of a window of tokens."""
+    """Tokens in a window of text."""
     batch: int = 1
-    """For how many tokens at once expected times are said."""
+    """The report gives expected times for so many tokens at once."""
     resume: bool = False
-    """Go on from the checkpoint in OUT."""
+    """Continue from the checkpoint in OUT."""
 
     def __post_init__(self) -> None:
         for name in ("bottleneck", "steps", "tokens", "held_out", "batch"):
@@ -73,7 +73,7 @@ class Outcome:
 
 
 def run(options: Convert, console: Console) -> None:
-    """Do all of it."""
+    """Convert, fit, measure, save and report."""
     _request(options)
     language = load_language(options.model)
     text = read_text(language.tokenizer, options.text, options.length, options.tokens, options.held_out)
@@ -157,7 +157,10 @@ def table(options: Convert, outcome: Outcome) -> list[str]:
         cost = layer.flops_gater / layer.flops_dense
         lines.append(f"| {layer.name} | {share} | {before:.4f} | {after:.4f} | {cost:.1%} | {times} |")
     if fast >= slow:
-        lines += ["", "The gates save no time here: one token at a time is where they can; see the blocks' own times."]
+        lines += [
+            "",
+            "The gates save no time here. They can save time for one token at a time; see the times of the blocks.",
+        ]
     return lines
 
 

@@ -118,7 +118,7 @@ class Split:
         )
 
     def without_test(self) -> "Split":
-        """Return the split with an empty test set, for whoever must not look at it."""
+        """Return the split with an empty test set, for code that must not see it."""
         return replace(self, test_images=self.train_images[:0], test_labels=self.train_labels[:0])
 
 
@@ -391,7 +391,7 @@ def _download(url: str, known_hash: str | None) -> bytes:
     _probe(partial(downloader, url, None, None, check_only=True))
     logger = pooch.get_logger()
     level = logger.level
-    logger.setLevel(logging.ERROR)  # its remarks on hashes and temporary paths help nobody here
+    logger.setLevel(logging.ERROR)  # its remarks on hashes and temporary paths do not help here
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = pooch.retrieve(url, known_hash, fname="file.gz", path=folder, downloader=downloader)

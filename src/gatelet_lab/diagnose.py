@@ -49,16 +49,17 @@ class Diagnose:
     budget: Budget | None = None
     """Compare at equal evaluations of the objective, or equal time."""
     seed: int = 0
-    """Of all noise and initial values."""
+    """Seed of all noise and initial values."""
     plot: Path | None = None
-    """File for the picture: bias² and variance against cost; for polynomial training curves, the former beside."""
+    """File for the picture: bias² and variance against cost. For polynomial it holds training curves, and a second file
+    beside it bias² and variance."""
     out: Path | None = None
     """Markdown file for what is printed; runs/certificate.md for the certificate."""
 
     latents: int = 128
     """polynomial: the number of binary latents."""
     steps: int = 1000
-    """polynomial: evaluations of the objective in training, steps of an estimator that needs one each."""
+    """polynomial: evaluations of the objective in training; one that needs one per step makes so many steps."""
     rate: float = 0.05
     """polynomial: Adam's learning rate."""
 
@@ -78,7 +79,7 @@ class Diagnose:
 
 
 def run(options: Diagnose, console: Console) -> None:
-    """Do what the command says."""
+    """Run the command."""
     check(options)
     console.soft_wrap = True
     commands = {"toy": _toy, "polynomial": _polynomial, "network": _network, "certificate": _certificate}

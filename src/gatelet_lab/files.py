@@ -17,7 +17,7 @@ class CheckpointError(Exception):
 
 
 def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
-    """Let ``write`` fill a file that appears whole or not at all, whoever else writes to the same path.
+    """Let ``write`` fill a file that appears whole or not at all, even if others write to the same path.
 
     Raises:
         OSError: if it cannot be written; it says what became of the file that was there.

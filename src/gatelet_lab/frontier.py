@@ -40,13 +40,13 @@ class Frontier(jobs.Run):
     """Estimators of the gates; mixture: a top-k mixture of 100 experts with as many units computed; narrow: a dense
     ReLU network of as many multiply-adds as the gates' network, gater included."""
     shares: tuple[float, ...] = SHARES
-    """Shares of open units; 1 is the network without a constraint, and of narrow the whole width."""
+    """Shares of open units. 1 is the network without a constraint; for narrow, the whole width."""
     seeds: int = 1
     """How many runs of each point, with seeds 0, 1, ..."""
     epochs: int = 8
-    """Of every run; the learning rate falls to zero over them."""
+    """Epochs of every run; the learning rate falls to zero over them."""
     time: bool = False
-    """Measure the inference time of the finished points, and train nothing; wants a quiet machine."""
+    """Train nothing; measure the inference time of the finished points. Needs a quiet machine."""
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE"), tyro.conf.UseAppendAction] = ()
     """Override a field of the recipe of every point, as experts=2000; may be repeated."""
     out: Path = Path("runs/frontier")

@@ -28,7 +28,7 @@ from gatelet_lab.train import Epoch, Trainer
 
 @dataclass(frozen=True)
 class Run:
-    """What every command that trains jobs is told."""
+    """The options of every command that trains jobs."""
 
     dataset: str = "mnist"
     """mnist, fashion-mnist, digits (needs no download), or a directory of IDX files."""
@@ -46,7 +46,7 @@ class Run:
     keeps_weights: ClassVar[bool] = False
 
     def identity(self) -> dict[str, str]:
-        """Return what an output directory must agree with to be continued."""
+        """Return what an output directory must agree with, if it is to be continued."""
         raise NotImplementedError
 
     def load(self) -> data.Split:

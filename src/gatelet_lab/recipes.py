@@ -27,7 +27,7 @@ class PaperRow:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a run, but its seed and its data."""
+    """Everything that determines a run, except its seed and its data."""
 
     row: str
     title: str
@@ -109,7 +109,7 @@ class Recipe:
     """So many of the validation images, at most nine in ten, are trained on as well: when all else has been chosen."""
 
     def __post_init__(self) -> None:
-        """Check every number: a run must not fail after an hour, nor train something else than was meant."""
+        """Check every number, so that no run fails after an hour or trains something else than was meant."""
         try:
             ALL[check_choice(self.estimator, ALL, "estimator")](**self.options)
         except TypeError as error:

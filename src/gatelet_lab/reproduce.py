@@ -20,14 +20,14 @@ class Reproduce(jobs.Run):
     """Train the seven rows of the paper's table and show them beside the paper's numbers."""
 
     preset: Preset = "quick"
-    """quick: ten minutes on two cores, not the paper's result. paper: to convergence, by early stopping. best: our own
-    recipe with the same share of open units, with all that the paper had not."""
+    """quick: ten minutes on two cores; not the paper's result. paper: to convergence, by early stopping. best: our own
+    recipe, with the same share of open units and with methods that came after the paper."""
     rows: tuple[str, ...] | None = None
     """Rows to train, by name; by default all of the preset."""
     seeds: int = 1
     """How many runs of each row, with seeds 0, 1, ..."""
     epochs: int | None = None
-    """At most so many epochs, instead of the recipe's."""
+    """Train at most so many epochs, instead of the recipe's number."""
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE"), tyro.conf.UseAppendAction] = ()
     """Override a field of the recipe of every named row, as gater_rate=0 or options.slope=sigmoid; may be repeated."""
     out: Path = Path("runs/reproduce")

@@ -41,7 +41,7 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
     """Return block's name -> where its parts lie and the options of its conversion, in types that JSON has.
 
     Raises:
-        ValueError: for an option that could not be made again from a description, an estimator of one's own say.
+        ValueError: for an option that cannot be made again from a description, for example an estimator of your own.
     """
     return {
         name: {"block": dataclasses.asdict(gating.block), "options": _options(gating.options)}
@@ -51,7 +51,9 @@ def describe(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 def _options(options: Options) -> dict[str, Any]:
     if not isinstance(options.gater, str):
-        raise ValueError(f"gater: a {type(options.gater).__name__} of one's own cannot be described; name one")
+        raise ValueError(
+            f"gater: a {type(options.gater).__name__} of your own cannot be described; give a gater by name"
+        )
     found = {each.name: getattr(options, each.name) for each in dataclasses.fields(options)}
     further = dict(options.further)
     if further.get("sparsity") is not None:

@@ -41,7 +41,7 @@ class Progress:
         self.end(done)
 
     def start(self, name: str, total: int) -> None:
-        """Begin a phase; ``total`` 0: nobody knows how long it is."""
+        """Begin a phase; ``total`` 0: its length is not known."""
         self.name, self.total = name, total
         self.begin = self.last = time.monotonic()
 

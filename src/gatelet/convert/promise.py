@@ -11,7 +11,7 @@ from gatelet.convert.run import run_block
 from gatelet.sparsity import calibrate_thresholds
 
 LITTLE = 0.95
-"""Of the dense time; from here on nothing worth its trouble is saved."""
+"""Share of the dense time from which on gates are not worth their trouble."""
 TOKENS = 64
 """Random tokens that set the threshold for the trial."""
 
@@ -26,11 +26,11 @@ class Promise:
 
     @property
     def saves(self) -> bool:
-        """Whether anything is to be gained."""
+        """Whether the gates save time."""
         return self.ms < LITTLE * self.dense_ms
 
     def __str__(self) -> str:
-        """Say it in words."""
+        """Return the times in words."""
         tokens = "1 token" if self.tokens == 1 else f"{self.tokens} tokens"
         times = f"{self.ms:.3f} ms for {tokens}, dense {self.dense_ms:.3f}"
         return times if self.saves else f"{times}: promises nothing"

@@ -25,7 +25,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
         directory: is made where it is missing; files of these names in it are replaced.
 
     Raises:
-        ValueError: for a model without conditional layers; an estimator, controller or gater of one's own, which no
+        ValueError: for a model without conditional layers; an estimator, controller or gater of your own, which no
             description could make again.
 
     >>> import copy, tempfile, torch, gatelet

@@ -1,4 +1,4 @@
-"""Bias, variance and cost of estimators on an objective of one's own."""
+"""Bias, variance and cost of estimators on your own objective."""
 
 import copy
 import importlib
@@ -305,7 +305,7 @@ def diagnose(
         seed: of the noise; torch's global generator is left alone.
 
     Returns:
-        the report; an estimator that does not suit the objective (say, for want of a derivative) has a row that says
+        the report; an estimator that does not suit the objective (if it needs a derivative, say) has a row that says
         why it was left out.
 
     Raises:
@@ -530,7 +530,7 @@ class _Problem:
         return median(spent)
 
     def enumerate(self, method: Estimator, replicas: int, evaluations: float) -> tuple[Tensor, Tensor] | None:
-        """Return exact mean and variance per logit, None where they cannot be had, or not in reasonable time."""
+        """Return exact mean and variance per logit; None where they cannot be computed in reasonable time."""
         try:
             outcomes = noise_outcomes(method, self.logits, replicas, _ORDER)
             if outcomes * max(evaluations, replicas) * self.logits.numel() > _ENUMERATED:

@@ -1,4 +1,4 @@
-"""What exact moments and certificates have to know of each estimator, and training has not: one row each."""
+"""What exact moments and certificates need to know about each estimator, one row each. Training does not need it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -116,7 +116,7 @@ FACTS: dict[type[Estimator], Facts] = {
     all_of.SPSA: Facts(breaks=at_shifted_probabilities),
     all_of.FieteSeung: Facts(constant=False, summable=False),  # where a gate jumps depends on the perturbation
 }
-"""The one table. An estimator of one's own may add its row."""
+"""The one table. Your own estimator may add its row."""
 
 
 def forms(cls: type[Estimator]) -> list[Mapping[str, Any]]:

@@ -15,7 +15,7 @@ class _Exchange(threading.local):
     """How this thread's sums are exchanged."""
 
     alone = False
-    """With nobody."""
+    """Exchange with no other process."""
     noted: "list[Tensor] | None" = None
     """Results are put here, for a repetition of this forward pass."""
     repeated: "Iterator[Tensor] | None" = None

@@ -65,7 +65,7 @@ class ScoreFunction(Sampled):
         self.decay = check_rate(decay, "decay")
         # L̄ = numerator / denominator: averages of wL and w, with w = (h − σ)² per unit, or 1. Both start at
         # zero, so the ratio needs no correction for its start. The units' number is known at the first call: so they
-        # are in state_dict, but no buffers, whose size whoever copies or averages a model expects to stay.
+        # are in state_dict, but no buffers: code that copies or averages a model expects buffers to keep their size.
         self.numerator, self.denominator = torch.zeros(0), torch.zeros(0)
 
     def coefficients(

@@ -49,7 +49,7 @@ class Choice:
 
 
 _known = functools.cache(Choice)
-"""Choices that no number goes into: made once, for a small layer takes no longer than some objects do."""
+"""The choices that involve no measured number. They are kept: to make one anew takes as long as a small layer."""
 
 
 @functools.cache
@@ -77,7 +77,7 @@ def share_open(gate: Tensor) -> float:
 
 
 def step_of(numbers: int, batch: int) -> int:
-    """Return which every how-many-th row a sample takes of ``batch`` rows with so many numbers."""
+    """Return n, where a sample takes every n-th of ``batch`` rows with so many numbers."""
     return min(max(1, numbers // SAMPLE), max(batch, 1))
 
 

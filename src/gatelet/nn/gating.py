@@ -309,7 +309,7 @@ class Gating(Penalised):
     def _skips(self, controllers: list[Controller]) -> bool:
         """Whether only logits above the threshold matter, and the gater can leave out others.
 
-        They all matter to whoever listens to the unit, as calibration does.
+        Code that listens to the unit, as calibration does, needs them all.
         """
         unit, method = self.unit, self.unit.estimator
         if not isinstance(self.gater, TwoStageGater) or self.training or unit.sample_in_eval:

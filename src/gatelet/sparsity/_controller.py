@@ -15,7 +15,7 @@ from gatelet.tape import Tape
 class Controller(nn.Module):
     """Holds a conditional layer's share of open gates at a target. Subclasses override one of two hooks.
 
-    What it changes from batch to batch belongs into buffers: a layer whose forward pass activation checkpointing
+    Keep what changes from batch to batch in buffers: a layer whose forward pass activation checkpointing
     repeats, or that runs without gradients, puts these back.
     """
 
@@ -76,7 +76,7 @@ def penalty(model: nn.Module) -> Float[Tensor, ""]:
 class _Use:
     """One use of a layer: its penalty, alive as long as what the layer returned, and whether it was gone back through.
 
-    (A penalty that nobody takes must not keep a forward pass's whole graph alive.)
+    (A penalty that is never taken must not keep a forward pass's whole graph alive.)
     """
 
     __slots__ = ("__weakref__", "over", "term")

@@ -35,7 +35,7 @@ def calibrate_thresholds(
     Gates open iff their logit exceeds the threshold, so it is the (1 − s)-quantile of the logits (A.3).
     A unit's logits depend on which gates were open before it. In a first sweep over ``loader`` each unit's threshold is
     set, by all its logits so far, before its output goes on. Further sweeps take the quantile anew, behind units that
-    stand still, until no share moves; four sweeps are the most, whatever the depth. One is enough for a single unit
+    stand still, until no share moves, but at most four sweeps in all. One is enough for a single unit
     or a single batch. A bounded random sample of each unit's logits is kept.
 
     Args:

@@ -1,4 +1,4 @@
-"""`gatelet train sae`: what it is told, and what it does from the text to the page."""
+"""`gatelet train sae`: its options, and its way from the text to the page."""
 
 import math
 import os
@@ -49,21 +49,21 @@ class TrainSAE:
     tokens: int = 4_000_000
     """Tokens to train on; the text is read again where it has fewer."""
     collect: int = 1_000_000
-    """Tokens whose activations are collected, at most."""
+    """Collect the activations of at most so many tokens."""
     context: int = 256
     """Tokens that the model reads at once."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """In what the model runs."""
+    """The model's number format."""
     batch: int = 1024
     """Tokens per step."""
     rate: float = 2e-3
     """Adam's learning rate."""
     warm_up: int = 100
-    """Steps over which learning rate and sparsity penalty grow to their values."""
+    """Steps over which the learning rate and the sparsity penalty grow to their values."""
     dead_after: int = 500_000
-    """A latent that so many tokens did not open counts as dead."""
+    """A latent counts as dead if none of the last so many tokens opened it."""
     seed: int = 0
-    """Of the autoencoder's start and of the order of the text."""
+    """Seed of the autoencoder's first weights and of the order of the text."""
     every: int = 50
     """Steps between two rows of the log; a checkpoint is kept at each."""
     test: int = 8192
@@ -105,7 +105,7 @@ def run(options: TrainSAE, console: Console) -> None:
 
 
 def check(options: TrainSAE) -> None:
-    """Raise for options that cannot be, before anything is loaded."""
+    """Raise for impossible options, before anything is loaded."""
     counts = ("layer", "latents", "k", "groups", "open_groups", "tokens", "collect", "batch", "every", "test", "shown")
     for name in (*counts, "dead_after"):
         check_count(getattr(options, name), f"--{name.replace('_', '-')}")

@@ -1,7 +1,7 @@
-"""What says which units of a wide layer to compute. ``gater=`` takes a name of ``NAMES``, or a module.
+"""Gaters: they say which units of a wide layer to compute. ``gater=`` takes a name of ``NAMES``, or a module.
 
 A gater maps (..., D) to the logits of the gates, (..., G). Any module that does is one; what a layer asks of it besides
-is optional, and stands in :class:`Gater`:
+is optional; :class:`Gater` has it:
 
 * ``start_at(logit, target_rate)``: begin where gates have this logit, at which they fire at the target rate.
 * ``flops``: what a token costs, if that is not what one forward pass of it costs.
@@ -23,7 +23,7 @@ from gatelet.nn.gaters.two_stage import TwoStageGater as TwoStageGater
 
 
 class GaterError(ValueError):
-    """A gater does not fit its layer: of another width, or dearer than what it saves."""
+    """A gater does not fit its layer: its width is wrong, or it costs more than it saves."""
 
 
 ALL: Mapping[str, Callable[[int, int, int, bool], nn.Module]] = MappingProxyType(

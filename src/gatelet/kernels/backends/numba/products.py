@@ -46,7 +46,7 @@ def promise(gate: Tensor, units: int, keep: bool) -> Bits:
 
 
 def _written(pattern: Form | None) -> Bits:
-    """Return the pattern after writing it, if nobody has yet."""
+    """Return the pattern; write it first if that was not done yet."""
     if not isinstance(pattern, Bits):
         raise TypeError("this product reads a pattern of bits")
     if pattern.pending is not None:
