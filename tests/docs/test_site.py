@@ -98,6 +98,14 @@ def test_what_is_read_in_the_repository_links_to_files(name):
         assert not anchor, f"{link}: anchors differ between the site and the repository"
 
 
+def test_the_page_of_the_paper_names_files_that_exist():
+    rows = [line.split("|") for line in (ROOT / "docs" / "paper.md").read_text().splitlines() if line.count("|") == 5]
+    named = [name for row in rows[2:] for name in re.findall(r"`(\S+)`", row[3])]
+    assert len(named) >= 14
+    for name in named:
+        assert list((ROOT / "src").rglob(name)), name
+
+
 def test_no_page_is_forgotten():
     """Every page stands in the navigation."""
     navigation = (ROOT / "mkdocs.yml").read_text()
