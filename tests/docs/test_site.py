@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 from contextlib import suppress
 from functools import partial
 from html.parser import HTMLParser
@@ -116,6 +117,12 @@ def test_no_page_is_forgotten():
 def test_the_badge_counts_the_estimators():
     badge = (ROOT / "docs" / "pictures" / "certified.svg").read_text()
     assert f">{len(gatelet.estimators.ALL)}</text>" in badge, "draw it again: python docs/make_pictures.py"
+
+
+def test_the_release_has_one_version():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1] == version
 
 
 def test_the_readme_is_read_in_a_minute():
