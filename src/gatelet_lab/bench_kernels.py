@@ -52,7 +52,7 @@ class BenchKernels:
     step: bool = False
     """Instead of the table: where the time of a training step of the paper's network goes."""
     bottleneck: int = 400
-    """With --step: the width of the gater's hidden layer."""
+    """Width of the gater's hidden layer, with --step."""
     lists: bool = False
     """Instead of the table: few open units given as lists, beside embedding_bag, sampled_addmm and CSR products."""
     rows: bool = False

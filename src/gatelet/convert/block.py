@@ -55,7 +55,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Options:
-    """With what a block was converted: the arguments of :func:`gatelet.convert`."""
+    """The options that a block was converted with: the arguments of :func:`gatelet.convert`."""
 
     target_rate: float
     bottleneck: int | None

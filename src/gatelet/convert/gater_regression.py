@@ -7,13 +7,13 @@ from torch import Tensor
 from gatelet.nn.gaters import Gater, SelfGater
 
 RIDGE = 1e-3
-"""Of the inputs' mean variance."""
+"""Ridge of the regression, as a share of the inputs' mean variance."""
 LINEAR = 0.2
 """Standard deviation in front of tanh, which is nearly linear there."""
 SPREAD = 2.0
 """Standard deviation of the logits, over tokens and gates."""
 TOKENS = 32
-"""So many inputs per feature are enough."""
+"""Inputs per feature that are enough."""
 
 
 class GaterRegression:

@@ -34,7 +34,7 @@ class LayerReport:
     """Groups that every token opened."""
     flops_dense: int
     flops_active: float | None
-    """Of the units that were open, without the gater."""
+    """FLOPs of the units that were open, without the gater."""
     flops_gater: int
     dense_ms: float | None = None
     ms: float | None = None

@@ -10,7 +10,7 @@ from gatelet.estimators._noise import wide
 
 
 class DoubleControlVariates(Evaluating):
-    """Leave-one-out score function of the losses less what the other samples' gradients foretell of them.
+    """Leave-one-out score function of the losses less what the other samples' gradients predict of them.
 
     p = σ(a), g_{−k} the mean of ∂L/∂h at the other samples, c_k = α·g_{−k}·(h_k − p):
     ĝ = (1/K) Σ_k [((L_k − c_k) − mean_{j≠k}(L_j − c_j))·(h_k − p) + α·g_{−k} ∘ p(1 − p)].

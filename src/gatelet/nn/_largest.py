@@ -7,7 +7,7 @@ from torch import Tensor
 from gatelet.nn._lists import compiled
 
 NUMBERS = 1 << 22
-"""So many outputs are formed at once: they are searched while they are near."""
+"""Outputs that are formed at once, and searched while they are still in the caches."""
 
 
 def largest(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:

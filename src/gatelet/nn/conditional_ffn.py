@@ -24,7 +24,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "tanh": torch.tanh,
 }
-"""By name; ``gelu`` is the exact one, with the error function."""
+"""The activations by name; ``gelu`` is the exact one, with the error function."""
 
 
 def feed_forward(

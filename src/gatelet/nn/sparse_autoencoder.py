@@ -22,7 +22,7 @@ from gatelet.nn.sparse_code import SparseCode
 SPARSITY = {"top_k": 0.0, "batch_top_k": 0.0, "jump_relu": 100.0, "relu": 5.0, "gated": 5.0}
 """The default weight of the sparsity penalty, for inputs of length √D."""
 FOLLOWS = 0.1
-"""So much of the way the threshold of "batch_top_k" moves to a batch's smallest open value, which varies little."""
+"""The share of the way by which the threshold of "batch_top_k" moves to a batch's smallest open value in each step."""
 FEW = 0.05
 """Up to this share of open latents their products are formed from lists, above it densely."""
 

@@ -15,7 +15,7 @@ from gatelet.units import StochasticUnit, sampling
 _KEPT = 1 << 20
 """Logits kept per unit; above, a random half is dropped: the share then errs by some 5e-4 (one standard deviation)."""
 _MOVING = 1 << 16
-"""Of these, so many give the threshold that moves from batch to batch during the first sweep."""
+"""How many of these give the threshold that moves from batch to batch during the first sweep."""
 _SWEEPS = 4
 _SETTLED = 5e-4
 """Sweeps end when no unit's share moves by more than this."""
@@ -165,7 +165,7 @@ class _Sample:
         self.rate = rate if rate is not None else cast(float, unit.target_rate)
         self.generator = torch.Generator("cpu").manual_seed(0)
         self.place, self.calls = 0, 0
-        """In which place of the order the unit runs, from 1 (0: never yet), and how often it ran."""
+        """The unit's place in the order of running, from 1 (0: it has not run yet), and how often it ran."""
 
     def add(self, logits: Tensor) -> None:
         logits = logits.detach().cpu()

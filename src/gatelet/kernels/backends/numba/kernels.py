@@ -32,7 +32,7 @@ SLICE, VECTOR, RECORD, MOST, ALONE = v.SLICE, v.VECTOR, v.RECORD, v.MOST, 1 << v
 RUNS = 128
 """Bytes that say where the records of each size start."""
 WORDS = 16
-"""So many words of units are listed at once for ``by_example``."""
+"""Words of units that are listed at once for ``by_example``."""
 # Module globals of this module itself, as Numba's cache wants them.
 dot, axpy, gated, prefetch = v.dot, v.axpy, v.gated, v.prefetch
 TILE, tile, tile41, tile11 = v.TILE, v.tile, v.tile41, v.tile11

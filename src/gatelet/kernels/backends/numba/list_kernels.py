@@ -18,7 +18,7 @@ VECTOR, MOST = v.VECTOR, v.MOST
 PAIR = 16
 """Bytes of a pair while lists are turned around: unit and example, 32 bits each, and its place in the list."""
 AHEAD = 2 * v.MOST
-"""So many pairs ahead, rows are asked for."""
+"""How many pairs ahead rows are prefetched."""
 # Module globals of this module itself, as Numba's cache wants them.
 arguments, gather_dots, gather_axpy = g.arguments, g.gather_dots, g.gather_axpy
 above = g.above
