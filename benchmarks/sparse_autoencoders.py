@@ -1,16 +1,17 @@
 """Sparse autoencoders beside SAELens and EleutherAI's sparsify, on the same activations and processor.
 
-    python benchmarks/sparse_autoencoders.py speed                       # steps, memory, encoding and decoding
-    python benchmarks/sparse_autoencoders.py train METHOD --cache DIR --held-out DIR --seconds 150 --out FILE
-    python benchmarks/sparse_autoencoders.py table FILE...               # what the runs reached
+    python benchmarks/sparse_autoencoders.py speed                       # steps, encoding and decoding
+    python benchmarks/sparse_autoencoders.py memory                      # peaks of a step
+    python benchmarks/sparse_autoencoders.py train --activations DIR --out DIR      # a run per method, in turn
+    python benchmarks/sparse_autoencoders.py table --activations DIR --out DIR --model MODEL   # what they reached
     python benchmarks/sparse_autoencoders.py format                      # SAELens reads what we write, and the reverse
 
-The peers are optional: pip install sae-lens==6.54.0 eai-sparsify==1.3.3. METHOD is a name of METHODS. Caches are those
-of `gatelet train sae`. Training time is the processor's (one thread), not the clock's: runs may share a machine.
+The peers are optional: pip install sae-lens==6.54.0 eai-sparsify==1.3.3. The activations are those of
+`gatelet train sae` (its --cache). Training time is the processor's (one thread), not the clock's: runs may share a
+machine. A method whose file lies in --out already is not run again.
 """
 
 import argparse
-import itertools
 import json
 import os
 import resource
@@ -27,11 +28,14 @@ from torch import Tensor, nn
 
 import gatelet
 from gatelet.nn import SparseAutoencoder
-from gatelet_lab.sae.activations import Cache
+from gatelet_lab.sae.activations import SKIPPED, Cache
 
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # its Triton decoder is for GPUs
 SHAPES = ((576, 16384, 32, 1024), (576, 32768, 32, 2048))
-RATE = 5e-4
+RATE = 2e-3
+"""Of Adam, everywhere but where METHODS says otherwise."""
+DEAD = 200_000
+"""A latent that so many tokens did not open counts as dead."""
 
 
 class Dense(nn.Module):
@@ -66,21 +70,18 @@ class Dense(nn.Module):
             self.optimizer.step()
             self.w_dec.copy_(F.normalize(self.w_dec, dim=1))
 
-    def l0(self, x: Tensor) -> Tensor:
-        return (self.encode(x) != 0).sum(-1)
-
-    def opened(self, x: Tensor) -> Tensor:
-        return (self.encode(x) != 0).any(0)
+    def look(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the reconstruction, how many latents each example opens, and which any opens."""
+        f = self.encode(x)
+        return self.decode(f), (f != 0).sum(-1), (f != 0).any(0)
 
 
 class Ours:
     """gatelet's layer with RowAdam."""
 
     def __init__(self, d: int, n: int, k: int, rate: float = RATE, **options) -> None:
-        self.sae = SparseAutoencoder(d, n, k=k, sparse_grad=True, dead_after=200_000, **options)
-        rest = [p for name, p in self.sae.named_parameters() if name != "decoder_weight"]
-        groups = [{"params": [self.sae.decoder_weight], "unit_rows": True}, {"params": rest}]
-        self.optimizer = gatelet.RowAdam(groups, rate)
+        self.sae = SparseAutoencoder(d, n, k=k, sparse_grad=True, dead_after=DEAD, **options)
+        self.optimizer = gatelet.RowAdam(self.sae.parameter_groups(rate))
 
     def step(self, x: Tensor) -> None:
         self.sae.train()
@@ -98,11 +99,13 @@ class Ours:
     def reconstruct(self, x: Tensor) -> Tensor:
         return self.sae.eval()(x)
 
-    def l0(self, x: Tensor) -> Tensor:
-        return self.sae.eval().encode(x).l0
+    def look(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        code = self.sae.eval().encode(x)
+        return self.sae.decode(code), code.l0, code.opened()
 
-    def opened(self, x: Tensor) -> Tensor:
-        return self.sae.eval().encode(x).opened()
+    @property
+    def idle(self) -> Tensor:
+        return self.sae.idle
 
 
 class SAELens:
@@ -118,14 +121,14 @@ class SAELens:
         self.idle, self.steps = torch.zeros(n), 0
 
     def step(self, x: Tensor) -> None:
-        dead = self.idle * len(x) > 200_000
+        dead = self.idle > DEAD
         given = self.input(
             sae_in=x, coefficients={}, dead_neuron_mask=dead, n_training_steps=self.steps, is_logging_step=False
         )
         found = self.sae.training_forward_pass(given)
         with torch.no_grad():
             fired = found.feature_acts.bool().float().sum(-2).bool()
-            self.idle += 1
+            self.idle += len(x)
             self.idle[fired] = 0
         found.loss.backward()
         nn.utils.clip_grad_norm_(self.sae.parameters(), 1.0)
@@ -133,14 +136,9 @@ class SAELens:
         self.optimizer.zero_grad()
         self.steps += 1
 
-    def reconstruct(self, x: Tensor) -> Tensor:
-        return self.sae(x)
-
-    def l0(self, x: Tensor) -> Tensor:
-        return (self.sae.encode(x) != 0).sum(-1)
-
-    def opened(self, x: Tensor) -> Tensor:
-        return (self.sae.encode(x) != 0).any(0)
+    def look(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        f = self.sae.encode(x)
+        return self.sae.decode(f), (f != 0).sum(-1), (f != 0).any(0)
 
 
 class Sparsify:
@@ -149,7 +147,7 @@ class Sparsify:
     def __init__(self, d: int, n: int, k: int, rate: float = RATE, optimizer: str = "signum") -> None:
         from sparsify import SparseCoder, SparseCoderConfig
 
-        self.sae = SparseCoder(d, SparseCoderConfig(num_latents=n, k=k))
+        self.sae, self.idle = SparseCoder(d, SparseCoderConfig(num_latents=n, k=k)), torch.zeros(n)
         if optimizer == "signum":
             from schedulefree import ScheduleFreeWrapper
             from sparsify.sign_sgd import SignSGD
@@ -170,18 +168,16 @@ class Sparsify:
         self.sae.remove_gradient_parallel_to_decoder_directions()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.idle += len(x)
+        self.idle[found.latent_indices.flatten()] = 0
 
-    def reconstruct(self, x: Tensor) -> Tensor:
+    def look(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if hasattr(self.optimizer, "eval"):
             self.optimizer.eval()
-        return self.sae(x).sae_out
-
-    def l0(self, x: Tensor) -> Tensor:
-        return (self.sae(x).latent_acts > 0).sum(-1)
-
-    def opened(self, x: Tensor) -> Tensor:
         found = self.sae(x)
-        return torch.zeros(self.sae.num_latents).index_fill(0, found.latent_indices[found.latent_acts > 0], 1) > 0
+        opened = torch.zeros(self.sae.num_latents, dtype=torch.bool)
+        opened[found.latent_indices[found.latent_acts > 0]] = True
+        return found.sae_out, (found.latent_acts > 0).sum(-1), opened
 
 
 METHODS: dict[str, Callable[..., object]] = {
@@ -189,7 +185,7 @@ METHODS: dict[str, Callable[..., object]] = {
     "top_k": Ours,
     "batch_top_k": lambda *sizes: Ours(*sizes, activation="batch_top_k"),
     "jump_relu": lambda *sizes: Ours(*sizes, activation="jump_relu"),
-    "switch 8, 2 open": lambda *sizes: Ours(*sizes, groups=8, open_groups=2),
+    "groups=8, open_groups=2": lambda *sizes: Ours(*sizes, groups=8, open_groups=2),
     "sae-lens": SAELens,
     "eai-sparsify": Sparsify,
     "eai-sparsify, Adam": lambda *sizes: Sparsify(*sizes, optimizer="adam"),
@@ -200,43 +196,74 @@ METHODS: dict[str, Callable[..., object]] = {
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train a method on cached activations, scaled to length √D, for some seconds of one processor."""
+    """Train the methods on the same activations, each in a process of its own."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.alone:
+        train_one(args)
+        return
+    for name in args.methods:
+        if not file_of(args, name).is_file() and available(name):
+            rest = [
+                word
+                for key in ("seconds", "tokens", "latents", "k", "batch")
+                for word in (f"--{key}", str(getattr(args, key)))
+            ]
+            command = [sys.executable, __file__, "train", "--alone", name, *rest]
+            subprocess.run([*command, "--activations", str(args.activations), "--out", str(args.out)], check=True)
+
+
+def file_of(args: argparse.Namespace, name: str) -> Path:
+    return args.out / f"{''.join(c if c.isalnum() else '_' for c in name)}.json"
+
+
+def train_one(args: argparse.Namespace) -> None:
+    """Train a method on activations scaled to length √D, until both the seconds and the tokens are spent.
+
+    At each of the two marks the held-out rows' reconstructions are kept beside the measures.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    cache, held = Cache(args.cache), Cache(args.held_out)
-    d = cache.width
+    cache, held = Cache(args.activations / "training"), Cache(args.activations / "held-out")
     some = cache.sample(20_000)
-    scale = d**0.5 / some.norm(dim=1).mean()
-    test = held.rows.float() * scale
-    spread = (test - test.mean(0)).square().sum()
-    method = METHODS[args.method](d, args.latents, args.k)
+    scale = cache.width**0.5 / some.norm(dim=1).mean()
+    METHODS[args.alone](4, 8, 2).step(torch.randn(2, 4))  # imports and compiles
+    before = peak()
+    method = METHODS[args.alone](cache.width, args.latents, args.k)
     start_at(method, some * scale)
-    rows, spent, due = [], 0.0, itertools.count(0, args.every)
-    following = next(due)
-    for steps, x in enumerate(cache.batches(args.batch, seed=0)):
-        if spent >= following or spent >= args.seconds:
-            with torch.no_grad():
-                parts = test.split(1024)
-                left = sum((method.reconstruct(part) - part).square().sum() for part in parts)
-                opened = torch.stack([method.opened(part) for part in parts]).any(0)
-                l0 = torch.cat([method.l0(part) for part in parts]).float().mean()
-            row = {"seconds": spent, "tokens": steps * args.batch, "explained": 1 - (left / spread).item()}
-            rows.append(row | {"l0": l0.item(), "closed": (~opened).float().mean().item()})
-            print(args.method, rows[-1], flush=True)
-            write(args, rows, steps, spent)
-            following = next(due)
-        if spent >= args.seconds:
-            return
+    told = {"method": args.alone, "latents": args.latents, "k": args.k, "batch": args.batch}
+    marks, spent, steps, batches = {}, 0.0, 0, cache.batches(args.batch, seed=0)
+    while len(marks) < 2:
+        x = next(batches) * scale
         began = time.process_time()
-        method.step(x * scale)
-        spent += time.process_time() - began if steps else 0.0  # the first step compiles
+        method.step(x)
+        if steps:  # the first step compiles the rest
+            spent += time.process_time() - began
+        steps += 1
+        tokens = steps * args.batch
+        due = {"seconds": spent >= args.seconds, "tokens": tokens >= args.tokens}
+        for mark in (mark for mark, reached in due.items() if reached and mark not in marks):
+            told |= {"step_ms": 1e3 * spent / (steps - 1), "peak_gib": peak() - before}
+            marks[mark] = {"seconds": spent, "tokens": tokens, "dead": int((method.idle >= DEAD).sum())}
+            marks[mark] |= examine(method, held, scale, file_of(args, args.alone).with_suffix(f".{mark}.pt"))
+            print(args.alone, mark, marks[mark], f"{told['step_ms']:.0f} ms per step", flush=True)
+    file_of(args, args.alone).write_text(json.dumps(told | {"marks": marks}, indent=1))
 
 
-def write(args: argparse.Namespace, rows: list, steps: int, spent: float) -> None:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    told = {"method": args.method, "latents": args.latents, "k": args.k, "batch": args.batch, "rows": rows}
-    told |= {"step_ms": 1e3 * spent / max(1, steps - 1), "peak_gib": peak}
-    args.out.write_text(json.dumps(told, indent=1))
+def peak() -> float:
+    """Return the largest resident memory so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@torch.no_grad()
+def examine(method: object, held: Cache, scale: Tensor, file: Path) -> dict[str, float]:
+    """Return what held-out rows show, and keep their reconstructions."""
+    test = held.rows.float() * scale
+    found, l0, opened = zip(*(method.look(part) for part in test.split(1024)), strict=True)
+    output = torch.cat(found)
+    torch.save((output / scale).bfloat16(), file)
+    left = (output - test).square().sum() / (test - test.mean(0)).square().sum()
+    closed = 1 - torch.stack(opened).any(0).float().mean()
+    return {"explained": 1 - left.item(), "l0": torch.cat(l0).float().mean().item(), "closed": closed.item()}
 
 
 @torch.no_grad()
@@ -250,22 +277,41 @@ def start_at(method: object, x: Tensor) -> None:
 
 
 def table(args: argparse.Namespace) -> None:
-    """Print what the runs reached at the same processor seconds and at the same tokens."""
-    runs = [json.loads(file.read_text()) for file in args.files]
-    seconds = min(run["rows"][-1]["seconds"] for run in runs)
-    tokens = min(run["rows"][-1]["tokens"] for run in runs)
-    print(f"latents {runs[0]['latents']}, k {runs[0]['k']}, batch {runs[0]['batch']}, one thread")
-    names = (f"explained at {seconds:.0f} s", "tokens by then", f"explained at {tokens:,} tokens", "L0", "closed")
-    print("| | " + " | ".join((*names, "ms per step", "peak GiB")) + " |")
-    print("|---|---|---|---|---|---|---|---|")
-    for run in runs:
-        in_time = max((r for r in run["rows"] if r["seconds"] <= seconds * 1.02), key=lambda r: r["seconds"])
-        alike = min(run["rows"], key=lambda r: abs(r["tokens"] - tokens))
-        print(
-            f"| {run['method']} | {in_time['explained']:.3f} | {in_time['tokens']:,} | {alike['explained']:.3f} "
-            f"({alike['tokens']:,}) | {in_time['l0']:.0f} | {in_time['closed']:.1%} | {run['step_ms']:.0f} | "
-            f"{run['peak_gib']:.2f} |"
-        )
+    """Print what the methods reached at the same processor seconds and at the same tokens."""
+    runs = [json.loads(file_of(args, name).read_text()) for name in args.methods if file_of(args, name).is_file()]
+    held = Cache(args.activations / "held-out")
+    outputs = {
+        (run["method"], mark): torch.load(file_of(args, run["method"]).with_suffix(f".{mark}.pt"))
+        for run in runs
+        for mark in run["marks"]
+    }
+    recovered = losses_recovered(args, held, outputs)
+    sizes = ", ".join(f"{key} {runs[0][key]}" for key in ("latents", "k", "batch"))
+    print(f"{sizes}, one thread, torch {torch.__version__}")
+    columns = ("method", "mark", "tokens", "seconds", "explained", "loss recovered", "L0", "dead", "closed on held-out")
+    print("| " + " | ".join((*columns, "ms per step", "peak GiB")) + " |")
+    print("|---" * (len(columns) + 2) + "|")
+    for mark in ("seconds", "tokens"):
+        for run in runs:
+            row = run["marks"][mark]
+            print(
+                f"| {run['method']} | {mark} | {row['tokens']:,} | {row['seconds']:.0f} | {row['explained']:.3f} | "
+                f"{recovered[run['method'], mark]:.3f} | {row['l0']:.1f} | {row['dead']} | {row['closed']:.1%} | "
+                f"{run['step_ms']:.0f} | {run['peak_gib']:.2f} |"
+            )
+
+
+def losses_recovered(args: argparse.Namespace, held: Cache, outputs: dict) -> dict:
+    """Return of each reconstruction of the held-out rows the share of the model's loss that it recovers."""
+    from gatelet_lab.sae import activations, report
+
+    source = activations.load_model(args.model)
+    shape = (held.done, held.tokens.shape[1] - SKIPPED, held.width)
+    changes = {key: report.in_turn(output.float().view(shape)) for key, output in outputs.items()}
+    layer, tokens = held.identity["layer"], held.tokens[: held.done]
+    clean, zero, *found = report.losses(source, layer, tokens, held.limit, (None, torch.zeros_like, *changes.values()))
+    print(f"layer {layer} of {source.name}: {clean:.3f} nats per token, with zeros {zero:.3f}; {tokens.numel()} tokens")
+    return {key: (zero - loss) / (zero - clean) for key, loss in zip(changes, found, strict=True)}
 
 
 # -------------------------------------------------------------------- speed
@@ -414,15 +460,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     one = commands.add_parser("train")
-    one.add_argument("method", choices=METHODS)
-    for option in ("--cache", "--held-out", "--out"):
-        one.add_argument(option, type=Path, required=True)
-    for option, value in (("--seconds", 150), ("--every", 10), ("--latents", 16384), ("--k", 32), ("--batch", 1024)):
+    for option, value in (
+        ("--seconds", 120),
+        ("--tokens", 400_000),
+        ("--latents", 16384),
+        ("--k", 32),
+        ("--batch", 1024),
+    ):
         one.add_argument(option, type=int, default=value)
+    one.add_argument("--alone")
     one.set_defaults(run=train)
     two = commands.add_parser("table")
-    two.add_argument("files", type=Path, nargs="+")
+    two.add_argument("--model", type=Path, required=True)
     two.set_defaults(run=table)
+    for each in (one, two):
+        each.add_argument("--activations", type=Path, required=True)
+        each.add_argument("--out", type=Path, required=True)
+        each.add_argument(
+            "--methods", nargs="+", choices=METHODS, default=[name for name in METHODS if name != "dense"]
+        )
     for name, run in (("speed", speed), ("memory", memory)):
         three = commands.add_parser(name)
         three.add_argument(

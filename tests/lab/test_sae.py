@@ -129,12 +129,15 @@ def test_the_losses_are_those_of_the_model_with_its_stream_replaced(finished, mo
     source = activations.load_model(model)
     sae = load_sae_lens(options.out / "sae").eval()
     tokens = torch.randint(2, 10, (3, 12))
-    clean, zero, spliced = report.losses(sae, source, 1, tokens, limit=1e9)
+    changes = (None, torch.zeros_like, sae)
+    clean, zero, spliced = report.losses(source, 1, tokens, 1e9, changes)
     logits = source.model(tokens).logits
     wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     assert clean == pytest.approx(wanted.item(), rel=1e-5)
     assert len({round(each, 6) for each in (clean, zero, spliced)}) == 3
-    kept = report.losses(sae, source, 1, tokens, limit=0.0)  # every row counts as too long: nothing is replaced
+    rows = sae(source.residual(tokens, 1)[:, activations.SKIPPED :])
+    assert report.losses(source, 1, tokens, 1e9, [report.in_turn(rows)]) == pytest.approx([spliced], rel=1e-5)
+    kept = report.losses(source, 1, tokens, 0.0, changes)  # every row counts as too long: nothing is replaced
     assert kept == pytest.approx([clean] * 3)
 
 

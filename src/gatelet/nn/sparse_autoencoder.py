@@ -23,6 +23,8 @@ SPARSITY = {"top_k": 0.0, "batch_top_k": 0.0, "jump_relu": 100.0, "relu": 5.0, "
 """The default weight of the sparsity penalty, for inputs of length √D."""
 FOLLOWS = 0.1
 """The share of the way by which the threshold of "batch_top_k" moves to a batch's smallest open value in each step."""
+THRESHOLDS = 10.0
+"""The thresholds of "jump_relu" learn so many times faster than the weights."""
 FEW = 0.05
 """Up to this share of open latents their products are formed from lists, above it densely."""
 
@@ -202,7 +204,7 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def start_from(self, x: Float[Tensor, "*lead D"]) -> None:
-        """Take the input's scale and mean from a sample; for "jump_relu" also θ, so that k latents open on average.
+        """Take the input's scale and mean from a sample; also θ or t, so that k latents open on average.
 
         Args:
             x: (..., D), some thousand examples.
@@ -214,11 +216,39 @@ class SparseAutoencoder(nn.Module):
             raise ValueError("x must hold examples that are not zero")
         self.input_scale.fill_(self.d_in**0.5 / length)
         self.decoder_bias.copy_(rows.mean(0) * self.input_scale)
-        if isinstance(self.estimator, JumpReLU):
+        if self.activation in ("jump_relu", "batch_top_k"):
             some = self._centred(rows[: max(1, (1 << 24) // self.d_sae)])
             z = F.linear(some, self.encoder_weight, self.encoder_bias).flatten()
             at = z.topk(min(len(z), self.k * len(some)), sorted=False).values.min().clamp(min=1e-3)
-            self.estimator.log_threshold.fill_(at.log())
+            if isinstance(self.estimator, JumpReLU):
+                self.estimator.log_threshold.fill_(at.log())
+            else:
+                self.threshold.copy_(at)
+
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """Return the parameters in groups for an optimiser: unit decoder rows are marked, thresholds learn faster.
+
+        A step of Adam moves every number by about the rate, whatever the gradient's size. The logarithm of θ has
+        further to go than a weight has: its rate is ``THRESHOLDS`` times the others'.
+
+        Args:
+            lr: the learning rate η of all but the thresholds.
+
+        >>> groups = SparseAutoencoder(8, 32, "jump_relu", k=4).parameter_groups(1e-3)
+        >>> [(len(group["params"]), group["lr"], group["unit_rows"]) for group in groups]
+        [(1, 0.001, True), (3, 0.001, False), (1, 0.01, False)]
+        """
+        check_positive(lr, "lr")
+        thresholds = list(self.estimator.parameters())
+        apart = {id(self.decoder_weight), *map(id, thresholds)}
+        rest = [parameter for parameter in self.parameters() if id(parameter) not in apart]
+        groups: list[dict[str, Any]] = [
+            {"params": [self.decoder_weight], "lr": lr, "unit_rows": self.unit_decoder},
+            {"params": rest, "lr": lr, "unit_rows": False},
+        ]
+        if thresholds:
+            groups.append({"params": thresholds, "lr": lr * THRESHOLDS, "unit_rows": False})
+        return groups
 
     @torch.no_grad()
     def normalise_decoder_(self) -> None:

@@ -2,6 +2,7 @@
 
 import html
 import json
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,13 @@ def measure(sae: SparseAutoencoder, source: Source, layer: int, held: Cache) -> 
         left += (sae.decode(code) - part).square().sum().item()
         l0 += code.l0.sum().item()
         opened |= code.opened()
-    clean, zero, spliced = losses(sae, source, layer, held.tokens[: held.done], held.limit)
+
+    def reconstructed(x: Tensor) -> Tensor:
+        found: Tensor = sae(x.float()).to(x.dtype)
+        return found
+
+    changes = (None, torch.zeros_like, reconstructed)
+    clean, zero, spliced = losses(source, layer, held.tokens[: held.done], held.limit, changes)
     return {
         "explained": 1 - left / spread,
         "l0": l0 / len(rows),
@@ -50,15 +57,15 @@ def measure(sae: SparseAutoencoder, source: Source, layer: int, held: Cache) -> 
     }
 
 
-def losses(sae: SparseAutoencoder, source: Source, layer: int, tokens: Tensor, limit: float) -> list[float]:
-    """Return the model's mean cross-entropy as it is, with zeros after the layer, and with the reconstruction."""
+Change = Callable[[Tensor], Tensor]
+"""Takes a layer's activations (contexts, length − SKIPPED, D) and gives what is to stand in their place."""
 
-    def reconstructed(x: Tensor) -> Tensor:
-        found: Tensor = sae(x.float()).to(x.dtype)
-        return found
 
+@torch.no_grad()
+def losses(source: Source, layer: int, tokens: Tensor, limit: float, changes: Sequence[Change | None]) -> list[float]:
+    """Return the model's mean cross-entropy with each of these changes of a layer's activations, None for none."""
     found = []
-    for change in (None, torch.zeros_like, reconstructed):
+    for change in changes:
         total, count = 0.0, 0
 
         def replace(module: nn.Module, args: Any, output: Any, change: Any = change) -> Any:
@@ -79,6 +86,12 @@ def losses(sae: SparseAutoencoder, source: Source, layer: int, tokens: Tensor, l
                 handle.remove()
         found.append(total / count)
     return found
+
+
+def in_turn(rows: Tensor) -> Change:
+    """Return a change that puts these rows (contexts, length − SKIPPED, D) in place, in the order of the contexts."""
+    parts = iter(rows.split(_CONTEXTS))
+    return lambda x: next(parts).to(x.dtype)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 VERSION = 1
 SAMPLE = 20_000
 """Activations that scale, mean and thresholds start from."""
-THRESHOLDS = 10.0
-"""The thresholds' logarithms learn so much faster: a step of Adam moves every number by about the rate."""
 COOL = 0.2
 """The last share of the steps, over which the learning rate falls to zero."""
 
@@ -63,15 +61,8 @@ class Trainer:
                 sparse_grad=True,
             )
         self.sae.start_from(cache.sample(SAMPLE))
-        apart = {"decoder_weight", "estimator.log_threshold"}
-        rest = [parameter for name, parameter in self.sae.named_parameters() if name not in apart]
-        thresholds = list(self.sae.estimator.parameters())
-        groups: list[dict[str, Any]] = [
-            {"params": [self.sae.decoder_weight], "unit_rows": True, "scale": 1.0},
-            {"params": rest, "scale": 1.0},
-            *([{"params": thresholds, "scale": THRESHOLDS}] if thresholds else []),
-        ]
-        self.optimizer = RowAdam(groups, options.rate)
+        self.optimizer = RowAdam(self.sae.parameter_groups(options.rate))
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
         self.steps, self.seconds = 0, 0.0
         self.history: list[Row] = []
         self._sums = torch.zeros(5, dtype=torch.float64)
@@ -81,11 +72,11 @@ class Trainer:
         for batch in self.cache.batches(self.options.batch, self.options.seed, self.steps):
             yield batch[self.rank :: self.world]
 
-    def rate(self) -> float:
-        """Return the learning rate of the next step: it grows over the warm-up and falls over the last fifth."""
+    def share(self) -> float:
+        """Return the next step's share of the learning rate: it grows in the warm-up and falls in the last fifth."""
         total = max(1, self.options.tokens // self.options.batch)
         rise = min(1.0, (self.steps + 1) / max(1, self.options.warm_up))
-        return self.options.rate * rise * min(1.0, (total - self.steps) / max(1.0, COOL * total))
+        return rise * min(1.0, (total - self.steps) / max(1.0, COOL * total))
 
     def step(self, x: Tensor) -> None:
         """Take a step."""
@@ -97,8 +88,8 @@ class Trainer:
             raise RuntimeError(
                 f"training diverged: the loss became {value} in step {self.steps + 1}; the last checkpoint is kept"
             )
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate() * group["scale"]
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * self.share()
         self.optimizer.zero_grad()
         found.total.backward()
         self._average()
