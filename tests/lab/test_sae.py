@@ -188,6 +188,15 @@ def test_nan_stops_the_collection_and_keeps_what_was_before(model, text, tmp_pat
     assert activations.Cache(tmp_path).done == 32
 
 
+def test_no_held_out_text_is_trained_on(tmp_path):
+    for index in range(6):
+        (tmp_path / f"{index}.txt").write_text(f"text {index % 5}")  # the last equals the first
+    (tmp_path / "7.txt").symlink_to(tmp_path / "1.txt")
+    found = activations.find_text([f"{tmp_path}/*.txt"], [f"{tmp_path}/[01].txt"])
+    assert [file.name for file in found.held_out] == ["0.txt", "1.txt"]
+    assert [file.name for file in found.training] == ["2.txt", "3.txt", "4.txt"]
+
+
 def test_rows_that_are_far_too_long_are_left_out(model, text, tmp_path):
     source = activations.load_model(model)
     cache = activations.collect(source, activations.contexts(source, sorted(text.glob("*")), 16, 40, 0), 1, tmp_path)

@@ -359,8 +359,10 @@ class SparseAutoencoder(nn.Module):
         with torch.no_grad():
             args = (centred, self.encoder_weight, self.encoder_bias, self.k)
             values, indices = largest(*args) if opened is None else largest_in_groups(*args, opened, self.groups)
-        offsets = torch.arange(0, indices.numel() + 1, self.k, device=indices.device)
-        listed = self._listed(centred, values.flatten(), Lists(offsets, indices.flatten(), self.d_sae))
+        listed = values.flatten()
+        if torch.is_grad_enabled():
+            offsets = torch.arange(0, indices.numel() + 1, self.k, device=indices.device)
+            listed = self._listed(centred, listed, Lists(offsets, indices.flatten(), self.d_sae))
         f = listed.relu().view(-1, self.k)
         if scale is not None:
             f = f * scale.gather(1, indices // (self.d_sae // self.groups))

@@ -137,12 +137,15 @@ class Text:
 def find_text(patterns: Sequence[str], held_out: Sequence[str], every: int = 20) -> Text:
     """Return the files that patterns name; held out are those of the second patterns, or every 20th file.
 
+    A file that is reached twice counts once, and none that equals a held-out one is trained on.
+
     Raises:
         ValueError: naming the option, if a pattern names nothing or nothing is left to train on.
     """
     files = _matching(patterns, "--text")
     kept = set(_matching(held_out, "--held-out")) if held_out else set(files[every - 1 :: every]) or set(files[-1:])
-    training = tuple(file for file in files if file not in kept)
+    known = {hashlib.sha256(file.read_bytes()).digest() for file in kept}
+    training = tuple(file for file in files if hashlib.sha256(file.read_bytes()).digest() not in known)
     if not training:
         raise ValueError("--text: names no file beside the held-out ones")
     return Text(training, tuple(sorted(kept)))
@@ -155,7 +158,7 @@ def _matching(patterns: Sequence[str], option: str) -> list[Path]:
         if not found:
             raise ValueError(f"{option} {pattern}: matches no file")
         files |= found
-    return sorted(files)
+    return sorted({file.resolve(): file for file in sorted(files, reverse=True)}.values())
 
 
 def contexts(source: Source, files: Sequence[Path], length: int, count: int, seed: int | None) -> Tensor:

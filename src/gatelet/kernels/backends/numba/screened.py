@@ -1,9 +1,9 @@
 """The k largest outputs of a linear map, found by a product in bfloat16 and settled by exact ones.
 
-Where a processor multiplies bfloat16 several times faster than float32, most outputs need no exact product. Rounding
-moves z = ⟨x, w⟩ by no more than c·‖w‖, with c = ‖x − x̃‖ + 2⁻⁸‖x̃‖ for the factors and 2⁻⁸‖x̃‖ for the result, by
-Cauchy and Schwarz. So the k-th largest of z̃ − c‖w‖ is at most the k-th largest z, and whatever has z̃ + c‖w‖ below it is
-not among the k largest. The others are computed exactly. The result is that of the float32 product, ties apart.
+Where a processor multiplies bfloat16 several times faster than float32, most outputs need no exact product. With x̃
+and w̃ rounded to bfloat16 and z̃ the rounded product, Cauchy and Schwarz give |z − z̃| ≤ m = (‖x − x̃‖ + 2⁻⁸‖x‖)·‖w‖ +
+2⁻⁸|z̃|. The k-th largest of z̃ − m is at most the k-th largest z, and whatever has z̃ + m below it is not among them. The
+others are computed exactly. The result is that of the float32 product, ties apart.
 """
 
 import torch
@@ -16,8 +16,12 @@ UNIT = 2.0**-8
 """The largest relative error of rounding to bfloat16."""
 SUMS = 2.0**-12
 """More than the relative error of a sum of thousands of float32 products."""
-LEAST = 64
+LEAST = 256
 """Fewer examples are not worth the rounding of the weights."""
+FIRST = 8
+"""One of so many examples shows whether the bound tells latents apart."""
+FAILING = 0.3
+"""If it fails for more of these, the others are computed without it."""
 
 
 def worth(x: Tensor, weight: Tensor) -> bool:
@@ -35,20 +39,35 @@ def screened_top_k(x: Tensor, weight: Tensor, bias: Tensor, most: int) -> tuple[
         bias: (N,).
         most: K, at most N.
     """
-    units, lengths = len(weight), torch.linalg.vector_norm(weight, dim=1)
+    lengths, first = torch.linalg.vector_norm(weight, dim=1), len(x) // FIRST
+    found = [_screened(x[:first], weight, bias, most, lengths)] if first else []
+    if not found or found[0][2].float().mean() <= FAILING:
+        found.append(_screened(x[first:], weight, bias, most, lengths))
+    values, units, beyond = (torch.cat(each) for each in zip(*found, strict=True))
+    missing = len(x) - len(values)
+    values, units = F.pad(values, (0, 0, 0, missing)), F.pad(units, (0, 0, 0, missing))
+    beyond = F.pad(beyond, (0, missing), value=True)
+    if bool(beyond.any()):
+        values[beyond], units[beyond] = top_k(x[beyond], weight, bias, most)
+    return values, units
+
+
+def _screened(x: Tensor, weight: Tensor, bias: Tensor, most: int, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return values and units (B, K) by way of a list of candidates, and where more may lie beyond the list, (B,)."""
+    units = len(weight)
     listed = min(units, 6 * most + 64)
-    size = torch.linalg.vector_norm(x, dim=1)
-    lost = torch.linalg.vector_norm(x - x.bfloat16().float(), dim=1)
-    margin = ((lost + (2 * UNIT + SUMS) * size) * (1 + UNIT)).max() * lengths
-    upper, at = top_k(x, weight, bias + margin, listed, half=True)
-    limit = (upper - 2 * margin[at]).topk(most, dim=1, sorted=False).values.amin(1, keepdim=True)
-    kept = upper >= limit
-    values = torch.full_like(upper, -torch.inf)
+    near, at = top_k(x, weight, bias, listed, half=True)
+    size = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    lost = torch.linalg.vector_norm(x - x.bfloat16().float(), dim=1, keepdim=True)
+    factors = (lost + (UNIT + SUMS) * size) * (1 + 2 * UNIT)  # the last factor: w̃ may be longer than w
+    result = UNIT * (1 + 2 * UNIT)
+    margin = factors * lengths[at] + result * (near - bias[at]).abs()
+    limit = (near - margin).topk(most, dim=1, sorted=False).values.amin(1, keepdim=True)
+    kept = near + margin >= limit
+    values = torch.full_like(near, -torch.inf)
     values[kept] = dots(x, weight, bias, F.pad(kept.sum(1).cumsum(0), (1, 0)), at[kept])
     best = values.topk(most, dim=1, sorted=False).indices.sort(dim=1).values
-    found = values.gather(1, best), at.gather(1, best)
-    if listed < units:  # where the whole list is kept, more may lie beyond it
-        beyond = kept.all(1)
-        if bool(beyond.any()):
-            found[0][beyond], found[1][beyond] = top_k(x[beyond], weight, bias, most)
-    return found
+    last = near.amin(1, keepdim=True)  # no z̃ beyond the list is larger
+    ceiling = last + factors * lengths.max() + result * (last.abs() + bias.abs().max())
+    beyond = ((ceiling >= limit) if listed < units else torch.zeros_like(limit, dtype=torch.bool)).squeeze(1)
+    return values.gather(1, best), at.gather(1, best), beyond
