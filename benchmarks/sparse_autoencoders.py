@@ -7,11 +7,12 @@
     python benchmarks/sparse_autoencoders.py format                      # SAELens reads what we write, and the reverse
 
 The peers are optional: pip install sae-lens==6.54.0 eai-sparsify==1.3.3. The activations are those of
-`gatelet train sae` (its --cache). Training time is the processor's (one thread), not the clock's: runs may share a
-machine. A method whose file lies in --out already is not run again.
+`gatelet train sae` (its --cache). Training time is the processor's (one thread), not the clock's; on a busy machine
+give --step-ms, which `speed --threads 1 --activations DIR` prints. A method whose file lies in --out is not run again.
 """
 
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -208,6 +209,7 @@ def train(args: argparse.Namespace) -> None:
                 for key in ("seconds", "tokens", "latents", "k", "batch")
                 for word in (f"--{key}", str(getattr(args, key)))
             ]
+            rest += ["--step-ms", str(args.step_ms)] if args.step_ms else []
             command = [sys.executable, __file__, "train", "--alone", name, *rest]
             subprocess.run([*command, "--activations", str(args.activations), "--out", str(args.out)], check=True)
 
@@ -237,7 +239,7 @@ def train_one(args: argparse.Namespace) -> None:
         began = time.process_time()
         method.step(x)
         if steps:  # the first step compiles the rest
-            spent += time.process_time() - began
+            spent += args.step_ms / 1e3 if args.step_ms else time.process_time() - began
         steps += 1
         tokens = steps * args.batch
         due = {"seconds": spent >= args.seconds, "tokens": tokens >= args.tokens}
@@ -334,11 +336,19 @@ def speed(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     d, n, k, b = SHAPES[args.shape]
-    x = torch.randn(b, d)
+    batches = [torch.randn(b, d) for _ in range(args.rounds + 1)]
+    if args.activations:
+        cache = Cache(args.activations / "training")
+        scale = cache.width**0.5 / cache.sample(20_000).norm(dim=1).mean()
+        batches = [next(given) * scale for given in [cache.batches(b, seed=0)] for _ in batches]
+    x = batches[0]
     names = [name for name in args.methods if available(name)]
     print(f"D = {d}, N = {n}, K = {k}, B = {b}, {args.threads} threads, torch {torch.__version__}")
     methods = {name: METHODS[name](d, n, k) for name in names}
-    steps = timed({name: lambda m=m: m.step(x) for name, m in methods.items()}, args.rounds)
+    for method in methods.values():
+        start_at(method, x)
+    turns = {name: itertools.cycle(batches) for name in names}
+    steps = timed({name: lambda m=m, t=turns[name]: m.step(next(t)) for name, m in methods.items()}, args.rounds)
     for name in names:
         print(f"step {name}: {steps[name]:.1f} ms, {steps[name] / steps[names[0]]:.3f} of {names[0]}", flush=True)
     if {"dense", "top_k"} <= methods.keys():
@@ -468,6 +478,7 @@ def main() -> None:
         ("--batch", 1024),
     ):
         one.add_argument(option, type=int, default=value)
+    one.add_argument("--step-ms", type=float, help="of the one method: count a step as this, not as it took")
     one.add_argument("--alone")
     one.set_defaults(run=train)
     two = commands.add_parser("table")
@@ -486,6 +497,7 @@ def main() -> None:
         )
         for option, value in (("--shape", 0), ("--threads", 2), ("--rounds", 5)):
             three.add_argument(option, type=int, default=value)
+        three.add_argument("--activations", type=Path, help="instead of random inputs")
         three.add_argument("--alone")
         three.set_defaults(run=run)
     commands.add_parser("format").set_defaults(run=exchange)

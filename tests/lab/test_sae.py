@@ -339,7 +339,7 @@ def test_two_processes_give_the_numbers_of_one(options, tmp_path):
         env=os.environ | {"PYTHONPATH": str(Path(gatelet.__file__).parents[1]), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=600,
         check=False,
     )
     assert found.returncode == 0, found.stderr[-2000:]

@@ -16,7 +16,7 @@ from gatelet.estimators._distributed import is_distributed
 from gatelet.estimators.jump_relu import jump_relu, jump_step
 from gatelet.nn import _agreement, sae_lens
 from gatelet.nn._largest import largest, largest_in_groups
-from gatelet.nn._lists import ListedLinear, ListedSum, Lists, UnitRows
+from gatelet.nn._lists import ListedLinear, ListedSum, Lists, UnitRows, by_example
 from gatelet.nn.sparse_code import SparseCode
 
 SPARSITY = {"top_k": 0.0, "batch_top_k": 0.0, "jump_relu": 100.0, "relu": 5.0, "gated": 5.0}
@@ -434,8 +434,10 @@ class SparseAutoencoder(nn.Module):
         weight = self.decoder_weight
         if code.dense is not None:
             return code.dense @ (UnitRows.apply(weight) if self.unit_decoder else weight)
-        args = (code.values.reshape(-1), weight, code.lists(), self.sparse_grad, self.unit_decoder)
-        found: Tensor = ListedSum.apply(*args)
+        values, lists = code.values.reshape(-1), code.lists()
+        if not torch.is_grad_enabled():
+            return by_example(values, weight, lists)
+        found: Tensor = ListedSum.apply(values, weight, lists, self.sparse_grad, self.unit_decoder)
         return found
 
     def _sparsity(self, code: SparseCode, extra: "_Extra", centred: Tensor) -> Tensor:
