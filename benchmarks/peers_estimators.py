@@ -1,14 +1,15 @@
-"""Gradient estimators of other libraries on one problem: bias, variance, time, lines of user code.
+"""Gradient estimators of other libraries on the same problems: bias, variance, time, lines of user code.
 
     python benchmarks/peers_estimators.py --draws 2000 --json peers.json --markdown peers.md
 
-Optional installs, in an environment of their own (torch first, the peers with --no-deps): storchastic==0.3.7,
-relaxit==1.2.1, reinmax, pyro-ppl. A library that is missing or fails is reported as such. Each runs in a process of its
-own, because storchastic patches torch at import.
+Optional installs, in an environment of their own (torch first, the peers with --no-deps): docs/peers.md lists them. A
+library that is missing or fails is reported as such. Each runs in a process of its own, because storchastic patches
+torch at import.
 
-The problem: three Bernoulli units with logits a, E[(w·h − t)²], whose exact gradient is enumerated here. A case is a
-function of a that does all that its user has to write, up to backward(); its lines are counted. Where a method draws
-several samples it draws two.
+The problems: E[(w·h − t)²] for three gates with logits a, P(h) ∝ exp(a·h): all gates free (Bernoulli units), exactly
+one open (classes), exactly two open (a subset). The exact gradient is enumerated here. A case is a function of a that
+does all that its user has to write, up to backward(); its lines are counted. Where a method draws several samples it
+draws two. And sparse maps, which draw nothing: against a bisection, in float64.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
@@ -37,55 +39,119 @@ def f(h):
     return ((h * WEIGHT).sum(-1) - TARGET) ** 2
 
 
-def exact():
+PROBLEMS = {
+    "gates": ("Three Bernoulli gates", (0, 1, 2, 3)),
+    "classes": ("One variable of three classes", (1,)),
+    "subset": ("Exactly two of three gates", (2,)),
+}
+"""What it is called, and how many gates may be open."""
+
+
+def exact(problem):
     """Return the gradient by enumeration, in float64."""
+    _, counts = PROBLEMS[problem]
     a = LOGITS.double().requires_grad_()
-    total = a.new_zeros(())
-    for bits in product((0.0, 1.0), repeat=3):
-        h = torch.tensor(bits, dtype=torch.float64)
-        chance = torch.where(h > 0, a.sigmoid(), 1 - a.sigmoid()).prod()
-        total = total + chance * ((h * WEIGHT.double()).sum() - TARGET) ** 2
-    return torch.autograd.grad(total, a)[0]
+    h = torch.tensor([bits for bits in product((0.0, 1.0), repeat=3) if sum(bits) in counts], dtype=torch.float64)
+    losses = (h @ WEIGHT.double() - TARGET) ** 2
+    return torch.autograd.grad((h @ a).softmax(0) @ losses, a)[0]
 
 
-# Library -> its cases: (name, whether it declares to be unbiased for Bernoulli units, function).
-Cases = list[tuple[str, bool, Callable[[torch.Tensor], None]]]
+@dataclass(frozen=True)
+class Case:
+    """One estimator as a library's user calls it."""
+
+    name: str
+    unbiased: bool
+    """Whether it declares to be unbiased for the problem."""
+    call: Callable[[torch.Tensor], None]
+    problem: str = "gates"
+
+
+Cases = list[Case]
 
 
 def _gatelet() -> Cases:
     import gatelet
 
-    def case(estimator: str, samples: int, **options: object) -> tuple[str, bool, Callable[[torch.Tensor], None]]:
+    def case(estimator: str, samples: int, **options: object) -> Case:
         method = gatelet.estimators.ALL[estimator](**options)
+        told = ", ".join(f"{key}={value}" for key, value in options.items() if key not in ("kind", "k"))
+        name = f"{estimator}({told})" if told else estimator
+        unbiased = method.unbiased and method.binary
+        if method.kind == "categorical":  # one variable
+
+            def call(a):
+                gatelet.surrogate(lambda h: f(h).squeeze(-1), a.unsqueeze(0), method, samples=samples).backward()
+
+            return Case(name, unbiased, call, "classes")
 
         def call(a):
             gatelet.surrogate(f, a, method, samples=samples).backward()
 
-        told = ", ".join(f"{key}={value}" for key, value in options.items())
-        return f"{estimator}({told})" if told else estimator, method.unbiased and method.binary, call
+        return Case(name, unbiased, call, "gates" if method.kind == "bernoulli" else "subset")
 
+    classes = {"kind": "categorical"}
+    two = {"kind": "subset", "k": 2}
     return [
         case("score_function", 1, baseline="none"),
         case("score_function", 1, baseline="running_mean"),
         case("leave_one_out", 2),
+        case("double_control_variates", 2),
+        case("rodeo", 2),
         case("arm", 2),
         case("disarm", 2),
+        case("arms", 2),
+        case("bit_flip", 1),
         case("rebar", 1),
         case("relax", 1),
         case("muprop", 1),
         case("local_expectation", 1),
         case("enumeration", 1),
         case("straight_through", 1, slope="sigmoid"),
+        case("darn", 1),
+        case("zgr", 1),
         case("reinmax", 1),
+        case("decoupled_straight_through", 1),
+        case("imle", 1),
+        case("aimle", 1),
         case("concrete", 1, temperature=0.5),
         case("straight_through_gumbel", 1, temperature=0.5),
         case("hard_concrete", 1),
+        case("stochastic_gates", 1),
         case("smooth_times_stochastic", 1),
+        case("score_function", 1, baseline="none", **classes),
+        case("leave_one_out", 2, **classes),
+        case("unordered_set", 2, **classes),
+        case("carms", 2, **classes),
+        case("arsm", 1, **classes),
+        case("rebar", 1, **classes),
+        case("relax", 1, **classes),
+        case("straight_through", 1, slope="sigmoid", **classes),
+        case("darn", 1, **classes),
+        case("zgr", 1, **classes),
+        case("reinmax", 1, **classes),
+        case("decoupled_straight_through", 1, **classes),
+        case("concrete", 1, temperature=0.5, **classes),
+        case("straight_through_gumbel", 1, temperature=0.5, **classes),
+        case("score_function", 1, baseline="none", **two),
+        case("leave_one_out", 2, **two),
+        case("enumeration", 1, **two),
+        case("simple", 1, k=2),
+        case("imle", 1, **two),
+        case("aimle", 1, **two),
+        case("concrete", 1, temperature=0.5, **two),
+        case("straight_through_gumbel", 1, temperature=0.5, **two),
     ]
 
 
 def _torch() -> Cases:
-    from torch.distributions import Bernoulli, RelaxedBernoulli
+    from torch.distributions import (
+        Bernoulli,
+        OneHotCategorical,
+        OneHotCategoricalStraightThrough,
+        RelaxedBernoulli,
+        RelaxedOneHotCategorical,
+    )
 
     def score_function(a):
         distribution = Bernoulli(logits=a)
@@ -97,24 +163,49 @@ def _torch() -> Cases:
         h = RelaxedBernoulli(torch.tensor(0.5), logits=a).rsample()
         f(h).backward()
 
+    def score_function_of_classes(a):
+        distribution = OneHotCategorical(logits=a)
+        h = distribution.sample()
+        loss = f(h)
+        (loss + loss.detach() * distribution.log_prob(h)).backward()
+
+    def straight_through(a):
+        h = OneHotCategoricalStraightThrough(logits=a).rsample()
+        f(h).backward()
+
+    def relaxed_classes(a):
+        h = RelaxedOneHotCategorical(torch.tensor(0.5), logits=a).rsample()
+        f(h).backward()
+
     return [
-        ("score function, log_prob", True, score_function),
-        ("RelaxedBernoulli(0.5)", False, relaxed_bernoulli),
+        Case("score function, log_prob", True, score_function),
+        Case("RelaxedBernoulli(0.5)", False, relaxed_bernoulli),
+        Case("score function, log_prob", True, score_function_of_classes, "classes"),
+        Case("OneHotCategoricalStraightThrough", False, straight_through, "classes"),
+        Case("RelaxedOneHotCategorical(0.5)", False, relaxed_classes, "classes"),
     ]
 
 
 def _storchastic() -> Cases:
     import storch
-    from storch.method import ARM, REBAR, RELAX, DisARM, Expect, GumbelSoftmax, ScoreFunction
-    from torch.distributions import Bernoulli
+    from storch.method import ARM, REBAR, RELAX, DisARM, Expect, GumbelSoftmax, ScoreFunction, UnorderedSetEstimator
+    from torch.distributions import Bernoulli, OneHotCategorical
 
-    def case(name: str, unbiased: bool, method: object) -> tuple[str, bool, Callable[[torch.Tensor], None]]:
+    def case(name: str, unbiased: bool, method: object) -> Case:
         def call(a):
             h = method(Bernoulli(logits=a))
             storch.add_cost(f(h), "loss")
             storch.backward()
 
-        return name, unbiased, call
+        return Case(name, unbiased, call)
+
+    def classes(name: str, unbiased: bool, method: object) -> Case:
+        def call(a):
+            h = method(OneHotCategorical(logits=a))
+            storch.add_cost(f(h), "loss")
+            storch.backward()
+
+        return Case(name, unbiased, call, "classes")
 
     relaxed = {"initial_temperature": 0.5, "min_temperature": 0.5}
     return [
@@ -128,11 +219,29 @@ def _storchastic() -> Cases:
         case("Expect", True, Expect("h")),
         case("GumbelSoftmax(0.5)", False, GumbelSoftmax("h", **relaxed)),
         case("GumbelSoftmax(0.5, straight_through)", False, GumbelSoftmax("h", straight_through=True, **relaxed)),
+        classes("ScoreFunction", True, ScoreFunction("h")),
+        classes(
+            "ScoreFunction, batch_average", True, ScoreFunction("h", n_samples=2, baseline_factory="batch_average")
+        ),
+        classes("Expect", True, Expect("h")),
+        classes("GumbelSoftmax(0.5)", False, GumbelSoftmax("h", **relaxed)),
+        classes("GumbelSoftmax(0.5, straight_through)", False, GumbelSoftmax("h", straight_through=True, **relaxed)),
+        classes("UnorderedSetEstimator", True, UnorderedSetEstimator("h", k=2)),
+        # Last: an error leaves something behind in storchastic.
+        classes("RELAX", True, RELAX("h", in_dim=3)),
+        classes("REBAR", True, REBAR("h")),
     ]
 
 
 def _relaxit() -> Cases:
-    from relaxit.distributions import HardConcrete, RebarRelaxation, StochasticTimesSmooth, StraightThroughBernoulli
+    from relaxit.distributions import (
+        DecoupledStraightThroughGumbelSoftmax,
+        GumbelSoftmaxTopK,
+        HardConcrete,
+        RebarRelaxation,
+        StochasticTimesSmooth,
+        StraightThroughBernoulli,
+    )
 
     def straight_through(a):
         h = StraightThroughBernoulli(logits=a).rsample()
@@ -151,11 +260,21 @@ def _relaxit() -> Cases:
         h = StochasticTimesSmooth(logits=a).rsample()
         f(h).backward()
 
+    def decoupled(a):
+        h = DecoupledStraightThroughGumbelSoftmax(1.0, 2.0, logits=a).rsample()
+        f(h).backward()
+
+    def top_two(a):
+        h = GumbelSoftmaxTopK(logits=a, K=torch.tensor(2), tau=torch.tensor(0.5)).rsample()
+        f(h).backward()
+
     return [
-        ("StraightThroughBernoulli", False, straight_through),
-        ("RebarRelaxation(0.5)", False, rebar),
-        ("HardConcrete", False, hard_concrete),
-        ("StochasticTimesSmooth", False, smooth),
+        Case("StraightThroughBernoulli", False, straight_through),
+        Case("RebarRelaxation(0.5)", False, rebar),
+        Case("HardConcrete", False, hard_concrete),
+        Case("StochasticTimesSmooth", False, smooth),
+        Case("DecoupledStraightThroughGumbelSoftmax(1, 2)", False, decoupled, "classes"),
+        Case("GumbelSoftmaxTopK(2, 0.5)", False, top_two, "subset"),
     ]
 
 
@@ -166,7 +285,49 @@ def _reinmax() -> Cases:
         h, _ = reinmax(torch.stack([a, torch.zeros_like(a)], -1), 1.0)
         f(h[..., 0]).backward()
 
-    return [("reinmax, Bernoulli as two classes", False, two_classes)]
+    def three_classes(a):
+        h, _ = reinmax(a.unsqueeze(0), 1.0)
+        f(h[0]).backward()
+
+    return [
+        Case("reinmax, Bernoulli as two classes", False, two_classes),
+        Case("reinmax", False, three_classes, "classes"),
+    ]
+
+
+def _imle() -> Cases:
+    from imle.noise import SumOfGammaNoiseDistribution
+    from imle.target import TargetDistribution
+    from imle.wrapper import imle
+
+    def case(k: int, problem: str) -> Case:
+        noise, target = SumOfGammaNoiseDistribution(k), TargetDistribution(1.0, 1.0)
+
+        @imle(target_distribution=target, noise_distribution=noise)
+        def largest(logits):
+            return torch.zeros_like(logits).scatter(-1, logits.topk(k).indices, 1.0)
+
+        def call(a):
+            h = largest(a.unsqueeze(0))
+            f(h[0]).backward()
+
+        return Case(f"imle, λ = 1, {k} largest", False, call, problem)
+
+    return [case(1, "classes"), case(2, "subset")]
+
+
+def _stg() -> Cases:
+    from stg.layers import FeatureSelector
+
+    selector = FeatureSelector(3, 0.5, "cpu")
+
+    def call(a):
+        selector.mu = torch.nn.Parameter(a.detach() - 0.5)
+        h = selector(torch.ones(3))
+        f(h).backward()
+        a.grad = selector.mu.grad
+
+    return [Case("FeatureSelector", False, call)]
 
 
 def _pyro() -> Cases:
@@ -212,12 +373,112 @@ def _pyro() -> Cases:
 
         TraceEnum_ELBO(max_plate_nesting=0).differentiable_loss(model, guide).backward()
 
+    def straight_through_classes(a):
+        h = dist.RelaxedOneHotCategoricalStraightThrough(torch.tensor(0.5), logits=a).rsample()
+        f(h).backward()
+
     return [
-        ("Trace_ELBO", True, trace),
-        ("TraceGraph_ELBO", True, trace_graph),
-        ("TraceEnum_ELBO, parallel", True, enumerated),
-        ("RelaxedBernoulliStraightThrough(0.5)", False, straight_through),
+        Case("Trace_ELBO", True, trace),
+        Case("TraceGraph_ELBO", True, trace_graph),
+        Case("TraceEnum_ELBO, parallel", True, enumerated),
+        Case("RelaxedBernoulliStraightThrough(0.5)", False, straight_through),
+        Case("RelaxedOneHotCategoricalStraightThrough(0.5)", False, straight_through_classes, "classes"),
     ]
+
+
+Map = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _maps_of_gatelet() -> dict[str, Map]:
+    from gatelet.estimators import ALL
+
+    return {name: (lambda a, method=ALL[name](): method(a, torch.zeros_like(a))) for name in ("sparsemax", "entmax")}
+
+
+def _maps_of_entmax() -> dict[str, Map]:
+    from entmax import entmax15, sparsemax
+
+    return {"sparsemax": lambda a: sparsemax(a, dim=-1), "entmax": lambda a: entmax15(a, dim=-1)}
+
+
+MAPS: dict[str, tuple[str, Callable[[], dict[str, Map]]]] = {
+    "gatelet": ("gatelet", _maps_of_gatelet),
+    "entmax": ("entmax", _maps_of_entmax),
+}
+
+
+def bisection(name: str, a: torch.Tensor) -> torch.Tensor:
+    """Return the map by bisection for the threshold t, at which the gates sum to 1."""
+    open_at = {"sparsemax": lambda t: (a - t).clamp_min(0), "entmax": lambda t: (a / 2 - t).clamp_min(0).square()}[name]
+    high = (a if name == "sparsemax" else a / 2).amax(-1, keepdim=True)
+    low = high - 1
+    for _ in range(80):
+        middle = (low + high) / 2
+        above = open_at(middle).sum(-1, keepdim=True) > 1
+        low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+    return open_at((low + high) / 2)
+
+
+def measure_maps(library: str) -> list[dict[str, object]]:
+    """Return a row per sparse map of one library: how far it is from the bisection, its time, what PyTorch does to it."""
+    torch.set_num_threads(1)
+    package, maps = MAPS[library]
+    try:
+        listed = maps()
+    except Exception as error:
+        return [{"library": library, "map": "–", "error": f"{type(error).__name__}: {error}"}]
+    draw = torch.Generator().manual_seed(0)
+    a = 2 * torch.randn(16, 30, generator=draw, dtype=torch.float64)
+    weight, wide = torch.randn(a.shape, generator=draw, dtype=torch.float64), torch.randn(64, 1000, generator=draw)
+    rows: list[dict[str, object]] = []
+    for name, call in listed.items():
+        leaf = a.clone().requires_grad_()
+        slope = torch.autograd.grad((call(leaf) * weight).sum(), leaf)[0]
+        # Central differences in every logit; the map is piecewise smooth, and the draws are not at a kink.
+        moves = 1e-6 * torch.eye(30, dtype=torch.float64)[:, None]
+        ends = [(bisection(name, a + sign * moves) * weight).sum(-1) for sign in (1, -1)]
+        truth = ((ends[0] - ends[1]) / 2e-6).T
+        leaf, times = wide.clone().requires_grad_(), []
+        for _ in range(40):
+            began = time.perf_counter()
+            call(leaf).square().sum().backward()
+            times.append(1e3 * (time.perf_counter() - began))
+        small = a[:2, :4].clone().requires_grad_()
+        rows.append(
+            {
+                "library": library,
+                "version": version_of(package),
+                "map": name,
+                "value_error": (call(a) - bisection(name, a)).abs().max().item(),
+                "gradient_error": (slope - truth).abs().max().item(),
+                "milliseconds": torch.tensor(times).median().item(),
+                "second derivative": works(lambda call=call, x=small: torch.autograd.gradgradcheck(call, (x,))),
+                "torch.func": works(
+                    lambda call=call, x=small: torch.func.vmap(torch.func.grad(lambda y: call(y)[0]))(x)
+                ),
+                "torch.compile, whole graph": works(
+                    lambda call=call, x=small: torch.compile(call, fullgraph=True, backend="aot_eager")(x)
+                ),
+            }
+        )
+    return rows
+
+
+def works(call: Callable[[], object]) -> bool:
+    """Return whether it runs through."""
+    try:
+        call()
+    except Exception:
+        return False
+    return True
+
+
+def version_of(package: str) -> str:
+    """Return the version of an installed package, or that it runs from a checkout."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "source"
 
 
 LIBRARIES: dict[str, tuple[str, Callable[[], Cases]]] = {
@@ -227,6 +488,8 @@ LIBRARIES: dict[str, tuple[str, Callable[[], Cases]]] = {
     "relaxit": ("relaxit", _relaxit),
     "reinmax": ("reinmax", _reinmax),
     "pyro": ("pyro-ppl", _pyro),
+    "torch-imle": ("torch-imle", _imle),
+    "stg": ("stg", _stg),
 }
 
 
@@ -235,20 +498,18 @@ def measure(library: str, draws: int) -> list[dict[str, object]]:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     package, cases = LIBRARIES[library]
-    try:
-        found = version(package)
-    except PackageNotFoundError:
-        found = "source"  # gatelet from a checkout
+    found = version_of(package)
     try:
         listed = cases()
     except Exception as error:
         return [{"library": library, "version": found, "error": f"{type(error).__name__}: {error}"}]
-    reference, rows = exact(), []
-    for name, unbiased, call in listed:
-        row: dict[str, object] = {"library": library, "version": found, "case": name, "unbiased": unbiased}
-        row["lines"] = lines(call)
+    rows: list[dict[str, object]] = []
+    for case in listed:
+        row: dict[str, object] = {"library": library, "version": found, "problem": case.problem, "case": case.name}
+        row |= {"unbiased": case.unbiased, "lines": lines(case.call)}
+        reference = exact(case.problem)
         try:
-            gradients, milliseconds = sample(call, draws)
+            gradients, milliseconds = sample(case.call, draws)
         except Exception as error:  # a peer that fails is a result
             rows.append({**row, "error": f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"})
             continue
@@ -291,11 +552,26 @@ def lines(call: Callable[[torch.Tensor], None]) -> int:
 
 
 def markdown(rows: list[dict[str, object]], draws: int) -> str:
-    """Return the table."""
+    """Return a table per problem, and that of the maps."""
+    where = f"{date.today()}, {draws} draws, seed 0, torch {torch.__version__}, {platform.system()}, one thread"
+    text = f"{where}.\n"
+    for problem, (title, _) in PROBLEMS.items():
+        told = ", ".join(f"{value:.4f}" for value in exact(problem).tolist())
+        some = [row for row in rows if row.get("problem") == problem]
+        text += f"\n## {title}\n\nExact gradient: ({told}).\n\n{table(some)}"
+    text += f"\n## Sparse maps\n\n{table_of_maps([row for row in rows if 'map' in row])}"
+    for row in rows:
+        if "problem" not in row and "map" not in row:
+            text += f"\n{row['library']} {row['version']} does not run: {row['error']}\n"
+    return text
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """Return the table of one problem."""
     head = ["library", "case", "claims unbiased", "bias (standard errors)", "relative bias", "variance", "ms", "lines"]
     body = []
     for row in rows:
-        told = [f"{row['library']} {row['version']}", str(row.get("case", "–"))]
+        told = [f"{row['library']} {row['version']}", str(row["case"])]
         if "error" in row:
             body.append([*told, "does not run: " + str(row["error"]).replace("|", "/"), *[""] * 5])
             continue
@@ -305,26 +581,49 @@ def markdown(rows: list[dict[str, object]], draws: int) -> str:
             continue
         told += [f"{row['bias_in_standard_errors']:.1f}", f"{row['relative_bias']:.3f}", f"{row['variance']:.4f}"]
         body.append([*told, f"{row['milliseconds']:.2f}", str(row["lines"])])
-    text = "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body])
-    where = f"{date.today()}, {draws} draws, seed 0, torch {torch.__version__}, {platform.system()}, one thread"
-    told = "[" + ", ".join(f"{value:.4f}" for value in exact().tolist()) + "]"
-    return f"{where}. Exact gradient: {told}.\n\n{text}\n"
+    return in_columns(head, body)
+
+
+def table_of_maps(rows: list[dict[str, object]]) -> str:
+    """Return the table of the sparse maps."""
+    answers = ["second derivative", "torch.func", "torch.compile, whole graph"]
+    body = []
+    for row in rows:
+        if "error" in row:
+            body.append([str(row["library"]), "does not run: " + str(row["error"]).replace("|", "/"), *[""] * 6])
+            continue
+        told = [f"{row['library']} {row['version']}", str(row["map"])]
+        told += [f"{row['value_error']:.0e}", f"{row['gradient_error']:.0e}", f"{row['milliseconds']:.2f}"]
+        body.append([*told, *("yes" if row[answer] else "no" for answer in answers)])
+    return in_columns(["library", "map", "off in value", "off in gradient", "ms", *answers], body)
+
+
+def in_columns(head: list[str], body: list[list[str]]) -> str:
+    """Return a table of Markdown."""
+    lines_of_it = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines_of_it) + "\n"
 
 
 def main() -> None:
+    known = list(dict.fromkeys([*LIBRARIES, *MAPS]))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=2000)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
-    parser.add_argument("--library", choices=LIBRARIES, help="only this one, as JSON")
+    parser.add_argument("--library", choices=known, help="only this one, as JSON")
     options = parser.parse_args()
     if options.draws < 2:
         parser.error("--draws must be at least 2")
     if options.library:
-        print(json.dumps(measure(options.library, options.draws)))
+        rows: list[dict[str, object]] = []
+        if options.library in LIBRARIES:
+            rows += measure(options.library, options.draws)
+        if options.library in MAPS:
+            rows += measure_maps(options.library)
+        print(json.dumps(rows))
         return
-    rows: list[dict[str, object]] = []
-    for library in LIBRARIES:
+    rows = []
+    for library in known:
         command = [sys.executable, __file__, "--library", library, "--draws", str(options.draws)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

@@ -228,31 +228,36 @@ def carms_patterns(p, samples):
 def arsm_cells(logits):
     """Parts of the simplex of π, in none of which a swapped argmin_i π_i·exp(−a_i) changes: centre and mass of each.
 
-    The simplex is cut into smaller ones, an edge at a time, until no plane π_i = t·π_j crosses any. An estimate that
-    is linear in π on each of them has its mean at the centre.
+    The simplex is cut into smaller ones, an edge at a time, until no plane π_i·exp(−a_k) = π_j·exp(−a_m) crosses any,
+    for all i, j that one swap brings to k, m. An estimate that is linear in π on each of them has its mean at the centre.
     """
     classes = len(logits)
-    planes = []
-    for i, j in itertools.combinations(range(classes), 2):
-        for k, m in itertools.permutations(range(classes), 2):
+    done = torch.eye(classes, dtype=torch.float64)[None]
+    for k, m in itertools.combinations(range(classes), 2):
+        for i, j in itertools.permutations(range(classes), 2):
+            if i != k and j != m and (i, j) != (m, k):
+                continue  # two swaps
             plane = torch.zeros(classes, dtype=torch.float64)
-            plane[i], plane[j] = 1.0, -math.exp(logits[k] - logits[m])
-            planes.append(plane)
-    whole = [torch.eye(classes, dtype=torch.float64)]
-    for plane in planes:
-        done = []
-        while whole:
-            corners = whole.pop()
-            side = corners @ plane
-            low, high = int(side.argmin()), int(side.argmax())
-            if side[low] > -1e-14 or side[high] < 1e-14:
-                done.append(corners)
-                continue
-            at = torch.lerp(corners[low], corners[high], -side[low] / (side[high] - side[low]))
-            for replaced in (low, high):
-                piece = corners.clone()
-                piece[replaced] = at
-                whole.append(piece)
-        whole = done
-    corners = torch.stack(whole)
-    return corners.mean(1), torch.linalg.det(corners).abs()
+            plane[i], plane[j] = math.exp(logits[m] - logits[k]), -1.0
+            done = _cut(done, plane / plane.abs().max())
+    mass = torch.linalg.det(done).abs()
+    kept = mass > 1e-20
+    return done[kept].mean(1), mass[kept]
+
+
+def _cut(simplices, plane):
+    """Halve the simplices at an edge that crosses the plane, until none does."""
+    done = []
+    while len(simplices):
+        side = simplices @ plane
+        (below, low), (above, high) = side.min(1), side.max(1)
+        crossed = (below < -1e-13) & (above > 1e-13)
+        done.append(simplices[~crossed])
+        simplices, below, above, low, high = (each[crossed] for each in (simplices, below, above, low, high))
+        row = torch.arange(len(simplices))
+        share = (-below / (above - below))[:, None]
+        at = torch.lerp(simplices[row, low], simplices[row, high], share)
+        upper, lower = simplices.clone(), simplices.clone()
+        upper[row, low], lower[row, high] = at, at
+        simplices = torch.cat([upper, lower])
+    return torch.cat(done)

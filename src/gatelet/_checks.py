@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 _MOST = torch.iinfo(torch.int64).max
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _LONG = 128
 """Integers of more bits are not written out."""
 
@@ -36,12 +37,12 @@ def check_logits(logits: Any, name: str = "logits") -> None:
 
 def at_hand(tensor: Tensor) -> bool:
     """Whether reading the tensor's values costs nothing: on the CPU, not traced, not transformed."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed(tensor)
+    return tensor.is_cpu and not torch.compiler.is_compiling() and not _is_wrapped(tensor)
 
 
 def is_transformed(tensor: Tensor) -> bool:
     """Whether a torch.func transform (vmap, grad) wraps the tensor, so that its values cannot be looked at."""
-    return not torch.compiler.is_compiling() and bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+    return not torch.compiler.is_compiling() and bool(_is_wrapped(tensor))
 
 
 def check_input(x: Any, weight: Tensor | Callable[[], Tensor], name: str = "x") -> None:

@@ -89,12 +89,27 @@ class StochasticUnit(nn.Module):
         """
         check_logits(logits)
         if not self.training and not self.sample_in_eval:
-            self._check_calibrated()
-            settled = self.estimator.deterministic(logits, self.threshold)
-            if self.threshold.device.type == "cpu" or self.estimator.kind == "categorical":
-                return settled
-            return torch.where(self.threshold.isnan(), self.threshold.to(settled.dtype), settled)
-        learns = self.estimator.needs == "loss" and logits.requires_grad and torch.is_grad_enabled()
+            return self._settled(logits)
+        if self.estimator.needs == "loss":
+            return self._sampled(logits, noise, generator)
+        if noise is None:
+            noise = self.estimator.draw_noise(logits, generator)
+        else:
+            check_noise(noise, self.estimator.noise_shape(logits.shape))
+        gates: Tensor = self.estimator(logits, noise)
+        return gates
+
+    def _settled(self, logits: Tensor) -> Tensor:
+        """Return the deterministic gates."""
+        self._check_calibrated()
+        settled = self.estimator.deterministic(logits, self.threshold)
+        if self.threshold.device.type == "cpu" or not self.estimator.form.rated:
+            return settled
+        return torch.where(self.threshold.isnan(), self.threshold.to(settled.dtype), settled)
+
+    def _sampled(self, logits: Tensor, noise: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        """Return gates without gradient, and tell the tape, whose loss the estimator needs."""
+        learns = logits.requires_grad and torch.is_grad_enabled()
         if self.estimator.antithetic and not learns:  # a sample that is compared with nothing needs no twin
             return self.estimator.sample(logits, UNIFORM.sample(logits.shape, logits, generator))
         again = learns and recomputing()  # the tape has heard the first run, and is closed

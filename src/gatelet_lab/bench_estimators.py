@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 import gatelet
-from gatelet._checks import check_choice, check_count
+from gatelet._checks import check_choice, check_count, check_logits
 from gatelet.estimators import ALL, Estimator
 from gatelet_lab.files import write_json
 
@@ -65,6 +66,8 @@ class Row:
     """Over the hand-written one: the median of the rounds' ratios."""
     module_ratio: float | None
     goal: float | None
+    check_ms: float
+    """What of both ways is the check of the logits for NaN and infinity, which every call makes on the CPU."""
 
     @property
     def missed(self) -> bool:
@@ -332,8 +335,10 @@ def _measure(name: str, batch: int, units: int, rounds: int) -> Row:
         ways["hand"] = by_hand(name)
         check_same(name, logits)
     a = logits.clone().requires_grad_()
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    order = list(ways.items())
+    calls: dict[str, Callable[[], object]] = {way: partial(_both_passes, call, a) for way, call in ways.items()}
+    calls["check"] = partial(check_logits, a)
+    times: dict[str, list[float]] = {way: [] for way in calls}
+    order = list(calls.items())
     gc.collect()
     gc.disable()
     try:
@@ -341,7 +346,7 @@ def _measure(name: str, batch: int, units: int, rounds: int) -> Row:
             for way, call in order[turn % len(order) :] + order[: turn % len(order)]:  # no way is always first
                 a.grad = None
                 began = time.perf_counter()
-                call(a, _objective).backward()
+                call()
                 if turn >= 0:
                     times[way].append(1e3 * (time.perf_counter() - began))
     finally:
@@ -365,7 +370,12 @@ def _measure(name: str, batch: int, units: int, rounds: int) -> Row:
         surrogate_ratio=ratio("surrogate"),
         module_ratio=ratio("module"),
         goal=GOALS.get(method.needs) if "hand" in times else None,
+        check_ms=medians["check"],
     )
+
+
+def _both_passes(way: Hand, a: Tensor) -> None:
+    way(a, _objective).backward()
 
 
 def check_same(name: str, logits: Tensor) -> None:
@@ -388,13 +398,25 @@ def show(rows: Sequence[Row], options: BenchEstimators, console: Console) -> Non
     """Print the table."""
     title = f"forward + backward, medians of {options.rounds} interleaved rounds, {options.threads} thread(s)"
     grid = Table(title=title, box=box.SIMPLE_HEAD)
-    heads = ("estimator", "B × N", "samples", "hand ms", "surrogate ms", "×", "module ms", "×", "goal")
+    heads = (
+        "estimator",
+        "B × N",
+        "samples",
+        "hand ms",
+        "surrogate ms",
+        "×",
+        "module ms",
+        "×",
+        "goal",
+        "of it check ms",
+    )
     for index, head in enumerate(heads):
         grid.add_column(head, justify="left" if index == 0 else "right")
     for row in rows:
         cells = [row.estimator, f"{row.batch} × {row.units}", str(row.samples), _cell(row.hand_ms, ".3f")]
         cells += [_cell(row.surrogate_ms, ".3f"), _cell(row.surrogate_ratio, ".2f")]
         cells += [_cell(row.module_ms, ".3f"), _cell(row.module_ratio, ".2f"), _cell(row.goal, "g")]
+        cells += [_cell(row.check_ms, ".3f")]
         grid.add_row(*cells, style="bold red" if row.missed else None)
     console.print(grid)
 

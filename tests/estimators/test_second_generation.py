@@ -148,6 +148,18 @@ def test_a_layer_keeps_its_budget_for_every_example(name):
     assert gatelet.sparsity.calibrate_thresholds(layer, [x]) == {}
 
 
+@pytest.mark.parametrize("make", [SIMPLE, lambda k: StraightThrough(kind="subset", k=k)])
+def test_a_two_stage_gater_leaves_out_no_unit_of_a_subset(make):
+    """Which k open is a matter of all logits, not of those above a threshold."""
+    torch.manual_seed(0)
+    layer = gatelet.nn.ConditionalLinear(40, 64, bottleneck=8, estimator=make(40), gater="two_stage").eval()
+    x = torch.randn(50, 40)
+    with torch.no_grad():
+        found = layer(x)
+        gates = layer.unit(layer.gater(x))
+        close(found, gates * layer.expert(x), 1e-5)
+
+
 def test_subset_refusals():
     with pytest.raises(ValueError, match="k: subset units need it"):
         ScoreFunction(kind="subset")
@@ -303,6 +315,15 @@ def test_implicit_mle_has_its_closed_form(make, units):
     check_implicit(make, units)
 
 
+def test_implicit_mle_and_the_scale_of_the_loss():
+    """s·L with the step λ is s times L with the step s·λ; AIMLE's step is relative to the slope's length."""
+    logits, noise, slope = logits_for(40, 3), 1.3 * logits_for(40, 3).roll(7, 0), logits_for(40, 3).roll(3, 0)
+    scaled = IMLE(2.0).difference(logits, noise, 0.25 * slope)
+    assert scaled.any()
+    close(scaled, 0.25 * IMLE(0.5).difference(logits, noise, slope))
+    close(AIMLE().difference(logits, noise, 0.25 * slope), 0.25 * AIMLE().difference(logits, noise, slope))
+
+
 def test_aimle_adapts_its_step():
     unit, a = AIMLE(beta=1.0, rate=0.1), torch.randn(64, 5)
     for _ in range(30):  # every gate changes: the step shrinks
@@ -352,7 +373,7 @@ def test_classes_have_their_closed_form(make, jacobian, temperature, batch, unit
     close(mean, truth)
 
 
-def test_zgr_is_exact_for_quadratic_losses_of_classes_and_reinmax_for_bernoulli():
+def test_zgr_is_exact_for_quadratic_losses_of_classes_and_the_same_as_reinmax():
     logits = logits_for(2, 4).reshape(2, 1, 4)
     pairs = logits_for(4, 4)
 
@@ -366,6 +387,9 @@ def test_zgr_is_exact_for_quadratic_losses_of_classes_and_reinmax_for_bernoulli(
     a, noise = logits_for(3, 4), torch.rand(1, 3, 4, dtype=torch.float64)
     loss = oracles.network(3, 4)
     close(contract.gradient(ZGR(), loss, a, noise), contract.gradient(ReinMax(), loss, a, noise), 1e-14)
+    noise = ZGR(kind="categorical").draw_noise(logits[None], torch.Generator().manual_seed(1))
+    classes = [contract.gradient(make(kind="categorical"), quadratic, logits, noise) for make in (ZGR, ReinMax)]
+    close(*classes, 1e-14)
 
 
 def test_shrunk_baseline_of_classes_is_unbiased():
@@ -491,9 +515,26 @@ def check_arsm(make, variables, classes):
     close(torch.einsum("q,qvc->vc", mass, estimate)[None], oracles_relaxations.categorical_gradient(loss, logits))
 
 
-@pytest.mark.parametrize(("variables", "classes"), [(1, 2), (3, 2), (1, 3), (2, 3)])
+@pytest.mark.parametrize(("variables", "classes"), [(1, 2), (3, 2), (1, 3), (2, 3), (1, 4)])
 def test_arsm_is_unbiased(variables, classes):
     check_arsm(ARSM, variables, classes)
+
+
+def check_arsm_by_draws(make, variables, classes, draws=40_000):
+    """Where there are too many cells: the mean of many draws, within five of its standard errors in every logit."""
+    logits, loss = logits_for(variables, classes)[None], class_loss(variables, classes)
+    many = logits.expand(draws, variables, classes)
+    noise = ARSM().draw_noise(many[None], torch.Generator().manual_seed(0))
+    estimates = contract.gradient(make(), loss, many, noise)
+    error = estimates.std(0) / draws**0.5
+    off = estimates.mean(0) - oracles_relaxations.categorical_gradient(loss, logits)[0]
+    assert (error > 0).all()
+    assert (off.abs() < 5 * error).all()
+
+
+@pytest.mark.parametrize(("variables", "classes"), [(2, 4), (1, 5), (2, 5)])
+def test_arsm_is_unbiased_within_the_error_of_many_draws(variables, classes):
+    check_arsm_by_draws(ARSM, variables, classes)
 
 
 def test_arsm_of_two_classes_is_arm():
@@ -636,6 +677,7 @@ def expectation(name):
 WRONG = [
     (UnweightedCARMS, CARMS, lambda make: check_carms(make, 3, 1, 3)),
     (OfItsNeighbour, ARSM, lambda make: check_arsm(make, 1, 3)),
+    (OfItsNeighbour, ARSM, lambda make: check_arsm_by_draws(make, 2, 5)),
     (UnweightedARMS, ARMS, lambda make: check_arms(make, 3, 2)),
     (ForgetsItsExpansion, DoubleControlVariates, expectation("double_control_variates")),
     (

@@ -128,6 +128,8 @@ class Estimator(nn.Module):
 
     def noise_shape(self, shape: torch.Size) -> torch.Size:
         """Return the shape of the noise for replicated logits of this shape (K, *lead, N)."""
+        if not (self.antithetic or self.more):
+            return shape
         rows = shape[0] // 2 if self.antithetic else shape[0]
         extra = (1 + len(self.more),) if self.more else ()
         return torch.Size((rows, *shape[1:], *extra))

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from gatelet._checks import check_choice, check_count
 from gatelet.estimators import _subset
-from gatelet.estimators._noise import GUMBEL, LOGISTIC, NONE, Noise
+from gatelet.estimators._noise import GUMBEL, LOGISTIC, NONE, Noise, below
 
 KindName = Literal["bernoulli", "categorical", "subset"]
 
@@ -105,6 +105,10 @@ class Kind:
         """
         raise NotImplementedError(f"kind: {self.name} units have no such form")
 
+    def second_order(self, logits: Tensor, gates: Tensor, probability: Tensor) -> Tensor:
+        """Return ½(J(p) + (h − p)(h − p)ᵀ)·a, linear in a: the trapezoid rule between any two outcomes."""
+        return self.linear(logits, ((0.5, probability),), ((0.5, gates - probability),))
+
 
 @dataclass(frozen=True)
 class Bernoulli(Kind):
@@ -118,10 +122,10 @@ class Bernoulli(Kind):
     def sample(self, logits: Tensor, noise: Tensor, probability: Tensor | None = None) -> Tensor:
         """Return 1[u < σ(a)]. (The paper's eq. 3 prints 1[z > σ(a)], which would fire with 1 − σ(a).)"""
         p = logits.detach().to(noise.dtype).sigmoid() if probability is None else probability
-        return (noise < p).to(logits.dtype)
+        return below(noise, p, logits.dtype)
 
     def harden(self, z: Tensor) -> Tensor:
-        return (z.detach() > 0).to(z.dtype)
+        return below(torch.zeros_like(z), z, z.dtype)
 
     def relax(self, z: Tensor, temperature: float | Tensor) -> Tensor:
         # Contiguous: the vectorised sigmoid and the plain one, which strides choose between, differ in the last bit.
@@ -145,6 +149,10 @@ class Bernoulli(Kind):
     def linear(self, logits: Tensor, jacobians: Parts = (), outers: Parts = ()) -> Tensor:
         slopes = [weight * (p - p * p) for weight, p in jacobians] + [weight * v * v for weight, v in outers]
         return logits * sum(slopes[1:], start=slopes[0])
+
+    def second_order(self, logits: Tensor, gates: Tensor, probability: Tensor) -> Tensor:
+        """Return ½|h − p|·a, which is the same for gates of 0 and 1."""
+        return logits * ((gates - probability).abs() / 2)
 
 
 @dataclass(frozen=True)

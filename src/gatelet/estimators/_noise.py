@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gatelet._checks import at_hand
+
 
 @dataclass(frozen=True)
 class Noise:
@@ -45,6 +47,15 @@ class Noise:
 def wide(tensor: Tensor) -> torch.dtype:
     """Return the dtype in which probabilities and noise are compared: at least float32."""
     return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def below(noise: Float[Tensor, "*s"], bound: Float[Tensor, "*s"], dtype: torch.dtype) -> Float[Tensor, "*s"]:
+    """Return 1[noise < bound] as numbers, without gradient."""
+    noise, bound = noise.detach(), bound.detach()
+    if noise.shape == bound.shape and noise.dtype == bound.dtype and type(noise) is type(bound) is Tensor:
+        if at_hand(noise) and at_hand(bound):  # no booleans on the way: the same numbers, six times faster
+            return torch.lt(noise, bound, out=torch.empty_like(noise)).to(dtype)
+    return (noise < bound).to(dtype)
 
 
 def given(generator: torch.Generator | None) -> dict[str, Any]:

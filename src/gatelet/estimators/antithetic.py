@@ -19,7 +19,9 @@ class _Antithetic(Sampled):
         self, logits: Float[Tensor, "K *lead N"], noise: Float[Tensor, "half *lead N"]
     ) -> Float[Tensor, "K *lead N"]:
         """Return the samples, pairs K/2 rows apart; they carry no gradient."""
-        return self.sample(logits, torch.cat([noise, 1 - noise]))
+        # The replicas of one layer have the same logits: one row of probabilities is enough.
+        p = self.probability(logits[:1].detach().to(noise.dtype))
+        return self.form.sample(logits, torch.cat([noise, 1 - noise]), p.expand(logits.shape))
 
 
 class ARM(_Antithetic):
@@ -55,8 +57,7 @@ class ARM(_Antithetic):
         if noise is None:
             raise ValueError("noise: ARM's estimate is a function of the noise of its gates")
         first, second = losses.chunk(2)
-        estimate = (second - first).unsqueeze(-1) * (noise.to(losses.dtype) - 0.5)
-        return torch.cat([estimate, estimate])
+        return _for_both((second - first).unsqueeze(-1) * (noise.to(losses.dtype) - 0.5))
 
 
 class DisARM(_Antithetic):
@@ -93,5 +94,9 @@ class DisARM(_Antithetic):
         first, second = losses.chunk(2)
         one, other = gates.to(losses.dtype).chunk(2)
         larger = logits[: len(one)].to(losses.dtype).abs().sigmoid()
-        estimate = (first - second).unsqueeze(-1) / 2 * (one - other) * larger
-        return torch.cat([estimate, estimate])
+        return _for_both((first - second).unsqueeze(-1) / 2 * (one - other) * larger)
+
+
+def _for_both(estimate: Float[Tensor, "half *lead N"]) -> Float[Tensor, "K *lead N"]:
+    """Return each pair's estimate for its two replicas; of a single pair nothing is copied."""
+    return estimate.expand(2, *estimate.shape).flatten(0, 1)

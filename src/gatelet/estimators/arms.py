@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatelet.estimators._base import Sampled
+from gatelet.estimators._noise import below
 
 
 class ARMS(Sampled):
@@ -48,7 +49,7 @@ class ARMS(Sampled):
         share = exponential / exponential.sum(0).clamp_min(torch.finfo(noise.dtype).tiny)
         spread = (1 - share).clamp_min(0.0).pow(len(noise) - 1)
         p = logits.detach().to(noise.dtype).sigmoid()
-        return (torch.where(p > 0.5, 1 - spread, spread) < p).to(logits.dtype)
+        return below(torch.where(p > 0.5, 1 - spread, spread), p, logits.dtype)
 
     def coefficients(
         self,

@@ -12,9 +12,12 @@ class BitFlip(Evaluating):
     """Flips one unit, drawn with equal chances, and gives it N times its exact marginal difference.
 
     i uniform on the N units: ĝ_i = N·σ(a_i)(1 − σ(a_i))·(L(h with h_i = 1) − L(h with h_i = 0)), ĝ_j = 0 for the
-    others (bitflip-1; the mean over replicas, each with a unit of its own).
+    others. (bitflip-1 of the source, whose abstract and introduction were read; the formula is as other public work
+    restates it. Ours: the derivation and the bound below, and a unit of its own for each replica. The source's UGC,
+    which takes DisARM for units away from 0 and 1, is not here.)
 
-    Bias: none; it is one term of :class:`~gatelet.estimators.local_expectation.LocalExpectation`, drawn with 1/N.
+    Bias: none. ∂E[L]/∂a_i = σ(a_i)(1 − σ(a_i))·E[L(h_i = 1) − L(h_i = 0)], and i is drawn with chance 1/N: it is one
+    term of :class:`~gatelet.estimators.local_expectation.LocalExpectation`.
     Variance: at most N·(σ(1 − σ))² E[ΔL²] per unit, small where units are nearly decided, where DisARM's grows; about
     N times that of local expectation. Cost: 2 evaluations, for any N.
 

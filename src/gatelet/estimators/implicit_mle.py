@@ -21,11 +21,13 @@ class IMLE(Estimator):
 
     Bias: for Bernoulli units, g = ∂L/∂h at h, E[ĝ_i] = Σ_h P(h)·(σ(a_i) − σ(a_i − λg_i))/λ / P(h_i), where h_i = 1 and
     g_i > 0 or h_i = 0 and g_i < 0, and 0 otherwise: a gate that is closed never learns that it should not open.
-    Variance: of order 1/λ; most estimates are 0. ∂L/∂h is what arrives: under a mean over B examples it is B times
-    smaller than an example's own, and so is the step.
+    Variance: of order 1/λ; most estimates are 0.
+    Scale of the loss: what counts is λ·∂L/∂h, with ∂L/∂h as it arrives. For the loss s·L the estimate is s times that
+    for L with the step s·λ: under a mean over B examples (s = 1/B) the step of an example's own loss is λ/B, and it
+    takes step = B to have the 1 of the source. (:class:`AIMLE` does not depend on it.)
 
     Args:
-        step: λ.
+        step: λ, in the logits' unit per unit of the loss's slope.
         kind: ``"bernoulli"`` or ``"subset"``.
         k: of subset units, how many are open.
 

@@ -13,7 +13,7 @@ class ReinMax(Estimator):
 
     h ~ Bernoulli(p), p = σ(a); ∂L/∂a ≈ ∂L/∂h · (2 p₁(1 − p₁) − ½ p(1 − p)), p₁ = (h + σ(a/τ))/2. Categorical, with
     J(π) = diag(π) − ππᵀ: ∂L/∂a ≈ (2 J(π₁) − ½ J(π)) ∂L/∂h, π₁ = (h + softmax(a/τ))/2 (theorem 3.2, algorithm 2).
-    At τ = 1 the Bernoulli factor is ½|h − p|.
+    At τ = 1 the Bernoulli factor is ½|h − p|, and both forms are :class:`~gatelet.estimators.zgr.ZGR`.
 
     Bias: with τ = 1, E[ĝ_i] = p(1 − p)·½(E[∂L/∂h_i | h_i = 1] + E[∂L/∂h_i | h_i = 0]): exact for losses that are
     quadratic in each gate, of third order in general. With another τ, Σ_h P(h)·∂L/∂h_i(h) times the factor above.
@@ -54,7 +54,13 @@ class ReinMax(Estimator):
         wide = logits.to(noise.dtype).contiguous()
         with torch.no_grad():
             p = self.probability(wide)
-            tempered = p if self.temperature == 1 else self.probability(wide / self.temperature)
             gates = self.form.sample(wide, noise, p)
-            middle = (gates + tempered) / 2
-        return straight_through(gates, self.form.linear(wide, ((2.0, middle), (-0.5, p)))).to(logits.dtype)
+        return straight_through(gates, self.path(wide, gates, p)).to(logits.dtype)
+
+    def path(self, a: Tensor, gates: Tensor, p: Tensor) -> Tensor:
+        """Return a function linear in the logits a that has the estimator's derivative."""
+        if self.temperature == 1:  # 2 J(π₁) − ½ J(π) is this, for one-hot gates too
+            return self.form.second_order(a, gates, p)
+        with torch.no_grad():
+            middle = (gates + self.probability(a / self.temperature)) / 2
+        return self.form.linear(a, ((2.0, middle), (-0.5, p)))

@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gatelet.estimators._base import Estimator
-from gatelet.estimators._noise import wide
+from gatelet.estimators._base import Estimator, straight_through
+from gatelet.estimators._noise import below, wide
 
 
 class SmoothTimesStochastic(Estimator):
@@ -38,10 +38,15 @@ class SmoothTimesStochastic(Estimator):
     reference = "Bengio, Léonard, Courville 2013, arXiv:1308.3432, section 2.2"
 
     def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
-        """Return b·√p."""
-        root = self.fire_probability(logits.to(wide(logits)))  # half precision would round the probability
-        fires = noise < root.detach()
-        return (root * fires.to(root.dtype)).to(logits.dtype)
+        """Return b·√p, with the derivative b·√p·(1 − p)/2."""
+        a = logits.to(wide(logits))  # half precision would round the probability
+        with torch.no_grad():
+            p = a.sigmoid()
+            root = p.sqrt()
+            gates = root * below(noise, root, root.dtype)
+            slope = torch.addcmul(gates, gates, p, value=-1) / 2
+        # Not the derivative of √σ(a) itself, which is 0/0 where σ(a) underflows.
+        return straight_through(gates, slope * a).to(logits.dtype)
 
     def fire_probability(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
         """Return √p, as exp(log σ(a) / 2): the derivative stays finite where σ(a) underflows."""

@@ -1,4 +1,8 @@
-"""Deterministic maps onto the simplex that close most units exactly: sparsemax and 1.5-entmax."""
+"""Deterministic maps onto the simplex that close most units exactly: sparsemax and 1.5-entmax.
+
+The package entmax (1.3) has both. It is not used: its autograd functions are of the old kind, which neither torch.func
+nor a whole graph of torch.compile takes, and the second derivative of its 1.5-entmax is wrong (docs/peers.md).
+"""
 
 import torch
 from jaxtyping import Float

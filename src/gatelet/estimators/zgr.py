@@ -55,8 +55,8 @@ class DARN(Estimator):
 class ZGR(DARN):
     """Average of straight-through and DARN: exact for losses that are quadratic in the gates of a variable.
 
-    h ~ Bernoulli(p), p = σ(a); ∂L/∂a ≈ ∂L/∂h·½(p(1 − p) + (h − p)²) = ∂L/∂h·½|h − p|, which is ReinMax. Categorical,
-    x the open class, g = ∂L/∂h: ½·p_c·(g_c − g_x) for c ≠ x, ½·(g_x − p·g) for c = x.
+    h ~ Bernoulli(p), p = σ(a); ∂L/∂a ≈ ∂L/∂h·½(p(1 − p) + (h − p)²) = ∂L/∂h·½|h − p|. Categorical, x the open class,
+    g = ∂L/∂h: ½·p_c·(g_c − g_x) for c ≠ x, ½·(g_x − p·g) for c = x. Both are ReinMax at temperature 1.
 
     Bias: E[ĝ_c] = Σ_c' p_c p_c'·½(g(c) + g(c'))·(e_c − e_c'), g(c) the gradient at class c: the trapezoid rule for
     every difference L(c) − L(c'), exact for quadratic losses, of third order in general.
@@ -79,4 +79,4 @@ class ZGR(DARN):
 
     def path(self, a: Tensor, gates: Tensor, p: Tensor) -> Tensor:
         """Return half of both paths."""
-        return self.form.linear(a, ((0.5, p),), ((0.5, gates - p),))
+        return self.form.second_order(a, gates, p)

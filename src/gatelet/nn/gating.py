@@ -110,7 +110,7 @@ class Gating(Penalised):
     ) -> None:
         self._probed_flops = gaters.probe(self.gater, self.in_features, self.num_gates)
         estimator = resolve(estimator)
-        if estimator.kind == "categorical":
+        if estimator.event_dims > 1:
             raise ValueError(
                 f"estimator: a categorical {type(estimator).__name__} has one open class per variable; a layer's gates "
                 'open each for itself, so it needs kind="bernoulli"'
@@ -316,7 +316,7 @@ class Gating(Penalised):
             return False
         if unit._forward_hooks or unit._forward_pre_hooks or torch.compiler.is_compiling():
             return False
-        compares = type(method).deterministic is Estimator.deterministic and method.kind != "categorical"
+        compares = type(method).deterministic is Estimator.deterministic and method.form.rated
         return compares and all(type(control).shift is Controller.shift for control in controllers)
 
     def _settled(self, x: Tensor) -> Tensor | None:
