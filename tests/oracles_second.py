@@ -229,7 +229,7 @@ def arsm_cells(logits):
     """Parts of the simplex of π, in none of which a swapped argmin_i π_i·exp(−a_i) changes: centre and mass of each.
 
     The simplex is cut into smaller ones, an edge at a time, until no plane π_i·exp(−a_k) = π_j·exp(−a_m) crosses any,
-    for all i, j that one swap brings to k, m. An estimate that is linear in π on each of them has its mean at the centre.
+    for all i, j that one swap brings to k, m. An estimate that is linear in π on each has its mean at the centre.
     """
     classes = len(logits)
     done = torch.eye(classes, dtype=torch.float64)[None]

@@ -52,9 +52,9 @@ def wide(tensor: Tensor) -> torch.dtype:
 def below(noise: Float[Tensor, "*s"], bound: Float[Tensor, "*s"], dtype: torch.dtype) -> Float[Tensor, "*s"]:
     """Return 1[noise < bound] as numbers, without gradient."""
     noise, bound = noise.detach(), bound.detach()
-    if noise.shape == bound.shape and noise.dtype == bound.dtype and type(noise) is type(bound) is Tensor:
-        if at_hand(noise) and at_hand(bound):  # no booleans on the way: the same numbers, six times faster
-            return torch.lt(noise, bound, out=torch.empty_like(noise)).to(dtype)
+    alike = noise.shape == bound.shape and noise.dtype == bound.dtype and type(noise) is type(bound) is Tensor
+    if alike and at_hand(noise) and at_hand(bound):  # no booleans on the way: the same numbers, six times faster
+        return torch.lt(noise, bound, out=torch.empty_like(noise)).to(dtype)
     return (noise < bound).to(dtype)
 
 
