@@ -178,12 +178,18 @@ class Estimator(nn.Module):
         noise: Float[Tensor, "..."],
     ) -> Float[Tensor, "*batch"]:
         """Return the mean loss over the replicas, with this estimator's gradient for the logits."""
-        replicas = self.replicate(logits, noise)
-        gates = self(replicas, noise)
-        losses = evaluate(objective, gates, self.event_dims, differentiable=self.needs == "path")
+        replicas, gates, losses = self.begin(objective, logits, noise)
         if self.needs == "loss":
             losses = losses + self.signal(replicas, gates, losses, noise)
         return losses.squeeze(0) if len(losses) == 1 else losses.mean(0)
+
+    def begin(
+        self, objective: Objective, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "..."]
+    ) -> tuple[Float[Tensor, "K *lead N"], Float[Tensor, "K *lead N"], Float[Tensor, "K *batch"]]:
+        """Return the replicated logits, the gates for this noise, and the objective's losses at them."""
+        replicas = self.replicate(logits, noise)
+        gates = self(replicas, noise)
+        return replicas, gates, evaluate(objective, gates, self.event_dims, differentiable=self.needs == "path")
 
     def replicate(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "..."]) -> Float[Tensor, "K *lead N"]:
         """Return the logits once per replica of this noise."""
@@ -236,9 +242,7 @@ class Evaluating(Sampled):
         self, objective: Objective, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "..."]
     ) -> Float[Tensor, "*batch"]:
         """Return the mean loss over the replicas, with this estimator's gradient for the logits."""
-        replicas = self.replicate(logits, noise)
-        gates = self(replicas, noise)
-        losses = evaluate(objective, gates, self.event_dims)
+        replicas, gates, losses = self.begin(objective, logits, noise)
         with torch.no_grad():
             value = self.estimate(objective, replicas, gates, losses, noise)
         return (losses + carry(value, replicas, losses)).mean(0)

@@ -73,9 +73,7 @@ class REBAR(Evaluating):
         self, objective: Objective, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "..."]
     ) -> Float[Tensor, "*batch"]:
         """Return the mean loss of the gates over the replicas, with the estimate as gradient of the logits."""
-        replicas = self.replicate(logits, noise)
-        gates = self(replicas, noise)
-        losses = evaluate(objective, gates, self.event_dims)
+        replicas, gates, losses = self.begin(objective, logits, noise)
         values = {
             name: value.detach().to(noise.dtype)
             for name, value in (*self.named_parameters(), *self.named_buffers())

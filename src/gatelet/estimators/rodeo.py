@@ -58,9 +58,7 @@ class RODEO(Evaluating):
         self, objective: Objective, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "..."]
     ) -> Float[Tensor, "*batch"]:
         """Return the mean loss over the replicas, with the estimate as gradient of the logits."""
-        replicas = self.replicate(logits, noise)
-        gates = self(replicas, noise)
-        losses = evaluate(objective, gates, self.event_dims)
+        replicas, gates, losses = self.begin(objective, logits, noise)
         fixed = {name: value.detach().to(wide(logits)) for name, value in self.named_parameters()}
         slope = torch.func.grad(lambda h: evaluate(objective, h, self.event_dims).sum())(gates.detach())
         exact, drawn, level, tilt = (each.detach().to(wide(logits)) for each in (replicas[:1], gates, losses, slope))

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gatelet.estimators._base import AnyKind, Evaluating, Objective, carry, evaluate
+from gatelet.estimators._base import AnyKind, Evaluating, Objective, carry
 from gatelet.estimators._kinds import one_hot
 from gatelet.estimators._noise import wide
 
@@ -78,9 +78,7 @@ class UnorderedSet(Evaluating):
     ) -> Float[Tensor, "*batch"]:
         """Return the weighted mean loss of the set, with this estimator's gradient for the logits."""
         _check(logits, noise.shape[0])
-        replicas = self.replicate(logits, noise)
-        gates = self(replicas, noise)
-        losses = evaluate(objective, gates, self.event_dims)
+        replicas, gates, losses = self.begin(objective, logits, noise)
         with torch.no_grad():
             log_p = logits.to(wide(logits)).log_softmax(-1)
             drawn = (gates * log_p).sum((-1, -2))  # (K, *batch)

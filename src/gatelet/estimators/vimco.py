@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from gatelet.estimators._base import Evaluating, Objective, carry, evaluate
+from gatelet.estimators._base import Evaluating, Objective, carry
 from gatelet.estimators._noise import wide
 
 
@@ -49,9 +49,7 @@ class VIMCO(Evaluating):
         noise: Float[Tensor, "..."],
     ) -> Float[Tensor, "*batch"]:
         """Return the bound L̂, with this estimator's gradient for the logits."""
-        replicas = self.replicate(logits, noise)
-        gates = self(replicas, noise)
-        losses = evaluate(objective, gates, self.event_dims)
+        replicas, gates, losses = self.begin(objective, logits, noise)
         with torch.no_grad():
             exact = losses.to(wide(losses))
             samples = exact.shape[0]
