@@ -223,6 +223,24 @@ def test_the_biased_one_is_recommended_where_its_error_is_clearly_smaller():
     assert "left out" in repr(nothing)
 
 
+@pytest.mark.parametrize(
+    ("objective", "estimators", "kind", "best"),
+    [
+        # A linear loss leaves double control variates no variance. ZGR is exact for squares of each gate, SIMPLE for
+        # linear losses; a derivative says more than a loss.
+        ("linear", ["leave_one_out", "disarm", "bit_flip", "double_control_variates"], {}, "double_control_variates"),
+        ("squares", ["leave_one_out", "score_function", "darn", "imle", "zgr"], {}, "zgr"),
+        ("linear", ["leave_one_out", "score_function", "imle", "simple"], {"kind": "subset", "k": 2}, "simple"),
+    ],
+)
+def test_the_second_generation_is_recommended_where_it_is_best(objective, estimators, kind, best):
+    weight = torch.linspace(1, 2, 4)
+    losses = {"linear": lambda h: (h * weight).sum(-1), "squares": lambda h: (h + 2).square().sum(-1)}
+    report = gatelet.diagnose(losses[objective], logits(1, 4), estimators, 400, **kind)
+    assert not [row.name for row in report.rows if row.left_out is not None]
+    assert report.recommendation.name == best
+
+
 # ---------------------------------------------------------------- the report as an object
 
 
