@@ -135,9 +135,12 @@ class Estimator(nn.Module):
         return torch.Size((rows, *shape[1:], *extra))
 
     def draw_noise(
-        self, logits: Float[Tensor, "K *lead N"], generator: torch.Generator | None = None
+        self, logits: Float[Tensor, "*lead N"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "..."]:
         """Draw the units' noise for replicated logits (K, *lead, N), from ``generator`` or torch's global one.
+
+        Methods with a path ask for no replicas: theirs are any (*lead, N).
+
 
         Half-precision logits get float32 noise: a uniform number in bfloat16 has 8 bits, which would make
         a unit at p = 0.1 fire visibly too often or too seldom.
