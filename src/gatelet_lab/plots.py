@@ -1,5 +1,6 @@
-"""The pictures of `gatelet reproduce`: learning curves (Figure 2, left) and which gates open for which class."""
+"""The pictures of the commands that train: learning curves (Figure 2, left), gates by class, frontiers, ELBOs."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -136,4 +137,29 @@ def frontier(points: Sequence[Mapping[str, Any]], times: Mapping[str, Any], path
     for which in (panels[0].yaxis.set_major_formatter, panels[0].yaxis.set_minor_formatter):
         which(mpl.ticker.FormatStrFormatter("%g"))
     panels[0].legend(fontsize=8)
+    _save(figure, path)
+
+
+def vae(results: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
+    """Plot validation ELBO and gradient variance against steps; the mean over seeds."""
+    plt, _ = _matplotlib()
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    specs = list(dict.fromkeys(result["estimator"] for result in results))
+    for index, spec in enumerate(specs):
+        histories = [result["history"] for result in results if result["estimator"] == spec]
+        style = {"color": plt.get_cmap("tab20" if len(specs) > 10 else "tab10")(index), "marker": ".", "label": spec}
+        # The first evaluation of all is the same untrained model: it would only squeeze the axis.
+        rows = [[row for row in history if row["step"] > 0] for history in histories]
+        steps = [row["step"] for row in rows[0]]
+        for axes, key in ((left, "valid_elbo"), (right, "variance")):
+            values = [statistics.fmean(history[i][key] for history in rows) for i in range(len(steps))]
+            axes.plot(steps, values, **style)
+    left.set(xlabel="step", ylabel="validation ELBO (nats per image)")
+    right.set(xlabel="step", ylabel="variance of the gradient per logit")
+    if all(row["variance"] > 0 for result in results for row in result["history"]):
+        right.set_yscale("log")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
+    figure.suptitle(title, fontsize=9)
     _save(figure, path)

@@ -1,19 +1,16 @@
 """The table: ours beside the paper's, as JSON, as Markdown and in the terminal."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from gatelet_lab.files import write_atomically, write_json
-
-if TYPE_CHECKING:
-    from gatelet_lab.reproduce import Reproduce
 
 Result = dict[str, Any]
 Column = tuple[str, Callable[[Result], float], str]
@@ -57,17 +54,15 @@ LEGEND = (
 )
 
 
-def write(out: Path, results: Sequence[Result], options: "Reproduce") -> None:
-    """Write ``table.json`` and ``table.md``."""
+def write(out: Path, results: Sequence[Result], run: Mapping[str, Any], title: str, caveat: str) -> None:
+    """Write ``table.json``, with what the run was, and ``table.md``."""
     rows = [{key: value for key, value in row.items() if key != "history"} for row in results]
-    run = {"dataset": options.dataset, "preset": options.preset, "set": list(options.settings)}
     write_json(out / "table.json", {"rows": rows, "version": version("gatelet"), **run})
-    settings = "".join(f" --set {setting}" for setting in options.settings)
     text = (
-        f"# gatelet reproduce --preset {options.preset} --dataset {options.dataset}{settings}\n\n"
+        f"# {title}\n\n"
         f"{markdown(*cells(results, _ALL_COLUMNS))}\n\n{LEGEND}\n"
         f"Mean of 10: of the class probabilities of 10 samples. s/epoch: the median; minutes: times the epochs.\n"
-        f"{caveat(results, options)}\n"
+        f"{caveat}\n"
     )
     write_atomically(out / "table.md", lambda file: file.write(text.encode()))
 
@@ -77,13 +72,11 @@ def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *body])
 
 
-def show(results: Sequence[Result], options: "Reproduce", console: Console) -> None:
+def show(results: Sequence[Result], title: str, caveat: str, console: Console) -> None:
     """Print the table, the paper's numbers beside ours."""
-    header, body = cells(results)
-    title = ", ".join((options.dataset, f"preset {options.preset}", *options.settings))
-    console.print(grid(title, header, body))
+    console.print(grid(title, *cells(results)))
     console.print(LEGEND, highlight=False)
-    console.print(caveat(results, options), style="bold", highlight=False)
+    console.print(caveat, style="bold", highlight=False)
 
 
 def grid(title: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> Table:
@@ -94,26 +87,6 @@ def grid(title: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> Ta
     for line in body:
         table.add_row(*line)
     return table
-
-
-def caveat(results: Sequence[Result], options: "Reproduce") -> str:
-    """Return what must be said of this run."""
-    if options.preset == "best":
-        cost, taken = results[0]["multiply_adds"], results[0]["config"]["more_training"]
-        teacher = results[0].get("teacher")
-        taught = "" if teacher is None else f"The teacher's test error is {teacher['test_error']:.2f} %. "
-        return (
-            f"{taught}Up to {taken} of the validation images were trained on; valid is of the others. "
-            "Thousand multiply-adds per image: "
-            + ", ".join(f"{name} {each / 1e3:.0f}" for name, each in cost.items() if name != "dense")
-            + f"; all units, without gates {cost['dense'] / 1e3:.0f}. "
-            "One run's test error has a standard error of about 0.1 points."
-        )
-    if options.dataset != "mnist":
-        return f"The paper's numbers are for MNIST; this is {options.dataset}."
-    if options.preset == "quick":
-        return "This is a quick run of a few epochs, not the paper's result: --preset paper trains to convergence."
-    return "One run's test error has a standard error of about 0.13 points."
 
 
 def cells(results: Sequence[Result], columns: Sequence[Column] = _COLUMNS) -> tuple[list[str], list[list[str]]]:

@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from gatelet_lab import data, files, jobs
-from gatelet_lab.recipes import recipe
-from gatelet_lab.settings import override
-from gatelet_lab.train import Trainer
+from gatelet_lab import data, files
+from gatelet_lab.training import jobs
+from gatelet_lab.training.paper import PaperTrainer
+from gatelet_lab.training.recipes import recipe
+from gatelet_lab.training.settings import override
 
 
 def trainer(split):
-    return Trainer(override(recipe("straight_through", "quick"), ["experts=20", "bottleneck=4", "epochs=1"]), 0, split)
+    return PaperTrainer(
+        override(recipe("straight_through", "quick"), ["experts=20", "bottleneck=4", "epochs=1"]), 0, split
+    )
 
 
 def test_another_data_set_of_the_same_sizes_is_another(tmp_path):

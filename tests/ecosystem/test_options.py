@@ -11,8 +11,8 @@ import gatelet.estimators
 import gatelet.nn
 import gatelet.sparsity
 from gatelet._checks import check_count, check_finite, check_positive, check_rate, check_weight
-from gatelet_lab.recipes import ROWS
-from gatelet_lab.settings import KEYS, number, override
+from gatelet_lab.training.recipes import ROWS
+from gatelet_lab.training.settings import KEYS, number, override
 
 ARGUMENTS = {
     "ConditionalFFN": {"d_model": 8, "d_ff": 16, "bottleneck": 4},

@@ -8,8 +8,8 @@ import torch
 from rich.console import Console
 
 from gatelet.estimators import ALL
-from gatelet_lab import bench_estimators
-from gatelet_lab.bench_estimators import HAND, BenchEstimators
+from gatelet_lab.commands import bench_estimators
+from gatelet_lab.commands.bench_estimators import HAND, BenchEstimators
 
 FEW = BenchEstimators(estimators=("straight_through", "leave_one_out", "muprop"), shapes=("256x200",), rounds=2)
 

@@ -6,8 +6,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from gatelet_lab import bench_busy, bench_kernels, bench_lists, bench_rows
-from gatelet_lab.bench_kernels import BenchKernels
+from gatelet_lab.bench import busy as bench_busy
+from gatelet_lab.bench import lists as bench_lists
+from gatelet_lab.bench import rows as bench_rows
+from gatelet_lab.commands import bench_kernels
+from gatelet_lab.commands.bench_kernels import BenchKernels
 
 SMALL = (16, 70, 4, 9)
 QUICK = BenchKernels(quick=True, patience=0.0)

@@ -1,14 +1,15 @@
 """The claims: counted in pairs of equal seeds, resumable, and the variance is that of the baselines."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 
-from gatelet_lab import claims, data, jobs
-from gatelet_lab.train import Trainer
+from gatelet_lab import data
+from gatelet_lab.commands import claims
+from gatelet_lab.training import jobs
+from gatelet_lab.training.paper import PaperTrainer
 
 SMALL = {"dataset": "digits", "epochs": 1, "seeds": 1, "train_images": 200, "jobs": 2}
 SETTINGS = ("experts=30", "bottleneck=8")
@@ -43,15 +44,20 @@ def test_every_claim_names_variants_and_every_variant_has_a_recipe():
     for claim in claims.CLAIMS:
         assert {*claim.better, *claim.worse} <= set(claims.VARIANTS)
     recipes = {name: claims.variant(options, name) for name in claims.VARIANTS}
-    assert recipes["sbn_frozen_gater"].gater_rate == 0
-    assert recipes["straight_through_slope"].options == {"slope": "sigmoid"}
-    assert {each.epochs for each in recipes.values()} == {1}
-    assert {(each.input_dropout, each.hidden_dropout, each.rate_decay) for each in recipes.values()} == {(0.2, 0, 0.88)}
+    assert recipes["sbn_frozen_gater"].optimiser.gater_rate == 0
+    assert recipes["straight_through_slope"].model.options == {"slope": "sigmoid"}
+    assert {each.optimiser.epochs for each in recipes.values()} == {1}
+    assert {each.optimiser.rate_decay for each in recipes.values()} == {0.88}
+    dropped = {(each.augmentation.input_dropout, each.augmentation.hidden_dropout) for each in recipes.values()}
+    assert dropped == {(0.2, 0)}
     noisy, plain = recipes["noisy_rectifier"], recipes["rectifier"]
-    named = {"row": noisy.row, "title": noisy.title, "paper": noisy.paper, "estimator": noisy.estimator}
-    assert replace(plain, **named) == noisy  # noise is all they differ in
-    assert (recipes["sbn"].experts, recipes["sbn"].bottleneck) == (500, 100)
-    assert (recipes["sigmoid"].experts, recipes["sigmoid"].bottleneck) == (50, 10)  # still a tenth of the sparse ones
+    named = {"row": noisy.row, "title": noisy.title, "paper": noisy.paper, "estimator": noisy.model.estimator}
+    assert plain.but(**named) == noisy  # noise is all they differ in
+    assert (recipes["sbn"].model.experts, recipes["sbn"].gater.bottleneck) == (500, 100)
+    assert (recipes["sigmoid"].model.experts, recipes["sigmoid"].gater.bottleneck) == (
+        50,
+        10,
+    )  # still a tenth of the sparse ones
 
 
 def test_undecided_is_the_share_between_a_twentieth_and_a_fifth():
@@ -62,7 +68,7 @@ def test_undecided_is_the_share_between_a_twentieth_and_a_fifth():
 
 def test_the_variance_is_that_of_the_estimator():
     options = claims.Claims(**SMALL, settings=(*SETTINGS, "gate_scale=1", "gate_bias=0"))
-    trainer = Trainer(claims.variant(options, "sbn"), 0, options.load())
+    trainer = PaperTrainer(claims.variant(options, "sbn"), 0, options.load())
     found = {name: claims._variance(trainer, name) for name in claims.BASELINES}
     # Without a baseline: E[(h − σ)² L²] summed over the gates, here about N/4 · L², as gates are near ½.
     with torch.no_grad():
@@ -75,7 +81,7 @@ def test_the_variance_is_that_of_the_estimator():
 
 def test_the_variance_leaves_the_model_as_it_was():
     options = claims.Claims(**SMALL, settings=SETTINGS)
-    trainer = Trainer(claims.variant(options, "sbn"), 0, options.load())
+    trainer = PaperTrainer(claims.variant(options, "sbn"), 0, options.load())
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     claims._variance(trainer, "per_unit")
     for name, value in trainer.model.state_dict().items():

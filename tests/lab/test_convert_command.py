@@ -9,8 +9,8 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import gatelet
-from gatelet_lab import convert
-from gatelet_lab.convert import Convert
+from gatelet_lab.commands import convert
+from gatelet_lab.commands.convert import Convert
 from gatelet_lab.language import decoding, load_language, perplexity, read_text
 
 pytestmark = pytest.mark.filterwarnings("ignore")

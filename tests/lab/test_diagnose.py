@@ -11,8 +11,8 @@ from rich.console import Console
 import gatelet
 from gatelet.diagnose.table import forms
 from gatelet.estimators import ALL, LeaveOneOut, NoisyRectifier, ScoreFunction, StraightThrough
-from gatelet_lab import diagnose
-from gatelet_lab.diagnose import Diagnose
+from gatelet_lab.commands import diagnose
+from gatelet_lab.commands.diagnose import Diagnose
 
 FEW = ("leave_one_out", "straight_through")
 

@@ -5,7 +5,8 @@ import json
 import pytest
 from rich.console import Console
 
-from gatelet_lab import frontier, jobs
+from gatelet_lab.commands import frontier
+from gatelet_lab.training import jobs
 
 SMALL = {
     "dataset": "digits",
@@ -33,9 +34,9 @@ def test_without_a_constraint_all_gates_are_one_network():
 def test_a_narrow_dense_network_costs_what_the_gates_network_does():
     jobs_ = {job.recipe.row: job.recipe for job in frontier.plan(frontier.Frontier(**SMALL))}
     gated = 64 * 10 + 10 * 100 + (64 + 10) * 10  # gater, open units and their output
-    assert jobs_["narrow-0.1"].kind == "dense"
-    assert jobs_["narrow-0.1"].experts == round(gated / (64 + 10))
-    assert jobs_["narrow-1"].experts == 100
+    assert jobs_["narrow-0.1"].model.kind == "dense"
+    assert jobs_["narrow-0.1"].model.experts == round(gated / (64 + 10))
+    assert jobs_["narrow-1"].model.experts == 100
 
 
 def test_the_command_writes_everything_resumes_and_times(tmp_path, monkeypatch):

@@ -7,16 +7,18 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from gatelet_lab import data, jobs, recipes, reproduce, settings, table
-from gatelet_lab.recipes import ROWS, recipe
-from gatelet_lab.train import CheckpointError, Trainer
+from gatelet_lab import data, table
+from gatelet_lab.commands import reproduce
+from gatelet_lab.files import CheckpointError
+from gatelet_lab.training import jobs, recipes, settings
+from gatelet_lab.training.paper import PaperTrainer
+from gatelet_lab.training.recipes import ROWS, recipe
 
 GATELET = str(Path(sys.executable).with_name("gatelet"))
 SMALL = ("--dataset", "digits", "--rows", "sigmoid", "noisy_sigmoid")
@@ -113,10 +115,10 @@ def test_a_setting_overrides_the_recipe_and_is_told(tmp_path):
 def in_this_process(options, planned, console, finish):
     """What worker processes do, where a test can change what they know."""
     for job in planned:
-        trainer = Trainer(
+        trainer = PaperTrainer(
             job.recipe, job.seed, split := options.load(), teacher=jobs.read_teacher(options, job.recipe, split)
         )
-        trainer.step_epoch()
+        trainer.advance()
         result = trainer.result() | {"history": []}
         if job.recipe.row == "teacher":
             torch.save(trainer.best, jobs.weights_file(options.out, job))
@@ -125,7 +127,7 @@ def in_this_process(options, planned, console, finish):
 
 
 def test_the_preset_best_learns_from_a_teacher_tells_its_cost_and_has_no_paper_beside_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "teacher", lambda: replace(recipes.teacher(), epochs=1, experts=20, batch=64))
+    monkeypatch.setattr(jobs, "teacher", lambda: recipes.teacher().but(epochs=1, experts=20, batch=64))
     monkeypatch.setattr(jobs, "train_all", in_this_process)
     small = reproduce.Reproduce(
         preset="best", dataset="digits", epochs=1, settings=("experts=50", "bottleneck=2"), out=tmp_path / "o"
@@ -144,10 +146,10 @@ def test_the_preset_best_learns_from_a_teacher_tells_its_cost_and_has_no_paper_b
 
 def test_a_frozen_gater_stays_as_it_was(digits):
     frozen = settings.override(recipe("straight_through", "quick"), ["gater_rate=0", "experts=50", "bottleneck=10"])
-    trainer = Trainer(frozen, 0, digits)
-    trainer.step_epoch()  # max-norm shortens the start's weights once
+    trainer = PaperTrainer(frozen, 0, digits)
+    trainer.advance()  # max-norm shortens the start's weights once
     before = [parameter.clone() for parameter in trainer.model.layer.gater.parameters()]
-    trainer.step_epoch()
+    trainer.advance()
     assert all(torch.equal(one, two) for one, two in zip(before, trainer.model.layer.gater.parameters(), strict=True))
 
 
@@ -280,6 +282,6 @@ def test_an_older_result_counts_for_what_it_did_not_know_yet(finished, tmp_path)
         path.write_text(json.dumps(row))
     same = gatelet("reproduce", *SMALL, "straight_through", "--epochs", 3, "--out", out, "--resume")
     assert same.returncode == 0, same.stderr
-    job = jobs.Job(replace(recipe("sigmoid", "quick"), epochs=3, members=2), 0)
+    job = jobs.Job(recipe("sigmoid", "quick").but(epochs=3, members=2), 0)
     with pytest.raises(CheckpointError, match=r"members \(1, not 2\)"):
         jobs.read_result(out, job)

@@ -15,10 +15,11 @@ from rich.console import Console
 
 import gatelet
 from gatelet.nn import load_sae_lens
+from gatelet_lab.commands import train_sae as command
 from gatelet_lab.data import DataError
 from gatelet_lab.files import CheckpointError
-from gatelet_lab.sae import activations, command, report
-from gatelet_lab.sae.training import Trainer
+from gatelet_lab.sae import activations, report
+from gatelet_lab.sae.training import SAETrainer
 
 QUIET = Console(quiet=True)
 WORDS = [
@@ -230,7 +231,7 @@ def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(options, tmp_pa
     whole = replace(options, out=tmp_path / "whole", cache=tmp_path / "cache")
     command.run(whole, QUIET)
     halved = replace(whole, out=tmp_path / "halved")
-    step, count = Trainer.step, 0
+    step, count = SAETrainer.step, 0
 
     def interrupted(self, x):
         nonlocal count
@@ -239,7 +240,7 @@ def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(options, tmp_pa
             raise KeyboardInterrupt
         step(self, x)
 
-    monkeypatch.setattr(Trainer, "step", interrupted)
+    monkeypatch.setattr(SAETrainer, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         command.run(halved, QUIET)
     with pytest.raises(ValueError, match=r"--out .* is not empty"):
@@ -259,9 +260,9 @@ def test_a_checkpoint_of_another_setting_is_refused(finished):
     cache = activations.Cache(options.out / "activations" / "training")
     path = options.out / "checkpoints" / "sae.pt"
     with pytest.raises(CheckpointError, match=r"belongs to another run: k was '4', is '3'"):
-        Trainer(replace(options, k=3), cache).load(path)
+        SAETrainer(replace(options, k=3), cache).load(path)
     with pytest.raises(CheckpointError, match="belongs to another run: activations"):
-        Trainer(options, activations.Cache(options.out / "activations" / "held-out")).load(path)
+        SAETrainer(options, activations.Cache(options.out / "activations" / "held-out")).load(path)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(options, monkeypatch):
@@ -272,7 +273,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(options, 
             yield batch * 1e30 if index == 7 else batch
 
     monkeypatch.setattr(activations.Cache, "batches", broken)
-    with pytest.raises(RuntimeError, match="training diverged: the loss became inf in step 8"):
+    with pytest.raises(FloatingPointError, match="training diverged: the loss became inf in step 8"):
         command.run(options, QUIET)
     assert torch.load(options.out / "checkpoints" / "sae.pt", weights_only=True)["steps"] == 5
 

@@ -13,9 +13,10 @@ from optuna.trial import TrialState
 from rich.console import Console
 from sqlalchemy.exc import IntegrityError
 
-from gatelet_lab import cli, data, sweep
-from gatelet_lab.recipes import rows
-from gatelet_lab.train import Trainer
+from gatelet_lab import cli, data
+from gatelet_lab.commands import sweep
+from gatelet_lab.training.paper import PaperTrainer
+from gatelet_lab.training.recipes import rows
 
 SMALL = {
     "row": "sigmoid",
@@ -71,9 +72,9 @@ def test_the_value_is_the_best_validation_error_of_these_settings(small):
     (trial,) = study(small()).get_trials()
     assert trial.user_attrs["settings"] == ["rate=0.3", "batch=32"]  # the recipe's own come first
     base, _ = sweep.plan(small())
-    trainer = Trainer(base, 0, data.load().without_test())
+    trainer = PaperTrainer(base, 0, data.load().without_test())
     while not trainer.finished:
-        trainer.step_epoch()
+        trainer.advance()
     assert trial.value == min(row.valid_error for row in trainer.history)
     assert list(trial.intermediate_values.values()) == [row.valid_error for row in trainer.history]
 
@@ -96,7 +97,7 @@ def test_ctrl_c_leaves_a_failed_trial_and_the_search_continues(small, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step_epoch", interrupted)
+        patch.setattr(PaperTrainer, "advance", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(small(trials=1))
     assert states(small()) == [TrialState.FAIL]
@@ -135,7 +136,7 @@ def test_a_trial_worse_than_the_others_is_stopped_early(small):
     base, _ = sweep.plan(small())
     trial = Bad()
     with pytest.raises(optuna.TrialPruned):
-        sweep.train(trial, Trainer(base, 0, data.load().without_test()), lambda _: None)
+        sweep.train(trial, PaperTrainer(base, 0, data.load().without_test()), lambda _: None)
     assert trial.steps == 1
 
 

@@ -1,17 +1,21 @@
 """Training is resumable to the bit, its checkpoints are whole or refused, and each recipe does what it says."""
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
 
 import gatelet
 from gatelet.kernels.backends import numba
-from gatelet_lab import data, train
-from gatelet_lab.model import multiply_adds
-from gatelet_lab.recipes import ROWS, recipe
-from gatelet_lab.train import CheckpointError, Trainer
+from gatelet_lab import data, files
+from gatelet_lab.files import CheckpointError
+from gatelet_lab.training import fit, paper, recipes, vae
+from gatelet_lab.training.model import multiply_adds
+from gatelet_lab.training.paper import PaperTrainer
+from gatelet_lab.training.recipes import ROWS, recipe
+
+RESULTS = Path(__file__).parents[2] / "results"
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +24,8 @@ def digits():
 
 
 def small(row, **changes):
-    experts = 60 if ROWS[row]().target_rate else 30
-    return replace(recipe(row, "quick"), experts=experts, bottleneck=20, epochs=4, **changes)
+    experts = 60 if ROWS[row]().sparsity.target_rate else 30
+    return recipe(row, "quick").but(**{"experts": experts, "bottleneck": 20, "epochs": 4, **changes})
 
 
 def history(trainer):
@@ -30,16 +34,16 @@ def history(trainer):
 
 def run(trainer, epochs):
     for _ in range(epochs):
-        trainer.step_epoch()
+        trainer.advance()
     return trainer
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(row, digits, tmp_path):
-    whole = run(Trainer(small(row), 3, digits), 4)
-    run(Trainer(small(row), 3, digits), 2).save(tmp_path / "half.pt")
+    whole = run(PaperTrainer(small(row), 3, digits), 4)
+    run(PaperTrainer(small(row), 3, digits), 2).save(tmp_path / "half.pt")
     torch.manual_seed(99)  # what another process would have done to the random state
-    resumed = Trainer(small(row), 3, digits)
+    resumed = PaperTrainer(small(row), 3, digits)
     resumed.load(tmp_path / "half.pt")
     run(resumed, 2)
     assert history(resumed) == history(whole)
@@ -75,9 +79,9 @@ STAGED = MODERN | {"gater": "two_stage", "layers": 1, "bfloat16": True}
 @pytest.mark.parametrize("changes", [MODERN, MODERN | {"members": 2, "layers": 1}, MIXTURE, STAGED])
 def test_what_the_paper_has_not_is_resumed_too(changes, digits, tmp_path):
     recipe = small("straight_through", **changes)
-    whole = run(Trainer(recipe, 3, digits), 3)
-    run(Trainer(recipe, 3, digits), 1).save(tmp_path / "part.pt")
-    resumed = Trainer(recipe, 3, digits)
+    whole = run(PaperTrainer(recipe, 3, digits), 3)
+    run(PaperTrainer(recipe, 3, digits), 1).save(tmp_path / "part.pt")
+    resumed = PaperTrainer(recipe, 3, digits)
     resumed.load(tmp_path / "part.pt")
     run(resumed, 2)
     assert history(resumed) == history(whole)
@@ -90,14 +94,14 @@ def test_what_the_paper_has_not_is_resumed_too(changes, digits, tmp_path):
 
 
 def test_the_cosine_rises_over_an_epoch_and_ends_at_zero(digits):
-    trainer = Trainer(small("sigmoid", schedule="cosine", rate=1.0), 0, digits)
+    trainer = PaperTrainer(small("sigmoid", schedule="cosine", rate=1.0), 0, digits)
     rates = [trainer.rate(epoch) for epoch in (0.0, 0.5, 1.0, 2.5, 4.0)]
     assert rates == pytest.approx([0.01, 0.51, 1.0, 0.5, 0.0])
 
 
 def test_a_cosine_keeps_the_last_weights_and_an_exponential_the_best(digits):
     for schedule in ("cosine", "exponential"):
-        trainer = Trainer(small("sigmoid", schedule=schedule), 0, digits)
+        trainer = PaperTrainer(small("sigmoid", schedule=schedule), 0, digits)
         errors = iter([20.0, 10.0, 30.0])
         trainer.evaluate = lambda *_, errors=errors: (next(errors), 0.0, 1.0)
         run(trainer, 3)
@@ -105,16 +109,16 @@ def test_a_cosine_keeps_the_last_weights_and_an_exponential_the_best(digits):
 
 
 def test_more_training_takes_validation_images(digits):
-    trainer = Trainer(small("sigmoid", more_training=50), 0, digits)
+    trainer = PaperTrainer(small("sigmoid", more_training=50), 0, digits)
     assert len(trainer.train_labels) == len(digits.train_labels) + 50
     torch.testing.assert_close(trainer.train_images[-50:], digits.valid_images[:50])
     torch.testing.assert_close(trainer.split.valid_images, digits.valid_images[50:])
-    most = Trainer(small("sigmoid", more_training=10_000), 0, digits).split.valid_labels
+    most = PaperTrainer(small("sigmoid", more_training=10_000), 0, digits).split.valid_labels
     torch.testing.assert_close(most, digits.valid_labels[len(digits.valid_labels) * 9 // 10 :])
 
 
 def test_the_average_follows_the_weights_with_its_decay(digits):
-    trainer = Trainer(small("sigmoid", average=0.75), 0, digits)
+    trainer = PaperTrainer(small("sigmoid", average=0.75), 0, digits)
     start = trainer.averaged.output.weight.clone()
     with torch.no_grad():
         trainer.model.output.weight.add_(1.0)
@@ -123,7 +127,7 @@ def test_the_average_follows_the_weights_with_its_decay(digits):
 
 
 def test_the_adversary_raises_the_loss_more_than_noise_of_its_length(digits):
-    trainer = run(Trainer(small("sigmoid", adversarial=0.5), 0, digits), 2)
+    trainer = run(PaperTrainer(small("sigmoid", adversarial=0.5), 0, digits), 2)
     x, y = digits.valid_images[:100], digits.valid_labels[:100]
 
     def loss(images):
@@ -138,17 +142,17 @@ def test_the_adversary_raises_the_loss_more_than_noise_of_its_length(digits):
 
 
 def test_the_adversary_moves_its_share_of_a_batch(digits):
-    trainer = Trainer(small("sigmoid", adversarial=0.5, adversarial_share=0.25, input_dropout=0.0), 0, digits)
+    trainer = PaperTrainer(small("sigmoid", adversarial=0.5, adversarial_share=0.25, input_dropout=0.0), 0, digits)
     seen = []
     trainer.model.layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
     x = digits.train_images[:40]
-    trainer._step(x, digits.train_labels[:40])
+    trainer.step((x, digits.train_labels[:40]))
     assert (seen[-1] != x).any(1).tolist() == [True] * 10 + [False] * 30
 
 
 def test_a_mixture_computes_the_share_and_balances_its_load(digits):
     recipe = small("straight_through", kind="mixture", group_size=6, target_rate=0.2, gate_bias=None)
-    trainer = run(Trainer(recipe, 0, digits), 1)
+    trainer = run(PaperTrainer(recipe, 0, digits), 1)
     layer = trainer.model.layer.eval()
     with torch.no_grad():
         units = layer(digits.valid_images[:50])
@@ -161,7 +165,7 @@ def test_a_mixture_computes_the_share_and_balances_its_load(digits):
 
 
 def test_an_ensemble_gives_its_members_mean_probability(digits):
-    trainer = run(Trainer(small("straight_through", members=3), 0, digits), 1)
+    trainer = run(PaperTrainer(small("straight_through", members=3), 0, digits), 1)
     trainer.evaluate(digits.valid_images, digits.valid_labels)
     for network in trainer.model.networks:
         assert network.active_fraction == pytest.approx(0.1, abs=0.02)  # each has a threshold of its own
@@ -173,13 +177,13 @@ def test_an_ensemble_gives_its_members_mean_probability(digits):
 
 def test_a_member_learns_by_its_own_loss_alone(digits):
     """Also where the estimator takes the loss itself: what another member loses must not reach this one's gates."""
-    one, two = (Trainer(small("score_function", members=2), 0, digits) for _ in range(2))
+    one, two = (PaperTrainer(small("score_function", members=2), 0, digits) for _ in range(2))
     with torch.no_grad():
         two.model.networks[1].output.weight.mul_(3)
     told = []
     for trainer in (one, two):
         torch.manual_seed(1)
-        told.append(trainer._step(digits.train_images[:40], digits.train_labels[:40]))
+        told.append(trainer.step((digits.train_images[:40], digits.train_labels[:40])))
     first, second = (trainer.model.networks for trainer in (one, two))
     for weight, same in zip(first[0].parameters(), second[0].parameters(), strict=True):
         torch.testing.assert_close(weight, same, rtol=0, atol=0)
@@ -188,7 +192,7 @@ def test_a_member_learns_by_its_own_loss_alone(digits):
 
 
 def test_a_step_tells_the_mean_of_the_members_losses(digits):
-    trainer = Trainer(small("sigmoid", members=3, input_dropout=0.0), 0, digits)
+    trainer = PaperTrainer(small("sigmoid", members=3, input_dropout=0.0), 0, digits)
     x, y = digits.train_images[:40], digits.train_labels[:40]
     with torch.no_grad():
         each = [torch.nn.functional.cross_entropy(network(x), y).item() for network in trainer.model.networks]
@@ -202,19 +206,19 @@ def test_multiply_adds_are_counted_by_hand():
     assert count["experts"] == 64 * 6 + 6 * 6
     assert count["output"] == 6 * 10
     assert count["dense"] == 64 * 60 + 60 * 60 + 60 * 10
-    assert multiply_adds(replace(recipe, members=3), 64, 10, 0.1) == {key: 3 * value for key, value in count.items()}
-    mixed = multiply_adds(replace(recipe, layers=1, kind="mixture", group_size=6), 64, 10, 0.1)
+    assert multiply_adds(recipe.but(members=3), 64, 10, 0.1) == {key: 3 * value for key, value in count.items()}
+    mixed = multiply_adds(recipe.but(layers=1, kind="mixture", group_size=6), 64, 10, 0.1)
     assert mixed["gater"] == 64 * 10
-    staged = multiply_adds(replace(recipe, layers=1, gater="two_stage", gater_groups=6), 64, 10, 0.1, group_share=0.25)
+    staged = multiply_adds(recipe.but(layers=1, gater="two_stage", gater_groups=6), 64, 10, 0.1, group_share=0.25)
     assert staged["gater"] == 20 * (64 + 6 + 15)
-    dense = multiply_adds(replace(recipe, kind="dense"), 64, 10, 1.0)
+    dense = multiply_adds(recipe.but(kind="dense"), 64, 10, 1.0)
     assert dense["gater"] == 0
     assert dense["experts"] + dense["output"] == dense["dense"]
 
 
 def test_the_cost_of_a_gater_in_two_stages_is_what_it_computed(digits):
     recipe = small("straight_through", gater="two_stage", gater_groups=6, gate_bias=None)
-    trainer = run(Trainer(recipe, 0, digits), 2)
+    trainer = run(PaperTrainer(recipe, 0, digits), 2)
     found = trainer.result()["multiply_adds"]["gater"]
     gater, threshold = trainer.model.layer.gater, trainer.model.layer.unit.threshold
     with torch.no_grad():
@@ -226,7 +230,7 @@ def test_the_cost_of_a_gater_in_two_stages_is_what_it_computed(digits):
 
 def test_a_limit_on_the_output_layer_is_its_own(digits):
     def longest(**changes):
-        trainer = Trainer(small("straight_through", rate=3.0, **changes), 0, digits)
+        trainer = PaperTrainer(small("straight_through", rate=3.0, **changes), 0, digits)
         run(trainer, 1)
         model = trainer.model
         weights = model.output.weight, model.layer.expert.weight, model.layer.gater.gates.weight
@@ -241,7 +245,7 @@ def test_a_limit_on_the_output_layer_is_its_own(digits):
 
 
 def test_a_dense_network_has_no_gater(digits):
-    trainer = Trainer(replace(small("sigmoid"), kind="dense", layers=2, norm=True, bfloat16=True), 0, digits)
+    trainer = PaperTrainer(small("sigmoid", kind="dense", layers=2, norm=True, bfloat16=True), 0, digits)
     before = run(trainer, 4).history[0]
     assert trainer.history[-1].valid_error < before.valid_error
     result = trainer.result()
@@ -255,13 +259,13 @@ def test_a_dense_network_has_no_gater(digits):
 
 
 def test_products_in_bfloat16_are_for_training_alone(digits):
-    trainer = Trainer(small("straight_through", bfloat16=True), 0, digits)
+    trainer = PaperTrainer(small("straight_through", bfloat16=True), 0, digits)
     layer, seen = trainer.model.layer, []
     hooks = [
         layer.expert.register_forward_hook(lambda _, __, out: seen.append(out.dtype)),
         layer.unit.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype)),
     ]
-    trainer._step(digits.train_images[:40], digits.train_labels[:40])
+    trainer.step((digits.train_images[:40], digits.train_labels[:40]))
     assert seen == [torch.float32, torch.bfloat16]  # logits, which noise is compared with; experts
     for hook in hooks:
         hook.remove()
@@ -271,28 +275,28 @@ def test_products_in_bfloat16_are_for_training_alone(digits):
 
 
 def test_a_teacher_is_learned_from(digits):
-    taught = Trainer(small("sigmoid"), 0, digits).model.eval()
+    taught = PaperTrainer(small("sigmoid"), 0, digits).model.eval()
     x, y = digits.train_images[:40], digits.train_labels[:40]
     for share in (1.0, 0.25):
-        trainer = Trainer(small("sigmoid", teacher_share=share), 1, digits, teacher=taught)
+        trainer = PaperTrainer(small("sigmoid", teacher_share=share), 1, digits, teacher=taught)
         with torch.no_grad():
             wanted = share * taught(x).softmax(-1) + (1 - share) * torch.nn.functional.one_hot(y, 10)
         torch.testing.assert_close(trainer._target(x, y), wanted)
     assert trainer._step(x, y) > 0
-    trainer.step_epoch()
+    trainer.advance()
     assert trainer.result()["teacher"]["test_error"] > 50  # it was never trained
-    assert Trainer(small("sigmoid"), 0, digits)._target(x, y) is y
+    assert PaperTrainer(small("sigmoid"), 0, digits)._target(x, y) is y
 
 
 def test_a_teacher_and_its_share_go_together(digits):
     with pytest.raises(ValueError, match=r"teacher_share is 0.5, and a teacher was not given"):
-        Trainer(small("sigmoid", teacher_share=0.5), 0, digits)
+        PaperTrainer(small("sigmoid", teacher_share=0.5), 0, digits)
     with pytest.raises(ValueError, match="a teacher was given"):
-        Trainer(small("sigmoid"), 0, digits, teacher=Trainer(small("sigmoid"), 0, digits).model)
+        PaperTrainer(small("sigmoid"), 0, digits, teacher=PaperTrainer(small("sigmoid"), 0, digits).model)
 
 
 def test_gates_and_their_probabilities_are_those_of_the_calibrated_model(digits):
-    trainer = run(Trainer(small("smooth_times_stochastic"), 0, digits), 2)
+    trainer = run(PaperTrainer(small("smooth_times_stochastic"), 0, digits), 2)
     trainer.result()
     by_class, histogram = trainer.gates()
     _, _, share = trainer.evaluate(digits.valid_images, digits.valid_labels)
@@ -302,21 +306,21 @@ def test_gates_and_their_probabilities_are_those_of_the_calibrated_model(digits)
 
 
 def test_seeds_differ_and_repeat(digits):
-    one, again, other = (run(Trainer(small("straight_through"), seed, digits), 1) for seed in (0, 0, 1))
+    one, again, other = (run(PaperTrainer(small("straight_through"), seed, digits), 1) for seed in (0, 0, 1))
     assert history(one) == history(again)
     assert history(one) != history(other)
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if ROWS[row]().target_rate])
+@pytest.mark.parametrize("row", [row for row in ROWS if ROWS[row]().sparsity.target_rate])
 def test_sparse_rows_end_at_their_target(row, digits):
-    result = run(Trainer(small(row), 0, digits), 4).result()
+    result = run(PaperTrainer(small(row), 0, digits), 4).result()
     assert result["open_test"] <= 0.12
     if row != "rectifier":  # cannot open more gates than are above zero
         assert result["open_test"] == pytest.approx(0.1, abs=0.02)
 
 
 def test_weights_stay_within_their_max_norm(digits):
-    trainer = run(Trainer(small("score_function"), 0, digits), 1)
+    trainer = run(PaperTrainer(small("score_function"), 0, digits), 1)
     limits = [limit for _, limit in trainer.limits]
     assert sorted(set(limits)) == [2.0, 6.0]
     for weight, limit in trainer.limits:
@@ -324,90 +328,131 @@ def test_weights_stay_within_their_max_norm(digits):
 
 
 def test_the_gater_has_its_own_rate(digits):
-    rates = [group["lr"] for group in Trainer(small("score_function"), 0, digits).optimizer.param_groups]
-    trainer = Trainer(small("score_function"), 0, digits)
-    trainer.step_epoch()
+    rates = [group["lr"] for group in PaperTrainer(small("score_function"), 0, digits).optimizer.param_groups]
+    trainer = PaperTrainer(small("score_function"), 0, digits)
+    trainer.advance()
     main, gater = (group["lr"] for group in trainer.optimizer.param_groups)
     assert gater == pytest.approx(main / 200)
     assert rates[0] == main  # the first epoch runs at the full rate
 
 
 def test_early_stopping_counts_epochs_without_improvement(digits):
-    trainer = Trainer(small("sigmoid", patience=2, rate=0.0), 0, digits)
+    trainer = PaperTrainer(small("sigmoid", patience=2, rate=0.0), 0, digits)
     epochs = 0
     while not trainer.finished:
-        trainer.step_epoch()
+        trainer.advance()
         epochs += 1
     assert epochs == 3  # the first is the best, two more bring nothing
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_names_what_differs(digits, tmp_path):
     path = tmp_path / "one.pt"
-    run(Trainer(small("straight_through"), 0, digits), 1).save(path)
+    run(PaperTrainer(small("straight_through"), 0, digits), 1).save(path)
     with pytest.raises(CheckpointError, match=r"one\.pt.*seed was 0, is 1"):
-        Trainer(small("straight_through"), 1, digits).load(path)
+        PaperTrainer(small("straight_through"), 1, digits).load(path)
     with pytest.raises(CheckpointError, match=r"rate was 0\.3, is 0\.2"):
-        Trainer(small("straight_through", rate=0.2), 0, digits).load(path)
+        PaperTrainer(small("straight_through", rate=0.2), 0, digits).load(path)
 
 
 def test_a_checkpoint_that_lacks_a_new_field_had_its_default(digits, tmp_path, monkeypatch):
     path = tmp_path / "one.pt"
-    identity = Trainer._identity
+    identity = PaperTrainer.identity
     monkeypatch.setattr(
-        Trainer,
-        "_identity",
-        lambda self: json.dumps({k: v for k, v in json.loads(identity(self)).items() if k != "momentum"}),
+        PaperTrainer,
+        "identity",
+        lambda self: {k: v for k, v in identity(self).items() if k != "momentum"},
     )
-    run(Trainer(small("sigmoid"), 0, digits), 1).save(path)
+    run(PaperTrainer(small("sigmoid"), 0, digits), 1).save(path)
     monkeypatch.undo()
-    Trainer(small("sigmoid"), 0, digits).load(path)
+    PaperTrainer(small("sigmoid"), 0, digits).load(path)
     with pytest.raises(CheckpointError, match=r"momentum was 0\.0, is 0\.5"):
-        Trainer(small("sigmoid", momentum=0.5), 0, digits).load(path)
+        PaperTrainer(small("sigmoid", momentum=0.5), 0, digits).load(path)
+
+
+def test_a_checkpoint_from_before_all_trainers_were_one_is_continued(digits, tmp_path):
+    """It held neither steps nor seconds, and a VAE's named job and step otherwise."""
+    path = tmp_path / "one.pt"
+    whole = run(PaperTrainer(small("noisy_sigmoid", average=0.9), 0, digits), 2)
+    before = run(PaperTrainer(small("noisy_sigmoid", average=0.9), 0, digits), 1)
+    before.save(path)
+    state = torch.load(path, weights_only=True)
+    steps, _ = state.pop("steps"), state.pop("seconds")
+    torch.save(state, path)
+    trainer = PaperTrainer(small("noisy_sigmoid", average=0.9), 0, digits)
+    trainer.load(path)
+    assert trainer.steps == steps == trainer.parts
+    assert trainer.seconds == pytest.approx(trainer.history[0].seconds)
+    assert history(run(trainer, 1)) == history(whole)
+    held = {"job": {"estimator": "reinmax", "samples": 4, "seed": 0}, "step": 5, "seconds": 1.0}
+    found = vae.VAETrainer.of_older(None, held)
+    assert json.loads(found["identity"]) == held["job"]
+    assert found["steps"] == 5
+
+
+def test_a_recipe_is_nested_and_its_files_are_flat():
+    recipe = ROWS["straight_through"]()
+    assert recipe.but(**recipe.flat()) == recipe
+    assert recipe.but(momentum=0.5, experts=50).optimiser.momentum == 0.5
+    assert recipe.flat()["gate_scale"] == recipe.gater.gate_scale
+    with pytest.raises(TypeError, match="no field rat"):
+        recipe.but(rat=0.5)
+    with pytest.raises(ValueError, match=r"momentum must lie in \[0, 1\)"):
+        recipe.but(momentum=1.0)
+
+
+def test_every_kept_result_is_of_todays_fields():
+    """A result's config must stay readable: its keys are fields of a recipe."""
+    kept = (
+        json.loads((RESULTS / "paper.json").read_text())["rows"]
+        + json.loads((RESULTS / "best.json").read_text())["rows"]
+    )
+    for row in kept:
+        recipes.ROWS.get(row["row"], recipes.best)().but(**row["config"])
 
 
 def test_a_checkpoint_of_another_version_is_refused(digits, tmp_path, monkeypatch):
     path = tmp_path / "one.pt"
-    run(Trainer(small("sigmoid"), 0, digits), 1).save(path)
-    monkeypatch.setattr(train, "VERSION", train.VERSION + 1)
+    run(PaperTrainer(small("sigmoid"), 0, digits), 1).save(path)
+    monkeypatch.setattr(paper, "VERSION", paper.VERSION + 1)
     with pytest.raises(CheckpointError, match="version was 1, is 2"):
-        Trainer(small("sigmoid"), 0, digits).load(path)
+        PaperTrainer(small("sigmoid"), 0, digits).load(path)
 
 
 def test_a_truncated_checkpoint_is_refused(digits, tmp_path):
     path = tmp_path / "one.pt"
-    run(Trainer(small("sigmoid"), 0, digits), 1).save(path)
+    run(PaperTrainer(small("sigmoid"), 0, digits), 1).save(path)
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="damaged, or no checkpoint"):
-        Trainer(small("sigmoid"), 0, digits).load(path)
+        PaperTrainer(small("sigmoid"), 0, digits).load(path)
 
 
 def test_a_crash_while_writing_leaves_the_last_good_file(tmp_path):
     path = tmp_path / "file"
-    train.write_atomically(path, lambda file: file.write(b"good"))
+    files.write_atomically(path, lambda file: file.write(b"good"))
 
     def crash(file):
         file.write(b"ba")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        train.write_atomically(path, crash)
+        files.write_atomically(path, crash)
     assert path.read_bytes() == b"good"
 
 
 def test_divergence_is_told_by_its_epoch(digits):
-    trainer = Trainer(small("sigmoid", rate=1e30), 0, digits)
+    trainer = PaperTrainer(small("sigmoid", rate=1e30), 0, digits)
     with pytest.raises(FloatingPointError, match="the loss became nan in epoch 1"):
-        trainer.step_epoch()
+        trainer.advance()
 
 
 def test_a_stop_is_noticed_within_an_epoch(digits):
-    trainer = Trainer(small("sigmoid"), 0, digits)
-    with pytest.raises(train.Stopped):
-        trainer.step_epoch(stop=lambda: True)
+    trainer = PaperTrainer(small("sigmoid"), 0, digits)
+    with pytest.raises(fit.Stopped):
+        trainer.advance(stop=lambda: True)
 
 
 def test_samples_are_averaged_as_probabilities(digits):
-    trainer = run(Trainer(small("straight_through"), 0, digits), 2)
+    trainer = run(PaperTrainer(small("straight_through"), 0, digits), 2)
     _, single, share = trainer.evaluate(digits.test_images, digits.test_labels, samples=1)
     _, mean, _ = trainer.evaluate(digits.test_images, digits.test_labels, samples=20)
     assert mean < single  # Jensen: the mean of probabilities has the smaller NLL
@@ -420,10 +465,10 @@ def test_what_is_trained_does_not_depend_on_a_stopwatch(digits, monkeypatch):
     monkeypatch.setattr(numba, "measured", lambda *given: asked.append(given) or numba.Costs(0.1, 0.5))
     monkeypatch.setattr(numba, "SMALL", 0)  # so that costs are asked for at these sizes
     recipe = small("straight_through")
-    without = run(Trainer(recipe, 3, digits), 1)
+    without = run(PaperTrainer(recipe, 3, digits), 1)
     gatelet.kernels.measure_costs()
     try:
-        measured = run(Trainer(recipe, 3, digits), 1)
+        measured = run(PaperTrainer(recipe, 3, digits), 1)
         assert not asked
         assert history(without) == history(measured)
         for name, value in without.model.state_dict().items():

@@ -10,8 +10,11 @@ import torch
 from rich.console import Console
 
 from gatelet.estimators import ALL
-from gatelet_lab import data, vae
-from gatelet_lab.vae import TrainVAE
+from gatelet_lab import data
+from gatelet_lab.commands import train_vae
+from gatelet_lab.commands.train_vae import TrainVAE
+from gatelet_lab.files import CheckpointError
+from gatelet_lab.training import vae
 
 SMALL = TrainVAE(
     estimators=("score_function", "straight_through"),
@@ -34,7 +37,7 @@ def split():
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     options = replace(SMALL, out=tmp_path_factory.mktemp("vae") / "out")
-    vae.run(options, QUIET)
+    train_vae.run(options, QUIET)
     return options
 
 
@@ -93,22 +96,22 @@ def test_every_estimator_trains_or_says_why_not(name, layers, split, tmp_path):
     )
     if reason is not None:
         with pytest.raises(ValueError, match=reason):
-            vae.plan(options)
+            train_vae.plan(options)
         return
-    (job,) = vae.plan(options)
-    trainer = vae.Trainer(options, job, split)
+    (job,) = train_vae.plan(options)
+    trainer = vae.VAETrainer(options, job, split)
     before = trainer.model.encoder.weight.clone()
-    trainer.train_step()
+    trainer.step(trainer.draw(0))
     assert not torch.equal(trainer.model.encoder.weight, before)
-    row = trainer.report()
+    row = trainer.look()
     assert all(torch.isfinite(torch.tensor(float(value))) for value in asdict(row).values())
 
 
 def test_the_gradient_of_the_training_loss_is_that_of_the_elbo(split, tmp_path):
     """With enumeration as estimator, for all parameters; by way of the loss that training differentiates."""
     options = replace(SMALL, estimators=("enumeration",), evaluations=8, out=tmp_path)
-    (job,) = vae.plan(options)
-    trainer = vae.Trainer(options, job, split)
+    (job,) = train_vae.plan(options)
+    trainer = vae.VAETrainer(options, job, split)
     net = trainer.model
     torch.nn.init.normal_(net.prior)
     x = trainer.shown[0][:4]
@@ -128,8 +131,8 @@ def test_all_spend_at_most_the_budget_and_as_much_as_they_can():
     spent = {}
     for name in ("score_function", "leave_one_out", "disarm", "rebar", "muprop", "local_expectation"):
         options = replace(SMALL, estimators=(name,), latents=4, evaluations=11)
-        (job,) = vae.plan(options)
-        spent[name] = (job.samples, vae.evaluations(name, 4, job.samples))
+        (job,) = train_vae.plan(options)
+        spent[name] = (job.samples, train_vae.evaluations(name, 4, job.samples))
     assert spent == {
         "score_function": (11, 11),
         "leave_one_out": (11, 11),
@@ -144,7 +147,7 @@ def test_variance_and_bias_are_those_of_the_moments(split, tmp_path):
     """Leave-one-out is unbiased and straight-through is not; the plain score function has the largest variance."""
     names = ("leave_one_out", "score_function:baseline=none", "straight_through")
     options = replace(SMALL, estimators=names, evaluations=2, draws=600, steps=1, out=tmp_path / "out")
-    vae.run(options, QUIET)
+    train_vae.run(options, QUIET)
     plain, loo, straight = (
         {row["estimator"]: row for row in json.loads((options.out / "table.json").read_text())["rows"]}[name]
         for name in (names[1], names[0], names[2])
@@ -178,8 +181,8 @@ def rows(options):
 
 def test_an_extended_run_is_an_uninterrupted_one(finished, tmp_path):
     short = replace(finished, out=tmp_path / "out", steps=2)
-    vae.run(short, QUIET)
-    vae.run(replace(finished, out=tmp_path / "out", resume=True), QUIET)
+    train_vae.run(short, QUIET)
+    train_vae.run(replace(finished, out=tmp_path / "out", resume=True), QUIET)
     assert rows(replace(finished, out=tmp_path / "out")) == rows(finished)
 
 
@@ -187,7 +190,7 @@ def test_two_layers_and_seeds(tmp_path):
     options = replace(
         SMALL, estimators=("leave_one_out", "reinmax"), layers=2, seeds=2, latents=5, out=tmp_path / "out"
     )
-    vae.run(options, QUIET)
+    train_vae.run(options, QUIET)
     content = json.loads((options.out / "table.json").read_text())
     assert [(row["estimator"], row["seed"]) for row in content["rows"]] == [
         (name, seed) for name in options.estimators for seed in (0, 1)
@@ -215,29 +218,29 @@ def test_two_layers_and_seeds(tmp_path):
 )
 def test_bad_options_name_the_argument(change, told, tmp_path):
     with pytest.raises((ValueError, data.DataError), match=re.escape(told)):
-        vae.run(replace(SMALL, out=tmp_path / "out", **change), QUIET)
+        train_vae.run(replace(SMALL, out=tmp_path / "out", **change), QUIET)
     assert not (tmp_path / "out").exists()
 
 
 def test_the_output_directory_is_guarded(finished, tmp_path):
     with pytest.raises(ValueError, match="--resume"):
-        vae.run(finished, QUIET)
+        train_vae.run(finished, QUIET)
     with pytest.raises(ValueError, match="latents 3, not 4"):
-        vae.run(replace(finished, latents=4, resume=True), QUIET)
+        train_vae.run(replace(finished, latents=4, resume=True), QUIET)
     with pytest.raises(ValueError, match="--steps 2"):
-        vae.run(replace(finished, steps=2, resume=True), QUIET)
+        train_vae.run(replace(finished, steps=2, resume=True), QUIET)
     (tmp_path / "thesis.txt").write_text("")
     with pytest.raises(ValueError, match="not the output of"):
-        vae.run(replace(SMALL, out=tmp_path, resume=True), QUIET)
+        train_vae.run(replace(SMALL, out=tmp_path, resume=True), QUIET)
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="not a directory"):
-        vae.run(replace(SMALL, out=tmp_path / "file"), QUIET)
+        train_vae.run(replace(SMALL, out=tmp_path / "file"), QUIET)
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path):
     options = replace(SMALL, estimators=("reinmax",), out=tmp_path / "out")
-    vae.run(options, QUIET)
+    train_vae.run(options, QUIET)
     (path,) = (options.out / "checkpoints").glob("*.pt")
     path.write_bytes(b"nothing")
-    with pytest.raises(vae.CheckpointError, match=path.name):
-        vae.run(replace(options, resume=True), QUIET)
+    with pytest.raises(CheckpointError, match=path.name):
+        train_vae.run(replace(options, resume=True), QUIET)

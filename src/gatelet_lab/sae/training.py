@@ -1,23 +1,20 @@
 """Training a sparse autoencoder on cached activations, resumable, in one process or several."""
 
-import json
-import math
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from gatelet import RowAdam
 from gatelet.nn import SparseAutoencoder
-from gatelet_lab.files import CheckpointError, read_tensors, write_atomically
 from gatelet_lab.sae.activations import Cache
+from gatelet_lab.training.fit import Trainer
 
 if TYPE_CHECKING:
-    from gatelet_lab.sae.command import TrainSAE
+    from gatelet_lab.commands.train_sae import TrainSAE
 
 VERSION = 1
 SAMPLE = 20_000
@@ -39,14 +36,18 @@ class Row:
     seconds: float
 
 
-class Trainer:
-    """An autoencoder and its optimiser. What a step does follows from the state and the step's number.
+class SAETrainer(Trainer[Tensor, Row]):
+    """An autoencoder on cached activations. What a step does follows from the state and the step's number.
 
-    Of several processes each sees its part of every batch; gradients are averaged, rows without one stay untouched.
+    Of several processes each sees its part of every batch; rows of weights without a gradient stay untouched.
     """
 
+    row_type = Row
+
     def __init__(self, options: "TrainSAE", cache: Cache, rank: int = 0, world: int = 1) -> None:
+        super().__init__()
         self.options, self.cache, self.rank, self.world = options, cache, rank, world
+        self.total = options.tokens // options.batch
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             self.sae = SparseAutoencoder(
@@ -62,56 +63,42 @@ class Trainer:
             )
         self.sae.start_from(cache.sample(SAMPLE))
         self.optimizer = RowAdam(self.sae.parameter_groups(options.rate))
-        self.rates = [group["lr"] for group in self.optimizer.param_groups]
-        self.steps, self.seconds = 0, 0.0
-        self.history: list[Row] = []
+        self._full_rates = [group["lr"] for group in self.optimizer.param_groups]
         self._sums = torch.zeros(5, dtype=torch.float64)
+        self._stream: Iterator[Tensor] | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether all tokens were trained on."""
+        return self.steps >= self.total
 
     def batches(self) -> Iterator[Tensor]:
-        """Yield this process's part of each batch, from the next step on."""
-        for batch in self.cache.batches(self.options.batch, self.options.seed, self.steps):
+        """Yield this process's part of each batch, up to the next row."""
+        if self._stream is None:
+            self._stream = self.cache.batches(self.options.batch, self.options.seed, self.steps)
+        count = min(self.options.every - self.steps % self.options.every, self.total - self.steps)
+        for batch in islice(self._stream, count):
             yield batch[self.rank :: self.world]
 
-    def share(self) -> float:
-        """Return the next step's share of the learning rate: it grows in the warm-up and falls in the last fifth."""
-        total = max(1, self.options.tokens // self.options.batch)
+    def rates(self) -> list[float]:
+        """Return the learning rates: they grow in the warm-up and fall in the last fifth."""
+        total = max(1, self.total)
         rise = min(1.0, (self.steps + 1) / max(1, self.options.warm_up))
-        return rise * min(1.0, (total - self.steps) / max(1.0, COOL * total))
+        share = rise * min(1.0, (total - self.steps) / max(1.0, COOL * total))
+        return [rate * share for rate in self._full_rates]
 
-    def step(self, x: Tensor) -> None:
-        """Take a step."""
-        began = time.perf_counter()
+    def loss(self, batch: Tensor) -> Tensor:
+        """Return the autoencoder's loss."""
         self.sae.train()
-        found = self.sae.loss(x, sparsity=min(1.0, (self.steps + 1) / max(1, self.options.warm_up)))
-        value = found.total.item()
-        if not math.isfinite(value):
-            raise RuntimeError(
-                f"training diverged: the loss became {value} in step {self.steps + 1}; the last checkpoint is kept"
-            )
-        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
-            group["lr"] = rate * self.share()
-        self.optimizer.zero_grad()
-        found.total.backward()
-        self._average()
-        self.optimizer.step()
-        self.steps += 1
-        left, spread = (x - found.output).square().sum(), (x - x.mean(0)).square().sum()
+        found = self.sae.loss(batch, sparsity=min(1.0, (self.steps + 1) / max(1, self.options.warm_up)))
+        left, spread = (batch - found.output).square().sum(), (batch - batch.mean(0)).square().sum()
         l0 = found.code.l0.float().mean()
-        self._sums += torch.stack([torch.tensor(value), left, spread, l0, torch.ones(())]).double()
-        self.seconds += time.perf_counter() - began
+        self._sums += torch.stack([found.total.detach(), left.detach(), spread, l0.detach(), torch.ones(())]).double()
+        total: Tensor = found.total
+        return total
 
-    def _average(self) -> None:
-        """Average the gradients over the processes, sparse ones as sparse ones."""
-        if self.world == 1:
-            return
-        for parameter in self.sae.parameters():
-            if parameter.grad is not None:
-                grad = parameter.grad.coalesce() if parameter.grad.is_sparse else parameter.grad
-                torch.distributed.all_reduce(grad)
-                parameter.grad = grad.coalesce() / self.world if grad.is_sparse else grad / self.world
-
-    def row(self) -> Row:
-        """Close a row of the history and return it."""
+    def look(self) -> Row:
+        """Return the means over the steps since the last row."""
         sums = self._sums.clone()
         if self.world > 1:
             torch.distributed.all_reduce(sums)
@@ -119,39 +106,21 @@ class Trainer:
         self._sums.zero_()
         tokens = self.steps * self.options.batch
         explained = 1 - left / max(spread, 1e-30)
-        self.history.append(Row(self.steps, tokens, loss / count, explained, l0 / count, self.sae.dead, self.seconds))
-        return self.history[-1]
+        return Row(self.steps, tokens, loss / count, explained, l0 / count, self.sae.dead, self.seconds)
 
     # ---------------------------------------------------------------- checkpoints
 
-    def _identity(self) -> str:
-        from gatelet_lab.sae.command import FREE
+    def identity(self) -> dict[str, Any]:
+        """Return version, settings and activations."""
+        from gatelet_lab.commands.train_sae import FREE
 
         told = {key: str(value) for key, value in asdict(self.options).items() if key not in FREE}
-        return json.dumps({"version": VERSION, "activations": self.cache.identity, **told})
+        return {"version": VERSION, "activations": self.cache.identity, **told}
 
-    def save(self, path: Path) -> None:
-        """Write the state; a crash in the middle leaves the last good file."""
-        state = {
-            "identity": self._identity(),
-            "sae": self.sae.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "steps": self.steps,
-            "seconds": self.seconds,
-            "history": [asdict(row) for row in self.history],
-        }
-        write_atomically(path, lambda file: torch.save(state, file))
+    def state(self) -> dict[str, Any]:
+        """Return the autoencoder's state."""
+        return {"sae": self.sae.state_dict()}
 
-    def load(self, path: Path) -> None:
-        """Continue from a checkpoint of the same settings and activations."""
-        state = read_tensors(path, "cpu")
-        found = json.loads(state["identity"])
-        wanted = json.loads(self._identity())
-        differing = [key for key in wanted if found.get(key) != wanted[key]]
-        if differing:
-            told = ", ".join(f"{key} was {found.get(key)!r}, is {wanted[key]!r}" for key in differing)
-            raise CheckpointError(f"{path}: belongs to another run: {told}; name another --out, or remove the file")
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take it up."""
         self.sae.load_state_dict(state["sae"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.steps, self.seconds = state["steps"], state["seconds"]
-        self.history = [Row(**row) for row in state["history"]]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gatelet
-from gatelet_lab.recipes import Recipe
+from gatelet_lab.training.recipe import Recipe
 
 
 class PaperNet(nn.Module):
@@ -18,10 +18,10 @@ class PaperNet(nn.Module):
     def __init__(self, recipe: Recipe, features: int, classes: int) -> None:
         super().__init__()
         self.recipe = recipe
-        make: Callable[[Recipe, int], Layer] = _MAKE[recipe.kind]
+        make: Callable[[Recipe, int], Layer] = _MAKE[recipe.model.kind]
         self.layer = make(recipe, features)
-        self.above = nn.ModuleList(make(recipe, recipe.experts) for _ in range(recipe.layers - 1))
-        self.output = nn.Linear(recipe.experts, classes)
+        self.above = nn.ModuleList(make(recipe, recipe.model.experts) for _ in range(recipe.model.layers - 1))
+        self.output = nn.Linear(recipe.model.experts, classes)
         for layer in self.layers:
             if isinstance(layer, gatelet.nn.ConditionalLinear):
                 start_gates(layer, recipe)
@@ -48,14 +48,14 @@ class PaperNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the class scores (B, classes)."""
-        if self.training and self.recipe.input_noise:
-            x = x + self.recipe.input_noise * torch.randn_like(x)
-        if self.recipe.input_dropout:
-            x = F.dropout(x, self.recipe.input_dropout, self.training)
+        if self.training and self.recipe.augmentation.input_noise:
+            x = x + self.recipe.augmentation.input_noise * torch.randn_like(x)
+        if self.recipe.augmentation.input_dropout:
+            x = F.dropout(x, self.recipe.augmentation.input_dropout, self.training)
         for layer in self.layers:
             x = layer(x)
-            if self.recipe.hidden_dropout:
-                x = F.dropout(x, self.recipe.hidden_dropout, self.training)
+            if self.recipe.augmentation.hidden_dropout:
+                x = F.dropout(x, self.recipe.augmentation.hidden_dropout, self.training)
         scores: Tensor = self.output(x)
         return scores
 
@@ -66,7 +66,7 @@ class Ensemble(nn.Module):
     def __init__(self, recipe: Recipe, features: int, classes: int) -> None:
         super().__init__()
         self.recipe = recipe
-        self.members = nn.ModuleList(PaperNet(recipe, features, classes) for _ in range(recipe.members))
+        self.members = nn.ModuleList(PaperNet(recipe, features, classes) for _ in range(recipe.model.members))
 
     @property
     def networks(self) -> list[PaperNet]:
@@ -96,23 +96,23 @@ class Ensemble(nn.Module):
 
 def build(recipe: Recipe, features: int, classes: int) -> PaperNet | Ensemble:
     """Return the network of a recipe, or its several."""
-    return (Ensemble if recipe.members > 1 else PaperNet)(recipe, features, classes)
+    return (Ensemble if recipe.model.members > 1 else PaperNet)(recipe, features, classes)
 
 
 def conditional_layer(recipe: Recipe, features: int) -> gatelet.nn.ConditionalLinear:
     """Return a gater and its experts."""
     layer = gatelet.nn.ConditionalLinear(
         features,
-        recipe.experts,
-        estimator=gatelet.estimators.ALL[recipe.estimator](**recipe.options),
-        target_rate=recipe.target_rate,
-        group_size=recipe.group_size,
+        recipe.model.experts,
+        estimator=gatelet.estimators.ALL[recipe.model.estimator](**recipe.model.options),
+        target_rate=recipe.sparsity.target_rate,
+        group_size=recipe.model.group_size,
         sparsity=controllers(recipe),
         gater=(gater := make_gater(recipe, features)),
     )
-    if recipe.gater_norm:
+    if recipe.gater.gater_norm:
         gater.hidden = NormedLinear(gater.hidden)
-    if recipe.bfloat16:
+    if recipe.optimiser.bfloat16:
         layer.gater.register_forward_hook(_in_float32)
     return layer
 
@@ -124,14 +124,14 @@ def _in_float32(_: nn.Module, __: tuple[Tensor, ...], logits: Tensor) -> Tensor:
 
 def make_gater(recipe: Recipe, features: int) -> gatelet.nn.Gater | gatelet.nn.TwoStageGater:
     """Return the gater of a conditional layer."""
-    sizes = features, recipe.experts // recipe.group_size, recipe.bottleneck
-    if recipe.gater == "mlp":
+    sizes = features, recipe.model.experts // recipe.model.group_size, recipe.gater.bottleneck
+    if recipe.gater.gater == "mlp":
         return gatelet.nn.Gater(*sizes)
     return gatelet.nn.TwoStageGater(
         *sizes,
-        groups=recipe.gater_groups,
-        group_rate=recipe.gater_group_rate,
-        weight=0.1 if recipe.kl_weight is None else recipe.kl_weight,
+        groups=recipe.gater.gater_groups,
+        group_rate=recipe.sparsity.gater_group_rate,
+        weight=0.1 if recipe.sparsity.kl_weight is None else recipe.sparsity.kl_weight,
     )
 
 
@@ -139,26 +139,26 @@ def start_gates(layer: gatelet.nn.ConditionalLinear, recipe: Recipe) -> None:
     """Draw the gates' weights and set their biases as the recipe says."""
     gates = cast(gatelet.nn.Gater | gatelet.nn.TwoStageGater, layer.gater).gates
     with torch.no_grad():
-        if recipe.sparse_gates is None:
-            bound = recipe.gate_scale * math.sqrt(6 / (gates.in_features + gates.out_features))
+        if recipe.gater.sparse_gates is None:
+            bound = recipe.gater.gate_scale * math.sqrt(6 / (gates.in_features + gates.out_features))
             gates.weight.uniform_(-bound, bound)
         else:  # each gate hears only a few bottleneck units
-            chosen = torch.rand(gates.weight.shape).argsort(dim=1) < recipe.sparse_gates
+            chosen = torch.rand(gates.weight.shape).argsort(dim=1) < recipe.gater.sparse_gates
             gates.weight.copy_(torch.randn(gates.weight.shape) * chosen)
-        if recipe.gate_bias is not None:
-            gates.bias.fill_(recipe.gate_bias)
+        if recipe.gater.gate_bias is not None:
+            gates.bias.fill_(recipe.gater.gate_bias)
 
 
 def controllers(recipe: Recipe) -> list[gatelet.sparsity.Controller]:
     """Return what holds the share of open gates in this recipe."""
     chosen: list[gatelet.sparsity.Controller] = []
-    if recipe.target_rate is not None:
-        if recipe.kl_weight is not None:
-            chosen.append(gatelet.sparsity.KLRate(recipe.target_rate, recipe.kl_weight))
-        if recipe.l1_weight is not None:
-            chosen.append(gatelet.sparsity.AdaptiveL1(recipe.target_rate, recipe.l1_weight))
-        if recipe.beta_noise is not None:
-            chosen.append(gatelet.sparsity.BetaNoise(recipe.target_rate, recipe.beta_noise))
+    if recipe.sparsity.target_rate is not None:
+        if recipe.sparsity.kl_weight is not None:
+            chosen.append(gatelet.sparsity.KLRate(recipe.sparsity.target_rate, recipe.sparsity.kl_weight))
+        if recipe.sparsity.l1_weight is not None:
+            chosen.append(gatelet.sparsity.AdaptiveL1(recipe.sparsity.target_rate, recipe.sparsity.l1_weight))
+        if recipe.sparsity.beta_noise is not None:
+            chosen.append(gatelet.sparsity.BetaNoise(recipe.sparsity.target_rate, recipe.sparsity.beta_noise))
     return chosen
 
 
@@ -234,14 +234,14 @@ Layer = gatelet.nn.ConditionalLinear | Mixture | Dense
 
 def dense_layer(recipe: Recipe, features: int) -> Dense:
     """Return a layer of the recipe's width."""
-    return Dense(features, recipe.experts, recipe.norm)
+    return Dense(features, recipe.model.experts, recipe.model.norm)
 
 
 def mixture_layer(recipe: Recipe, features: int) -> Mixture:
     """Return a mixture that computes as many units as the gates' target rate asks for."""
-    groups = recipe.experts // recipe.group_size
-    chosen = groups if recipe.target_rate is None else max(1, round(recipe.target_rate * groups))
-    return Mixture(features, recipe.experts, groups, chosen)
+    groups = recipe.model.experts // recipe.model.group_size
+    chosen = groups if recipe.sparsity.target_rate is None else max(1, round(recipe.sparsity.target_rate * groups))
+    return Mixture(features, recipe.model.experts, groups, chosen)
 
 
 _MAKE: Mapping[str, Callable[[Recipe, int], Layer]] = {
@@ -253,9 +253,9 @@ _MAKE: Mapping[str, Callable[[Recipe, int], Layer]] = {
 
 def penalty(model: PaperNet | Ensemble) -> Tensor:
     """Return what gates or routers add to the loss."""
-    if model.recipe.kind == "dense":
+    if model.recipe.model.kind == "dense":
         return model.output.weight.new_zeros(()) if isinstance(model, PaperNet) else torch.zeros(())
-    if model.recipe.kind == "gates":
+    if model.recipe.model.kind == "gates":
         return gatelet.sparsity.penalty(model)
     terms = [layer.balance for layer in model.layers if isinstance(layer, Mixture) and layer.balance is not None]
     return torch.stack(terms).sum()
@@ -278,23 +278,23 @@ def multiply_adds(
     A layer above the first reads open units only; so do its experts and its gater. All members' are counted. A gater
     in two stages computes the logits of ``group_share`` of its groups.
     """
-    groups = recipe.experts // recipe.group_size
+    groups = recipe.model.experts // recipe.model.group_size
     if group_share is not None:
-        stages = recipe.gater_groups or gatelet.nn.TwoStageGater(1, groups, 1).groups.out_features
+        stages = recipe.gater.gater_groups or gatelet.nn.TwoStageGater(1, groups, 1).groups.out_features
         groups = round(stages + group_share * groups)
-    open_share = 1.0 if recipe.kind == "dense" else open_share
+    open_share = 1.0 if recipe.model.kind == "dense" else open_share
     gater = experts = 0.0
     dense = 0
     inputs: float = features
-    for layer in range(recipe.layers):
-        if recipe.kind != "dense":
-            gater += inputs * groups if recipe.kind == "mixture" else (inputs + groups) * recipe.bottleneck
-        experts += inputs * recipe.experts * open_share
-        dense += (features if layer == 0 else recipe.experts) * recipe.experts
-        inputs = recipe.experts * open_share
+    for layer in range(recipe.model.layers):
+        if recipe.model.kind != "dense":
+            gater += inputs * groups if recipe.model.kind == "mixture" else (inputs + groups) * recipe.gater.bottleneck
+        experts += inputs * recipe.model.experts * open_share
+        dense += (features if layer == 0 else recipe.model.experts) * recipe.model.experts
+        inputs = recipe.model.experts * open_share
     return {
-        "gater": round(recipe.members * gater),
-        "experts": round(recipe.members * experts),
-        "output": round(recipe.members * inputs * classes),
-        "dense": recipe.members * (dense + recipe.experts * classes),
+        "gater": round(recipe.model.members * gater),
+        "experts": round(recipe.model.members * experts),
+        "output": round(recipe.model.members * inputs * classes),
+        "dense": recipe.model.members * (dense + recipe.model.experts * classes),
     }

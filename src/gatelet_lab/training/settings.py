@@ -1,18 +1,16 @@
-"""`--set key=value`: a recipe's fields from the command line, checked against their types."""
+"""`key=value` on the command line: a recipe's fields (`--set`), checked against their types; an estimator's options."""
 
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import fields, replace
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 from gatelet._checks import check_choice
-from gatelet_lab.recipes import Recipe
+from gatelet.estimators import ALL, Estimator
+from gatelet_lab.training.recipe import TYPES, Recipe
 
-_FIXED = ("row", "title", "paper")
-KEYS = tuple(each.name for each in fields(Recipe) if each.name not in (*_FIXED, "options"))
-_TYPES = get_type_hints(Recipe)
+KEYS = tuple(key for key in TYPES if key != "options")
 
 
 def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
@@ -22,22 +20,22 @@ def override(recipe: Recipe, settings: Sequence[str]) -> Recipe:
         ValueError: for an unknown key, a value of another type or out of its range; it names the row and the setting.
     """
     changes: dict[str, Any] = {}
-    options = dict(recipe.options)
+    options = dict(recipe.model.options)
     for setting in settings:
         key, sign, text = setting.partition("=")
         if not sign:
             raise ValueError(f"--set {setting}: must be key=value")
         if key.startswith("options."):
-            options[key.removeprefix("options.")] = _guess(text)
+            options[key.removeprefix("options.")] = _option(text)
         else:
             changes[key] = value(key, text)
-    return apply(recipe, changes | ({"options": options} if options != recipe.options else {}), "--set")
+    return apply(recipe, changes | ({"options": options} if options != recipe.model.options else {}), "--set")
 
 
 def apply(recipe: Recipe, changes: dict[str, Any], flag: str) -> Recipe:
     """Return the recipe with these fields; an error of its checks names the flag and the row."""
     try:
-        return replace(recipe, **changes)
+        return recipe.but(**changes)
     except ValueError as error:
         raise ValueError(f"{flag}: row {recipe.row}: {error}") from error
 
@@ -46,7 +44,7 @@ def value(key: str, text: str, flag: str = "--set") -> Any:
     """Return a field's value from its text, ``none`` where the field may be None."""
     if key not in KEYS:
         check_choice(key, [*KEYS, "options.NAME"], f"key in {flag}")
-    kind = _TYPES[key]
+    kind = TYPES[key]
     members = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     if NoneType in members and text.lower() == "none":
         return None
@@ -61,7 +59,7 @@ def value(key: str, text: str, flag: str = "--set") -> Any:
 
 def number(key: str) -> type | None:
     """Return int or float, if that is what the field holds (or it may be None); None otherwise."""
-    kind = _TYPES.get(key)
+    kind = TYPES.get(key)
     members = [each for each in (get_args(kind) or (kind,)) if each is not NoneType]
     return members[0] if members in ([int], [float]) else None
 
@@ -81,9 +79,29 @@ def _parse(kind: Any, text: str) -> Any:
     return parsed
 
 
-def _guess(text: str) -> Any:
+def estimator(spec: str, flag: str = "--estimators") -> Estimator:
+    """Return the estimator that ``name`` or ``name:option=value,option=value`` describes.
+
+    Raises:
+        ValueError: for an unknown name, another syntax, or what the estimator refuses; it names the flag and the text.
+    """
+    name, _, rest = spec.partition(":")
+    check_choice(name, ALL, "estimator")
+    options: dict[str, Any] = {}
+    for part in filter(None, rest.split(",")):
+        key, equals, text = part.partition("=")
+        if not equals:
+            raise ValueError(f"{flag} {spec}: options are written name:option=value, not {part!r}")
+        options[key] = _option(text)
+    try:
+        return ALL[name](**options)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{flag} {spec}: {error}") from error
+
+
+def _option(text: str) -> Any:
     """Return an estimator's option: what JSON makes of it, or the text itself. The estimator checks it."""
     try:
-        return json.loads(text)
+        return json.loads(text.lower() if text.lower() in ("true", "false") else text)
     except ValueError:
         return text

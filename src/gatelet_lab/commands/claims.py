@@ -18,13 +18,15 @@ from torch import Tensor
 import gatelet
 from gatelet._checks import check_count
 from gatelet.estimators import ScoreFunction
-from gatelet_lab import data, jobs, plots, table
+from gatelet_lab import data, plots, table
 from gatelet_lab.files import write_atomically, write_json
-from gatelet_lab.jobs import Job
-from gatelet_lab.model import PaperNet
-from gatelet_lab.recipes import Recipe, recipe
-from gatelet_lab.settings import override
-from gatelet_lab.train import Trainer
+from gatelet_lab.training import jobs
+from gatelet_lab.training.jobs import Job
+from gatelet_lab.training.model import PaperNet
+from gatelet_lab.training.paper import PaperTrainer
+from gatelet_lab.training.recipe import Recipe
+from gatelet_lab.training.recipes import recipe
+from gatelet_lab.training.settings import override
 
 Result = dict[str, Any]
 
@@ -158,7 +160,7 @@ def run(options: Claims, console: Console) -> None:
     if not 0 < options.width <= 1:
         raise ValueError(f"--width: must lie in (0, 1], not {options.width:g}")
     sbn = variant(options, "sbn")
-    if (sbn.members, sbn.layers, sbn.kind) != (1, 1, "gates"):
+    if (sbn.model.members, sbn.model.layers, sbn.model.kind) != (1, 1, "gates"):
         raise ValueError("--set: members, layers and kind must stay as they are; the variance is of one gated layer")
     planned = [Job(variant(options, name), seed) for name in VARIANTS for seed in range(options.seeds)]
     results = jobs.train(options, planned, console)
@@ -195,14 +197,13 @@ def variant(options: Claims, name: str) -> Recipe:
     """Return a variant's recipe, without early stopping."""
     row, settings = VARIANTS[name]
     full = recipe(row, "paper")
-    short = replace(
-        full,
+    short = full.but(
         epochs=options.epochs,
         patience=options.epochs,
-        experts=max(1, round(options.width * full.experts)),
-        bottleneck=max(1, round(options.width * full.bottleneck)),
+        experts=max(1, round(options.width * full.model.experts)),
+        bottleneck=max(1, round(options.width * full.gater.bottleneck)),
     )
-    return replace(override(short, (*_ALIKE, *settings, *options.settings)), row=name, title=name)
+    return override(short, (*_ALIKE, *settings, *options.settings)).but(row=name, title=name)
 
 
 def undecided(histogram: Sequence[float]) -> float:
@@ -256,19 +257,19 @@ def baseline_variance(options: Claims) -> list[dict[str, float]]:
     The variance is summed over the gates and averaged over the batch's examples.
     """
     split = options.load().without_test()
-    trainer = Trainer(variant(options, "sbn"), 0, split, options.device)
+    trainer = PaperTrainer(variant(options, "sbn"), 0, split, options.device)
     measured = []
     for epoch in range(options.epochs + 1):
         if epoch in (0, 1, 2, options.epochs // 2, options.epochs):
             found = {name: _variance(trainer, name) for name in BASELINES}
             measured.append({"epoch": float(epoch), **found})
         if epoch < options.epochs:
-            trainer.step_epoch()
+            trainer.advance()
     return measured
 
 
 @torch.no_grad()
-def _variance(trainer: Trainer, baseline: Any) -> float:
+def _variance(trainer: PaperTrainer, baseline: Any) -> float:
     estimator = ScoreFunction(baseline=baseline)
     order = torch.randperm(len(trainer.train_labels), generator=torch.Generator().manual_seed(0))
     noise = torch.Generator().manual_seed(1)
@@ -286,7 +287,7 @@ def _variance(trainer: Trainer, baseline: Any) -> float:
     return variance.sum(-1).mean().item()
 
 
-def _draw(trainer: Trainer, index: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+def _draw(trainer: PaperTrainer, index: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Return logits, gates and losses of a batch, with fresh noise and no trace in the model."""
     x, y = trainer.train_images[index], trainer.train_labels[index]
     model, layer = trainer.model, trainer.model.layer

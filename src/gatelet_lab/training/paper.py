@@ -1,13 +1,12 @@
-"""Training one row with one seed: plain SGD, max-norm, early stopping, resumable after every epoch."""
+"""The paper's network, one recipe with one seed: SGD or AdamW, max-norm, early stopping, a row per epoch."""
 
 import copy
 import json
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,18 +16,14 @@ from torch import Tensor, nn
 import gatelet
 from gatelet.kernels.choose import by_kind
 from gatelet_lab.data import Split
-from gatelet_lab.files import CheckpointError, read_tensors, write_atomically
-from gatelet_lab.model import Dense, Ensemble, PaperNet, build, group_share, multiply_adds, penalty
-from gatelet_lab.recipes import DEFAULTS, Recipe
+from gatelet_lab.training.fit import Trainer
+from gatelet_lab.training.model import Dense, Ensemble, PaperNet, build, group_share, multiply_adds, penalty
+from gatelet_lab.training.recipe import DEFAULTS, Recipe
 
 VERSION = 1  # of the checkpoints
 _CALIBRATION = 5000  # training images that set the threshold
 _EVAL_BATCH = 1000
 PROBABILITY_BINS = 100
-
-
-class Stopped(Exception):  # noqa: N818
-    """The run was asked to stop; it resumes from its last epoch."""
 
 
 @dataclass
@@ -43,56 +38,63 @@ class Epoch:
     seconds: float
 
 
-class Trainer:
-    """One row, one seed. ``step_epoch`` until ``finished``, then ``result``.
+class PaperTrainer(Trainer[tuple[Tensor, Tensor], Epoch]):
+    """One recipe, one seed: :func:`gatelet_lab.training.fit.fit` until ``finished``, then ``result``.
 
-    The state after an epoch is all that decides the rest: the order of the examples follows from the seed and the
-    epoch, the noise from the saved random state. So a resumed run gives the numbers of an uninterrupted one.
+    The order of the examples follows from the seed and the epoch, the noise from the saved random state.
     """
+
+    row_type = Epoch
 
     def __init__(
         self, recipe: Recipe, seed: int, split: Split, device: str = "cpu", teacher: PaperNet | Ensemble | None = None
     ) -> None:
-        if bool(recipe.teacher_share) != (teacher is not None):
+        super().__init__()
+        share, more = recipe.augmentation.teacher_share, recipe.optimiser.more_training
+        if bool(share) != (teacher is not None):
             raise ValueError(
-                f"teacher: teacher_share is {recipe.teacher_share}, and a teacher was "
-                f"{'not given' if teacher is None else 'given'}"
+                f"teacher: teacher_share is {share}, and a teacher was {'not given' if teacher is None else 'given'}"
             )
         self.teacher = teacher
-        split = split.with_more_training(recipe.more_training) if recipe.more_training else split
+        split = split.with_more_training(more) if more else split
         self.recipe, self.seed, self.split = recipe, seed, split
         self.device = torch.device(device)
         torch.manual_seed(seed)
         self.model = build(recipe, split.train_images.shape[1], split.classes).to(self.device)
         # What is validated and tested: the weights themselves, or their moving average.
-        self.averaged = copy.deepcopy(self.model) if recipe.average else self.model
+        self.averaged = copy.deepcopy(self.model) if recipe.optimiser.average else self.model
         gated = [layer for layer in self.model.layers if not isinstance(layer, Dense)]
         gater = [parameter for layer in gated for parameter in layer.gater.parameters()]
         known = {id(parameter) for parameter in gater}
         rest = [parameter for parameter in self.model.parameters() if id(parameter) not in known]
-        groups = [{"params": rest, "scale": 1.0}, {"params": gater, "scale": recipe.gater_rate}]
-        self.optimizer = (
-            torch.optim.SGD(groups, recipe.rate, recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
-            if recipe.optimizer == "sgd"
-            else torch.optim.AdamW(groups, recipe.rate, (0.9, 0.99), weight_decay=recipe.weight_decay, fused=True)
-        )
+        self.optimizer = self._optimizer(rest, gater)
         self.limits = self._limits(known)
         self.train_images, self.train_labels = self._put(split.train_images), self._put(split.train_labels)
-        self.history: list[Epoch] = []
+        self.parts = math.ceil(len(self.train_labels) / recipe.optimiser.batch)  # steps per epoch
         self.best: dict[str, Any] = {}
         self.best_error, self.best_epoch = math.inf, -1
+        self._begin_epoch()
+
+    def _optimizer(self, rest: list[nn.Parameter], gater: list[nn.Parameter]) -> torch.optim.Optimizer:
+        optimiser = self.recipe.optimiser
+        groups = [{"params": rest, "scale": 1.0}, {"params": gater, "scale": optimiser.gater_rate}]
+        if optimiser.optimizer == "sgd":
+            return torch.optim.SGD(
+                groups, optimiser.rate, optimiser.momentum, weight_decay=optimiser.weight_decay, fused=True
+            )
+        return torch.optim.AdamW(groups, optimiser.rate, (0.9, 0.99), weight_decay=optimiser.weight_decay, fused=True)
 
     def _limits(self, gater: set[int]) -> list[tuple[Tensor, float]]:
         """Return the weights whose rows' lengths are limited, with the limit."""
-        recipe, outputs = self.recipe, {id(network.output) for network in self.model.networks}
+        optimiser, outputs = self.recipe.optimiser, {id(network.output) for network in self.model.networks}
         limits = (
             (
                 module.weight,
-                recipe.output_max_norm
+                optimiser.output_max_norm
                 if id(module) in outputs
-                else recipe.gater_max_norm
+                else optimiser.gater_max_norm
                 if id(module.weight) in gater
-                else recipe.max_norm,
+                else optimiser.max_norm,
             )
             for module in self.model.modules()
             if isinstance(module, nn.Linear)
@@ -102,61 +104,100 @@ class Trainer:
     def _put(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device)
 
+    # ---------------------------------------------------------------- an epoch
+
     @property
     def finished(self) -> bool:
         """Whether all epochs are done, or ``patience`` of them brought nothing better."""
         done = len(self.history)
-        return done >= self.recipe.epochs or done - 1 - self.best_epoch >= self.recipe.patience
+        return done >= self.recipe.optimiser.epochs or done - 1 - self.best_epoch >= self.recipe.optimiser.patience
 
     @by_kind()
-    def step_epoch(self, stop: Callable[[], bool] = lambda: False) -> Epoch:
+    def advance(self, stop: Callable[[], bool] = lambda: False) -> Epoch:
         """Train one epoch, calibrate, validate, and remember the weights if they are the ones to keep so far."""
-        began, epoch = time.perf_counter(), len(self.history)
-        order = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        indices = torch.randperm(len(self.train_labels), generator=order).to(self.device)
-        loss_sum, open_sum, batches = 0.0, 0.0, 0
+        self._begin_epoch()
         self.model.train()
-        parts = indices.split(self.recipe.batch)
-        for index in parts:
-            if stop():
-                raise Stopped
-            rate = self.rate(epoch + batches / len(parts))
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate * group["scale"]
-            loss_sum += self._step(self.train_images[index], self.train_labels[index]) * len(index)
-            open_sum += self.model.active_fraction
-            batches += 1
-            if self.recipe.average:
-                self._average(epoch * len(parts) + batches)
-        self.calibrate()
-        error, _, share = self.evaluate(self.split.valid_images, self.split.valid_labels)
-        row = Epoch(
-            epoch=epoch,
-            train_loss=loss_sum / max(1, len(indices)),
-            valid_error=error,
-            open_train=open_sum / max(1, batches),
-            open_valid=share,
-            seconds=time.perf_counter() - began,
-        )
-        self.history.append(row)
+        row = super().advance(stop)
         # A cosine ends at zero, so that its last weights are the ones: there is no epoch to choose.
-        if error < self.best_error or self.recipe.schedule == "cosine":
-            self.best_error, self.best_epoch = error, epoch
+        if row.valid_error < self.best_error or self.recipe.optimiser.schedule == "cosine":
+            self.best_error, self.best_epoch = row.valid_error, row.epoch
             self.best = copy.deepcopy(self.averaged.state_dict())
         return row
 
+    def _begin_epoch(self) -> None:
+        self._began, self._done, self._loss_sum, self._open_sum = time.perf_counter(), 0, 0.0, 0.0
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images and labels of an epoch's batches."""
+        order = torch.Generator().manual_seed(self.seed * 1_000_003 + len(self.history))
+        indices = torch.randperm(len(self.train_labels), generator=order).to(self.device)
+        for index in indices.split(self.recipe.optimiser.batch):
+            yield self.train_images[index], self.train_labels[index]
+
+    def rates(self) -> list[float]:
+        """Return the learning rates: the gater has its own."""
+        rate = self.rate(len(self.history) + self._done / self.parts)
+        return [rate * group["scale"] for group in self.optimizer.param_groups]
+
+    def place(self) -> str:
+        """Return the epoch."""
+        return f"epoch {len(self.history) + 1}"
+
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the members' losses with what holds the gates' share."""
+        x, y = batch
+        changes = self.recipe.augmentation
+        if changes.adversarial:
+            moved = math.ceil(changes.adversarial_share * len(x))
+            x = torch.cat([self._adversary(x[:moved], y[:moved]), x[moved:]])
+        total, value = torch.zeros((), device=self.device), 0.0
+        target = self._target(x, y)
+        for network in self.model.networks:  # each learns by its own losses: they share no weight, and no tape
+            with self._products(), gatelet.Tape() as tape:
+                scores = network(x).float()
+                losses = F.cross_entropy(scores, target, reduction="none", label_smoothing=changes.label_smoothing)
+            total = total + tape.surrogate(losses).mean()
+            value += losses.detach().mean().item() / len(self.model.networks)
+        self._loss_sum += value * len(y)
+        self._open_sum += self.model.active_fraction
+        return total + penalty(self.model)
+
+    def after_step(self, batch: tuple[Tensor, Tensor]) -> None:
+        """Shorten weights to their max-norm, and take them into their moving average."""
+        with torch.no_grad():
+            for weight, limit in self.limits:
+                norms = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
+                if (norms > limit).any():
+                    weight.mul_((limit / norms).clamp(max=1))
+        self._done += 1
+        if self.recipe.optimiser.average:
+            self._average(len(self.history) * self.parts + self._done)
+
+    def look(self) -> Epoch:
+        """Calibrate, validate, and return the epoch."""
+        self.calibrate()
+        error, _, share = self.evaluate(self.split.valid_images, self.split.valid_labels)
+        return Epoch(
+            epoch=len(self.history),
+            train_loss=self._loss_sum / max(1, len(self.train_labels)),
+            valid_error=error,
+            open_train=self._open_sum / max(1, self._done),
+            open_valid=share,
+            seconds=time.perf_counter() - self._began,
+        )
+
     def rate(self, epoch: float) -> float:
         """Return the learning rate at a point in training, in epochs; exponential decay goes in steps of one."""
-        recipe = self.recipe
-        if recipe.schedule == "exponential":
-            return recipe.rate * recipe.rate_decay ** int(epoch)
-        falling = max(0.0, epoch - 1) / max(1, recipe.epochs - 1)
-        return recipe.rate * min(1.0, epoch + 0.01) * (1 + math.cos(math.pi * falling)) / 2
+        optimiser = self.recipe.optimiser
+        if optimiser.schedule == "exponential":
+            return optimiser.rate * optimiser.rate_decay ** int(epoch)
+        falling = max(0.0, epoch - 1) / max(1, optimiser.epochs - 1)
+        return optimiser.rate * min(1.0, epoch + 0.01) * (1 + math.cos(math.pi * falling)) / 2
 
     @torch.no_grad()
     def _average(self, step: int) -> None:
         """Take the weights (and running statistics) after this step into their moving average."""
-        keep = min(self.recipe.average, step / (step + 10))
+        keep = min(self.recipe.optimiser.average, step / (step + 10))
         for average, now in zip(self.averaged.state_dict().values(), self.model.state_dict().values(), strict=True):
             if average.is_floating_point() and average.dim() > 0:  # a threshold may be infinite, and means nothing here
                 average.lerp_(now, 1 - keep)
@@ -177,36 +218,11 @@ class Trainer:
         ):  # what needs a tape gives no gradient here: only what passes through the gates counts
             each = [F.cross_entropy(network(moved), y, reduction="sum") for network in self.model.networks]
         (gradient,) = torch.autograd.grad(each, moved)
-        return x + self.recipe.adversarial * F.normalize(gradient, dim=1)
-
-    def _step(self, x: Tensor, y: Tensor) -> float:
-        if self.recipe.adversarial:
-            moved = math.ceil(self.recipe.adversarial_share * len(x))
-            x = torch.cat([self._adversary(x[:moved], y[:moved]), x[moved:]])
-        total, value = torch.zeros((), device=self.device), 0.0
-        target = self._target(x, y)
-        for network in self.model.networks:  # each learns by its own losses: they share no weight, and no tape
-            with self._products(), gatelet.Tape() as tape:
-                scores = network(x).float()
-                losses = F.cross_entropy(scores, target, reduction="none", label_smoothing=self.recipe.label_smoothing)
-            total = total + tape.surrogate(losses).mean()
-            value += losses.detach().mean().item() / self.recipe.members
-        loss = total + penalty(self.model)
-        self.optimizer.zero_grad()
-        if not math.isfinite(value):
-            raise FloatingPointError(f"training diverged: the loss became {value} in epoch {len(self.history) + 1}")
-        loss.backward()
-        self.optimizer.step()
-        with torch.no_grad():
-            for weight, limit in self.limits:
-                norms = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
-                if (norms > limit).any():
-                    weight.mul_((limit / norms).clamp(max=1))
-        return value
+        return x + self.recipe.augmentation.adversarial * F.normalize(gradient, dim=1)
 
     def _products(self) -> torch.autocast:
         """Return what makes matrix products be taken in bfloat16, or does nothing."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.optimiser.bfloat16)
 
     @torch.no_grad()
     def _target(self, x: Tensor, y: Tensor) -> Tensor:
@@ -219,13 +235,13 @@ class Trainer:
             return y
         with self._products():
             known = self.teacher(x).float().softmax(-1)
-        target: Tensor = known.lerp(F.one_hot(y, known.shape[-1]).float(), 1 - self.recipe.teacher_share)
+        target: Tensor = known.lerp(F.one_hot(y, known.shape[-1]).float(), 1 - self.recipe.augmentation.teacher_share)
         return target
 
     @by_kind()
     def calibrate(self) -> None:
         """Set the test-time threshold on some training images."""
-        if self.recipe.target_rate is not None and self.recipe.kind == "gates":
+        if self.recipe.gated:
             images = self.split.train_images[:_CALIBRATION]
             batches = [self._put(batch) for batch in images.split(_EVAL_BATCH)]
             gatelet.sparsity.calibrate_thresholds(self.averaged, batches)
@@ -295,7 +311,7 @@ class Trainer:
             "seconds_per_epoch": seconds,
             "seconds": seconds * len(self.history),
             "multiply_adds": multiply_adds(recipe, split.train_images.shape[1], split.classes, open_test, stages),
-            "config": {key: value for key, value in asdict(recipe).items() if key != "paper"},
+            "config": recipe.flat(),
             "paper": recipe.paper and asdict(recipe.paper),
             **self._of_teacher(),
         }
@@ -318,7 +334,7 @@ class Trainer:
         """
         layer = self.averaged.eval().layer
         assert isinstance(layer, gatelet.nn.ConditionalLinear)
-        groups = self.recipe.experts // self.recipe.group_size
+        groups = self.recipe.model.experts // self.recipe.model.group_size
         counts, histogram = torch.zeros(self.split.classes, groups), torch.zeros(PROBABILITY_BINS)
         seen: list[tuple[Tensor, Tensor]] = []
 
@@ -341,56 +357,40 @@ class Trainer:
 
     # ---------------------------------------------------------------- checkpoints
 
-    def save(self, path: Path) -> None:
-        """Write the state; a crash in the middle leaves the last good file."""
+    def state(self) -> dict[str, Any]:
+        """Return weights, their average, random states and what is kept so far."""
         state = {
-            "identity": self._identity(),
             "model": self.model.state_dict(),
-            "averaged": self.averaged.state_dict() if self.recipe.average else None,
-            "optimizer": self.optimizer.state_dict(),
+            "averaged": self.averaged.state_dict() if self.recipe.optimiser.average else None,
             "random": torch.get_rng_state(),
-            "history": [asdict(row) for row in self.history],
             "best": self.best,
             "best_error": self.best_error,
             "best_epoch": self.best_epoch,
         }
         if self.device.type == "cuda":
             state["random_cuda"] = torch.cuda.get_rng_state(self.device)
-        write_atomically(path, lambda file: torch.save(state, file))
+        return state
 
-    def load(self, path: Path) -> None:
-        """Continue from a checkpoint of the same version, recipe, seed and data."""
-        state = read_tensors(path, self.device)
-        try:
-            found = json.loads(state["identity"])
-        except Exception as error:
-            raise CheckpointError(f"{path}: not a readable checkpoint ({type(error).__name__}: {error})") from error
-        wanted = json.loads(self._identity())
-        found = DEFAULTS | found  # a field that a checkpoint does not know yet had its default
-        found.setdefault("content", wanted["content"])  # nor could it tell two data sets of the same sizes apart
-        differing = [key for key in wanted if found.get(key) != wanted[key]]
-        if differing:
-            told = ", ".join(f"{key} was {found.get(key)!r}, is {wanted[key]!r}" for key in differing)
-            raise CheckpointError(f"{path}: belongs to another run: {told}; name another --out, or remove the file")
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Take them up."""
         self.model.load_state_dict(state["model"])
-        if self.recipe.average:
+        if self.recipe.optimiser.average:
             self.averaged.load_state_dict(state["averaged"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"].cpu())
+        torch.set_rng_state(state["random"])
         if "random_cuda" in state:
-            torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.device)
-        self.history = [Epoch(**row) for row in state["history"]]
+            torch.cuda.set_rng_state(state["random_cuda"], self.device)
         self.best, self.best_error, self.best_epoch = state["best"], state["best_error"], state["best_epoch"]
 
-    def _identity(self) -> str:
-        recipe = {key: value for key, value in asdict(self.recipe).items() if key not in ("paper", "title")}
+    def identity(self) -> dict[str, Any]:
+        """Return version, recipe, seed and data."""
+        recipe = {key: value for key, value in self.recipe.flat().items() if key != "title"}
         sizes = [len(self.split.train_labels), self.split.train_images.shape[1], self.split.classes]
-        return json.dumps(
-            {
-                "version": VERSION,
-                "seed": self.seed,
-                "data": [self.split.name, *sizes],
-                "content": self.split.content,
-                **recipe,
-            }
-        )
+        own = {"version": VERSION, "seed": self.seed, "data": [self.split.name, *sizes]}
+        return {**own, "content": self.split.content, **recipe}
+
+    def of_older(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the checkpoint with what earlier ones did not hold: new fields, the data's content, steps."""
+        known = {**DEFAULTS, "content": self.split.content, **json.loads(state["identity"])}
+        epochs = state["history"]
+        seconds = sum(row["seconds"] for row in epochs)
+        return {"steps": len(epochs) * self.parts, "seconds": seconds, **state, "identity": json.dumps(known)}

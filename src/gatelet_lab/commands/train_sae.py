@@ -17,9 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gatelet._checks import check_count, check_positive
 from gatelet.nn import SparseAutoencoder
-from gatelet_lab.files import read_json, write_json
+from gatelet_lab.output import check_output, make_output
 from gatelet_lab.sae import activations, report
-from gatelet_lab.sae.training import Row, Trainer
+from gatelet_lab.sae.training import Row, SAETrainer
+from gatelet_lab.training.fit import fit
 
 
 @dataclass(frozen=True)
@@ -91,14 +92,14 @@ def run(options: TrainSAE, console: Console) -> None:
         quiet = rank > 0
         say = Console(quiet=True) if quiet else console
         if not quiet:
-            check_output(options)
+            check_output(options.out, options.resume, identity(options))
         source = activations.load_model(options.model, options.precision)
         source.block(options.layer)
         text = activations.find_text(options.text, options.held_out)
         if not quiet:
-            make_output(options)
+            make_output(options.out, identity(options), "checkpoints")
         cache, held = collect(options, source, text, say, quiet)
-        trainer = Trainer(options, cache, rank, world)
+        trainer = SAETrainer(options, cache, rank, world)
         train(trainer, options, say)
         if not quiet:
             finish(options, source, text, trainer, cache, held, say)
@@ -142,32 +143,6 @@ def identity(options: TrainSAE) -> dict[str, Any]:
     return {"command": "train sae", "version": version("gatelet"), **told}
 
 
-def check_output(options: TrainSAE) -> None:
-    """See that the output directory is free, or with --resume that it holds this run."""
-    out = options.out
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: exists and is not a directory")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    if not options.resume:
-        raise ValueError(f"--out {out}: is not empty; continue it with --resume, or name another directory")
-    if not (out / "run.json").is_file():
-        raise ValueError(f"--out {out}: is not the output of `gatelet train sae`; name another directory")
-    found = read_json(out / "run.json")
-    for key, value in identity(options).items():
-        if found.get(key) != value:
-            raise ValueError(f"--out {out}: holds a run of {key} {found.get(key)}, not {value}; name another directory")
-
-
-def make_output(options: TrainSAE) -> None:
-    """Make the output directory and note in it which run it holds."""
-    try:
-        (options.out / "checkpoints").mkdir(parents=True, exist_ok=True)
-        write_json(options.out / "run.json", identity(options))
-    except OSError as error:
-        raise ValueError(f"--out {options.out}: cannot be written ({error.strerror})") from error
-
-
 def collect(
     options: TrainSAE, source: activations.Source, text: activations.Text, console: Console, waits: bool
 ) -> tuple[activations.Cache, activations.Cache]:
@@ -189,26 +164,19 @@ def collect(
     return found[0], found[1]
 
 
-def train(trainer: Trainer, options: TrainSAE, console: Console) -> None:
+def train(trainer: SAETrainer, options: TrainSAE, console: Console) -> None:
     """Train to the end, with a row, a checkpoint and a line of TensorBoard every few steps."""
-    checkpoint = options.out / "checkpoints" / "sae.pt"
-    steps = options.tokens // options.batch
-    if steps < 1:
+    if trainer.total < 1:
         raise ValueError(f"--tokens {options.tokens}: are less than a --batch of {options.batch}")
-    if options.resume and checkpoint.is_file():
-        trainer.load(checkpoint)
-    with tensorboard(options, trainer) as log, bar("training", steps, console) as show:
-        batches = trainer.batches()
-        while trainer.steps < steps:
-            trainer.step(next(batches))
-            if trainer.steps % options.every and trainer.steps < steps:
-                continue
-            row = trainer.row()
-            show(trainer.steps, told(row))
+    with tensorboard(options, trainer) as log, bar("training", trainer.total, console) as show:
+
+        def take(row: Row) -> None:
+            show(row.step, told(row))
             if trainer.rank == 0:
-                trainer.save(checkpoint)
                 for key, value in asdict(row).items():
                     log.add_scalar(key, value, row.step)
+
+        fit(trainer, options.out / "checkpoints" / "sae.pt", take)
 
 
 def told(row: Row) -> str:
@@ -216,13 +184,14 @@ def told(row: Row) -> str:
     return f"loss {row.loss:.1f}, explained {row.explained:.3f}, L0 {row.l0:.1f}, dead {row.dead}"
 
 
-def tensorboard(options: TrainSAE, trainer: Trainer) -> Any:
+def tensorboard(options: TrainSAE, trainer: SAETrainer) -> Any:
     """Return a writer of TensorBoard's logs; None of the processes but the first has one."""
     if trainer.rank > 0:
         return nullcontext()
     from torch.utils.tensorboard.writer import SummaryWriter
 
-    return SummaryWriter(options.out / "tensorboard", purge_step=trainer.steps)
+    # the rows of a checkpoint are told anew
+    return SummaryWriter(options.out / "tensorboard", purge_step=0)
 
 
 @contextmanager
@@ -251,7 +220,7 @@ def finish(
     options: TrainSAE,
     source: activations.Source,
     text: activations.Text,
-    trainer: Trainer,
+    trainer: SAETrainer,
     cache: activations.Cache,
     held: activations.Cache,
     console: Console,

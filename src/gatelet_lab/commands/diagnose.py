@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
@@ -27,9 +27,10 @@ from gatelet.diagnose.table import facts, forms
 from gatelet.estimators import ALL, Estimator, Objective, ScoreFunction, StraightThrough, resolve
 from gatelet.estimators._noise import NONE
 from gatelet.model_diagnosis import ModelReport, diagnose_model
-from gatelet_lab import data, recipes
+from gatelet_lab import data
 from gatelet_lab.files import write_atomically
-from gatelet_lab.model import PaperNet
+from gatelet_lab.training import recipes
+from gatelet_lab.training.model import PaperNet
 
 Problem = Literal["toy", "polynomial", "network", "certificate"]
 CERTIFICATE = Path("runs/certificate.md")
@@ -326,8 +327,7 @@ def _plot_curves(curves: Mapping[str, Mapping[str, Curve]], path: Path) -> None:
 def _network(options: Diagnose, console: Console) -> str:
     split = data.load(options.dataset, options.data_dir)
     torch.manual_seed(options.seed)
-    recipe = replace(
-        recipes.straight_through(),
+    recipe = recipes.straight_through().but(
         experts=options.experts,
         bottleneck=options.bottleneck,
         input_dropout=0.0,  # noise that is not the gates' would be counted as every estimator's variance

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from queue import Empty
@@ -21,9 +21,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from gatelet._checks import check_count
 from gatelet_lab import data, plots
 from gatelet_lab.files import CheckpointError, read_json, read_tensors, write_atomically, write_json
-from gatelet_lab.model import Ensemble, PaperNet, build
-from gatelet_lab.recipes import DEFAULTS, Recipe, teacher
-from gatelet_lab.train import Epoch, Trainer
+from gatelet_lab.output import check_output, make_output
+from gatelet_lab.training.fit import fit
+from gatelet_lab.training.model import Ensemble, PaperNet, build
+from gatelet_lab.training.paper import Epoch, PaperTrainer
+from gatelet_lab.training.recipe import DEFAULTS, Recipe
+from gatelet_lab.training.recipes import teacher
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Job:
     @property
     def cost(self) -> int:
         """Multiply-adds, up to a constant; the longest jobs start first."""
-        return self.recipe.epochs * self.recipe.experts * self.recipe.members
+        return self.recipe.optimiser.epochs * self.recipe.model.experts * self.recipe.model.members
 
 
 def train(
@@ -82,9 +85,9 @@ def train(
     if options.jobs is not None:
         check_count(options.jobs, "--jobs")
     check_device(options.device)
-    check_output(options)
+    check_output(options.out, options.resume, options.identity())
     split = options.load()  # fetched once, before the workers want it
-    make_output(options)
+    make_output(options.out, options.identity(), "rows", "checkpoints")
     console.print(
         f"{split.name}: {len(split.train_labels)} / {len(split.valid_labels)} / {len(split.test_labels)} examples, "
         f"{len(jobs)} runs, output in {options.out}"
@@ -116,44 +119,13 @@ def check_device(device: str) -> None:
         raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
 
 
-def check_output(options: Run) -> None:
-    """See that the output directory is free, or with --resume that it holds this run."""
-    out = options.out
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out}: exists and is not a directory")
-    if not out.is_dir() or not any(out.iterdir()):
-        return
-    if not options.resume:
-        raise ValueError(f"--out {out}: is not empty; continue it with --resume, or name another directory")
-    if not (out / "run.json").is_file():
-        raise ValueError(f"--out {out}: is not the output of this command; name another directory")
-    found = read_json(out / "run.json")
-    for key, value in options.identity().items():
-        before = found.get(key, "")
-        if before != value:
-            raise ValueError(
-                f"--out {out}: holds a run of {key} {before or 'nothing'}, not {value or 'nothing'}; "
-                "name another directory"
-            )
-
-
-def make_output(options: Run) -> None:
-    """Make the output directory and note in it which run it holds."""
-    try:
-        (options.out / "rows").mkdir(parents=True, exist_ok=True)
-        (options.out / "checkpoints").mkdir(exist_ok=True)
-        write_json(options.out / "run.json", options.identity())
-    except OSError as error:
-        raise ValueError(f"--out {options.out}: cannot be written ({error.strerror})") from error
-
-
 def read_result(out: Path, job: Job) -> dict[str, Any] | None:
     """Return the finished result of a job, None if there is none."""
     path = out / "rows" / f"{job.name}.json"
     if not path.is_file():
         return None
     result = read_json(path)
-    wanted = json.loads(json.dumps(asdict(job.recipe)))
+    wanted = json.loads(json.dumps(job.recipe.flat()))
     if not isinstance(result.get("config"), dict):
         raise CheckpointError(f"{path}: holds no result of a run; remove the file")
     found = DEFAULTS | result["config"]  # a field that an older result does not know had its default
@@ -196,22 +168,19 @@ def _work(job: Job, options: Run) -> dict[str, Any]:
     from torch.utils.tensorboard.writer import SummaryWriter
 
     split = options.load()
-    trainer = Trainer(job.recipe, job.seed, split, options.device, read_teacher(options, job.recipe, split))
+    trainer = PaperTrainer(job.recipe, job.seed, split, options.device, read_teacher(options, job.recipe, split))
     checkpoint = options.out / "checkpoints" / f"{job.name}.pt"
-    if checkpoint.is_file():
-        trainer.load(checkpoint)
-        for row in trainer.history:
-            _events.put((job.name, row))
-    with SummaryWriter(options.out / "tensorboard" / job.name, purge_step=len(trainer.history)) as log:
-        while not trainer.finished:
-            row = trainer.step_epoch(_halt.is_set)
-            trainer.save(checkpoint)
+    with SummaryWriter(options.out / "tensorboard" / job.name, purge_step=0) as log:  # told anew from the checkpoint
+
+        def show(row: Epoch) -> None:
             for key, value in asdict(row).items():
                 log.add_scalar(key, value, row.epoch)
             _events.put((job.name, row))
+
+        fit(trainer, checkpoint, show, _halt.is_set)
     _events.put((job.name, None))
     result = trainer.result()
-    if job.recipe.target_rate is not None and job.recipe.kind == "gates":
+    if job.recipe.gated:
         by_class, result["probabilities"] = trainer.gates()
         plots.save_gates(by_class, options.out / "rows" / f"{job.name}.gates.npy")
     if options.keeps_weights or job.recipe.row == teacher.__name__:
@@ -224,7 +193,9 @@ def _work(job: Job, options: Run) -> dict[str, Any]:
 
 def teacher_of(recipe: Recipe) -> Job | None:
     """Return the run whose network a recipe learns from. It saw the same images, or validation would mean little."""
-    return Job(replace(teacher(), more_training=recipe.more_training), 0) if recipe.teacher_share else None
+    if not recipe.augmentation.teacher_share:
+        return None
+    return Job(teacher().but(more_training=recipe.optimiser.more_training), 0)
 
 
 def read_teacher(options: Run, recipe: Recipe, split: data.Split) -> PaperNet | Ensemble | None:
@@ -286,7 +257,8 @@ def _display(jobs: list[Job], events: Any, console: Console) -> Iterator[None]:
         disable=not console.is_terminal,
     )
     tasks: dict[str, TaskID] = {
-        job.name: progress.add_task(job.name, total=job.recipe.epochs, state="waits", start=False) for job in jobs
+        job.name: progress.add_task(job.name, total=job.recipe.optimiser.epochs, state="waits", start=False)
+        for job in jobs
     }
     over = threading.Event()
 

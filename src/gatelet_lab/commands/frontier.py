@@ -4,7 +4,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from gatelet._checks import check_choice, check_count
 from gatelet.estimators import ALL
-from gatelet_lab import jobs, plots, table
+from gatelet_lab import plots, table
 from gatelet_lab.files import read_json, read_tensors, write_atomically, write_json
-from gatelet_lab.jobs import Job
-from gatelet_lab.model import build, multiply_adds
-from gatelet_lab.recipes import Recipe
-from gatelet_lab.settings import override
+from gatelet_lab.training import jobs
+from gatelet_lab.training.jobs import Job
+from gatelet_lab.training.model import build, multiply_adds
+from gatelet_lab.training.recipe import Augmentation, Gater, Model, Optimiser, Recipe, Sparsity
+from gatelet_lab.training.settings import override
 
 Result = dict[str, Any]
 MIXTURE = "mixture"
@@ -115,26 +116,31 @@ def point(method: str, share: float, epochs: int) -> Recipe:
         row=f"{name}-{share:g}",
         title=name,
         paper=None,
-        estimator="sigmoid" if dense or mixture or narrow else method,
-        kind="mixture" if mixture else "dense" if narrow else "gates",
-        experts=1000,
-        bottleneck=100,
-        group_size=1000 // _GROUPS if mixture else 1,
-        target_rate=None if dense or narrow else share,
-        kl_weight=None if rectifier else 0.01,
-        l1_weight=1e-5 if rectifier else None,
-        gate_bias=None,
-        input_dropout=0.2,
-        average=0.998,
-        optimizer="adamw",
-        schedule="cosine",
-        batch=256,
-        rate=0.004,
-        max_norm=None,
-        gater_max_norm=None,
-        output_max_norm=None,
-        epochs=epochs,
-        patience=epochs,
+        model=Model(
+            "sigmoid" if dense or mixture or narrow else method,
+            kind="mixture" if mixture else "dense" if narrow else "gates",
+            experts=1000,
+            group_size=1000 // _GROUPS if mixture else 1,
+        ),
+        gater=Gater(bottleneck=100, gate_bias=None),
+        sparsity=Sparsity(
+            target_rate=None if dense or narrow else share,
+            kl_weight=None if rectifier else 0.01,
+            l1_weight=1e-5 if rectifier else None,
+        ),
+        augmentation=Augmentation(input_dropout=0.2),
+        optimiser=Optimiser(
+            optimizer="adamw",
+            schedule="cosine",
+            batch=256,
+            rate=0.004,
+            max_norm=None,
+            gater_max_norm=None,
+            output_max_norm=None,
+            average=0.998,
+            epochs=epochs,
+            patience=epochs,
+        ),
     )
 
 
@@ -144,9 +150,9 @@ def narrowed(recipe: Recipe, options: Frontier, share: float) -> Recipe:
         return recipe
     split = options.load()
     sizes = split.train_images.shape[1], split.classes
-    gated = multiply_adds(replace(recipe, kind="gates", layers=1), *sizes, share)
-    one = multiply_adds(replace(recipe, experts=1, group_size=1, layers=1), *sizes, 1.0)["dense"]
-    return replace(recipe, experts=max(1, round((gated["gater"] + gated["experts"] + gated["output"]) / one)))
+    gated = multiply_adds(recipe.but(kind="gates", layers=1), *sizes, share)
+    one = multiply_adds(recipe.but(experts=1, group_size=1, layers=1), *sizes, 1.0)["dense"]
+    return recipe.but(experts=max(1, round((gated["gater"] + gated["experts"] + gated["output"]) / one)))
 
 
 def summary(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -193,7 +199,7 @@ def measure(options: Frontier, planned: Sequence[Job], console: Console) -> dict
             weights = read_tensors(jobs.weights_file(options.out, job), options.device)
             model.load_state_dict(weights)
             calls[job.recipe.row] = model.eval()
-    width = max(job.recipe.experts * job.recipe.members for job in planned)
+    width = max(job.recipe.model.experts * job.recipe.model.members for job in planned)
     reference = nn.Sequential(nn.Linear(x.shape[1], width), nn.ReLU(), nn.Linear(width, split.classes))
     calls["reference"] = reference.to(options.device).eval()
     console.print(f"timing {len(calls)} networks on {len(x)} images, {torch.get_num_threads()} threads")

@@ -5,7 +5,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,10 +19,12 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from gatelet._checks import check_choice, check_count
 from gatelet_lab import data, table
-from gatelet_lab.jobs import check_device
-from gatelet_lab.recipes import DEFAULTS, Preset, Recipe, recipe, rows
-from gatelet_lab.settings import number, override, value
-from gatelet_lab.train import Epoch, Trainer
+from gatelet_lab.training.fit import fit
+from gatelet_lab.training.jobs import check_device
+from gatelet_lab.training.paper import Epoch, PaperTrainer
+from gatelet_lab.training.recipe import DEFAULTS, Recipe
+from gatelet_lab.training.recipes import Preset, recipe, rows
+from gatelet_lab.training.settings import number, override, value
 
 STORAGE = "sqlite:///runs/sweep.db"
 HEARTBEAT, GRACE = 30, 300  # seconds; a trial that is silent for longer than GRACE was killed
@@ -66,13 +68,13 @@ def run(options: Sweep, console: Console) -> None:
     study = open_study(options, base, space)
     already = len(finished(study))
     console.print(f"study {study.study_name} in {options.storage}: {already} of {options.trials} trials are there")
-    with _display(options, study, base.epochs, console) as show:
+    with _display(options, study, base.optimiser.epochs, console) as show:
 
         def objective(trial: optuna.Trial) -> float:
             settings = [f"{key}={_suggest(trial, key, each)}" for key, each in space.items()]
             trial.set_user_attr("settings", settings)
             try:
-                return train(trial, Trainer(override(base, settings), options.seed, split, options.device), show)
+                return train(trial, PaperTrainer(override(base, settings), options.seed, split, options.device), show)
             except FloatingPointError as error:  # diverged: as bad as it gets, and not to be tried again
                 trial.set_user_attr("diverged", str(error))
                 raise optuna.TrialPruned(str(error)) from error
@@ -83,14 +85,16 @@ def run(options: Sweep, console: Console) -> None:
     report(options, study, console)
 
 
-def train(trial: optuna.Trial, trainer: Trainer, show: Callable[[Epoch], None]) -> float:
+def train(trial: optuna.Trial, trainer: PaperTrainer, show: Callable[[Epoch], None]) -> float:
     """Train one trial and return its best validation error; stop it early if the other trials were better."""
-    while not trainer.finished:
-        row = trainer.step_epoch()
+
+    def tell(row: Epoch) -> None:
         show(row)
         trial.report(row.valid_error, row.epoch)
         if trial.should_prune():
             raise optuna.TrialPruned
+
+    fit(trainer, None, tell)
     return trainer.best_error
 
 
@@ -103,7 +107,7 @@ def plan(options: Sweep) -> tuple[Recipe, Space]:
     check_device(options.device)
     base = recipe(options.row, options.preset)
     if options.epochs is not None:
-        base = replace(base, epochs=options.epochs)
+        base = base.but(epochs=options.epochs)
     base = override(base, options.settings)
     held = {setting.partition("=")[0] for setting in options.settings}
     texts = options.space or [text for text in default_space(base) if text.partition("=")[0] not in held]
@@ -120,21 +124,21 @@ def plan(options: Sweep) -> tuple[Recipe, Space]:
 
 def default_space(base: Recipe) -> list[str]:
     """Return what decides a row most (and the paper leaves open), as ``--space`` takes it."""
-    if base.optimizer == "adamw":
+    if base.optimiser.optimizer == "adamw":
         space = ["rate=0.0003:0.01:log", "weight_decay=0:0.1", "adversarial=0:2", "hidden_dropout=0:0.5"]
     else:
         space = ["rate=0.02:1:log", "momentum=0:0.9"]
-        space += ["rate_decay=0.95:1" if base.rate_decay > 0.95 else "rate_decay=0.6:0.99"]
-        space += ["hidden_dropout=0:0.5"] if base.hidden_dropout else []
-    if base.gater_rate != 1:
+        space += ["rate_decay=0.95:1" if base.optimiser.rate_decay > 0.95 else "rate_decay=0.6:0.99"]
+        space += ["hidden_dropout=0:0.5"] if base.augmentation.hidden_dropout else []
+    if base.optimiser.gater_rate != 1:
         space += ["gater_rate=0.001:1:log"]
-    if base.target_rate is not None:
-        if base.gater_max_norm is not None:
+    if base.sparsity.target_rate is not None:
+        if base.optimiser.gater_max_norm is not None:
             space += ["gater_max_norm=1:10:log"]
-        if base.kl_weight is not None:
-            space += [f"kl_weight={base.kl_weight / 10:g}:{base.kl_weight * 10:g}:log"]
-        if base.sparse_gates is None:
-            space += ["gate_scale=1:30:log"] + (["gate_bias=-6:0"] if base.gate_bias is not None else [])
+        if base.sparsity.kl_weight is not None:
+            space += [f"kl_weight={base.sparsity.kl_weight / 10:g}:{base.sparsity.kl_weight * 10:g}:log"]
+        if base.gater.sparse_gates is None:
+            space += ["gate_scale=1:30:log"] + (["gate_bias=-6:0"] if base.gater.gate_bias is not None else [])
     return space
 
 
@@ -215,7 +219,7 @@ def open_study(options: Sweep, base: Recipe, space: Space) -> optuna.Study:
             load_if_exists=True,
             direction="minimize",
             sampler=optuna.samplers.TPESampler(multivariate=True, constant_liar=True),
-            pruner=optuna.pruners.MedianPruner(n_warmup_steps=max(1, base.epochs // 4)),
+            pruner=optuna.pruners.MedianPruner(n_warmup_steps=max(1, base.optimiser.epochs // 4)),
         )
     wanted = _identity(options, base, space)
     if found := study.user_attrs.get("search"):
@@ -234,7 +238,7 @@ def open_study(options: Sweep, base: Recipe, space: Space) -> optuna.Study:
 
 def _own(base: Recipe, key: str, each: BaseDistribution) -> Any:
     """Return the recipe's own value, None if it lies outside of the range."""
-    own = base.options.get(key.removeprefix("options.")) if key.startswith("options.") else getattr(base, key)
+    own = base.model.options.get(key.removeprefix("options.")) if key.startswith("options.") else base.flat()[key]
     if isinstance(each, CategoricalDistribution):
         return str(own) if str(own) in each.choices else None
     assert isinstance(each, FloatDistribution | IntDistribution)
@@ -243,7 +247,7 @@ def _own(base: Recipe, key: str, each: BaseDistribution) -> Any:
 
 def _identity(options: Sweep, base: Recipe, space: Space) -> dict[str, Any]:
     ranges = {key: optuna.distributions.distribution_to_json(each) for key, each in space.items()}
-    own = {key: each for key, each in asdict(base).items() if key not in ("title", "paper")}
+    own = {key: each for key, each in base.flat().items() if key != "title"}
     search = {"preset": options.preset, "dataset": options.dataset, "seed": options.seed, "space": ranges, **own}
     identity: dict[str, Any] = json.loads(json.dumps(search))
     return identity

@@ -10,7 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any, cast
@@ -26,12 +26,12 @@ from gatelet.kernels import Choice, choose, explain, gated_ffn, gated_linear
 from gatelet.kernels.backends import Layer
 from gatelet.nn import ConditionalLinear, Gater, conditional_linear
 from gatelet_lab import data
-from gatelet_lab.bench_busy import show_busy
-from gatelet_lab.bench_lists import show_lists
-from gatelet_lab.bench_rows import show_rows
+from gatelet_lab.bench.busy import show_busy
+from gatelet_lab.bench.lists import show_lists
+from gatelet_lab.bench.rows import show_rows
 from gatelet_lab.files import write_atomically, write_json
-from gatelet_lab.recipes import recipe
-from gatelet_lab.train import Trainer
+from gatelet_lab.training.paper import PaperTrainer
+from gatelet_lab.training.recipes import recipe
 
 RATE = 0.1
 BATCHES = (1, 32, 256, 1024)
@@ -459,7 +459,7 @@ def show_steps(budget: float, patience: float, bottleneck: int, console: Console
     names = ("dense", "auto", "gater", "experts", "dense experts", "optimiser")
     console.print(f"{'ms per step':24}{'open':>6}" + "".join(f"{name:>15}" for name in names))
     for row in ("noisy_rectifier", "smooth_times_stochastic", "score_function"):
-        trainer = Trainer(replace(recipe(row, "paper"), bottleneck=bottleneck), 0, split)
+        trainer = PaperTrainer(recipe(row, "paper").but(bottleneck=bottleneck), 0, split)
         layer = cast(ConditionalLinear, trainer.model.layer)
         ways = steps(trainer)
         medians, _ = interleaved(ways, budget, patience)
@@ -480,16 +480,25 @@ def open_at(layer: ConditionalLinear, x: Tensor, rate: float) -> None:
     cast(Gater, layer.gater).gates.bias.add_(low)
 
 
-def steps(trainer: Trainer) -> dict[str, Callable[[], Any]]:
+def steps(trainer: PaperTrainer) -> dict[str, Callable[[], Any]]:
     """Return a training step with dense experts and with auto's, and what it is made of, forward and backward."""
     layer = cast(ConditionalLinear, trainer.model.layer)
-    x, y = trainer.train_images[: trainer.recipe.batch], trainer.train_labels[: trainer.recipe.batch]
+    size = trainer.recipe.optimiser.batch
+    x, y = trainer.train_images[:size], trainer.train_labels[:size]
     trainer.model.train()
-    for group in trainer.optimizer.param_groups:
-        group["lr"] = 1e-6  # one batch again and again would be learned by heart, and its gates with it
-    trainer._step(x, y)  # max-norm takes hold
-    images = F.dropout(trainer.train_images[:1000], trainer.recipe.input_dropout)  # as in training
-    open_at(layer, images, trainer.recipe.target_rate or RATE)
+
+    def step(linear: Callable[..., Tensor]) -> None:
+        # One batch again and again would be learned by heart, and its gates with it: hence the rate.
+        rates = [1e-6 for _ in trainer.optimizer.param_groups]
+        with (
+            mock.patch.object(conditional_linear, "gated_linear", linear),
+            mock.patch.object(trainer, "rates", return_value=rates),
+        ):
+            trainer.step((x, y))
+
+    step(gated_linear)  # max-norm takes hold
+    images = F.dropout(trainer.train_images[:1000], trainer.recipe.augmentation.input_dropout)  # as in training
+    open_at(layer, images, trainer.recipe.sparsity.target_rate or RATE)
     with torch.no_grad():
         gates = layer.unit.estimator.sample(layer.gater(x), torch.rand(len(x), layer.expert.out_features))
     gates.requires_grad_()
@@ -498,10 +507,6 @@ def steps(trainer: Trainer) -> dict[str, Callable[[], Any]]:
 
     def dense(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor, **_: object) -> Tensor:
         return F.linear(x, weight, bias) * gate
-
-    def step(linear: Callable[..., Tensor]) -> float:
-        with mock.patch.object(conditional_linear, "gated_linear", linear):
-            return trainer._step(x, y)
 
     affine = (layer.expert.weight, layer.expert.bias)
     return {

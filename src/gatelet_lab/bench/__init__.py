@@ -1,0 +1,1 @@
+"""What `gatelet bench` measures."""
