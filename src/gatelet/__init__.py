@@ -1,5 +1,7 @@
 """gatelet: networks that decide, per example, which of their units to compute."""
 
+from importlib.metadata import version as _version
+
 from gatelet import estimators as estimators
 from gatelet import kernels as kernels
 from gatelet import nn as nn
@@ -11,10 +13,13 @@ from gatelet.convert import report as report
 from gatelet.convert import revert as revert
 from gatelet.convert import save as save
 from gatelet.diagnose import diagnose as diagnose
+from gatelet.diagnose import diagnose_model as diagnose_model
 from gatelet.diagnose import exact_gradient as exact_gradient
-from gatelet.model_diagnosis import diagnose_model as diagnose_model
+from gatelet.diagnose import moments as moments
 from gatelet.row_adam import RowAdam as RowAdam
 from gatelet.tape import Tape as Tape
 from gatelet.tape import surrogate as surrogate
 from gatelet.units import StochasticUnit as StochasticUnit
 from gatelet.units import sampling as sampling
+
+__version__ = _version("gatelet")

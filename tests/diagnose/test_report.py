@@ -3,6 +3,7 @@
 import builtins
 import importlib
 import math
+import pickle
 import sys
 import types
 from dataclasses import replace
@@ -13,7 +14,7 @@ from jaxtyping import config
 
 import gatelet
 import gatelet.diagnose
-from gatelet.diagnose import Report, moments
+from gatelet.diagnose import moments
 from gatelet.estimators import ALL, LeaveOneOut, ScoreFunction, StraightThrough
 
 TOY = torch.full((1, 1), -2.0)
@@ -303,14 +304,12 @@ def test_plot_without_matplotlib(monkeypatch, tmp_path):
         report.plot(tmp_path / "report.png")
 
 
-def test_the_package_is_its_function_too():
-    module = importlib.import_module("gatelet.diagnose")
-    assert module is gatelet.diagnose
-    assert module is sys.modules["gatelet.diagnose"]
-    assert module.diagnose is module
-    assert module.moments is moments
-    assert isinstance(module, types.ModuleType)
-    assert isinstance(module(squares, TOY, ["leave_one_out"], 20), Report)
+def test_the_public_name_is_the_function_and_the_package_is_imported_from():
+    assert isinstance(gatelet.diagnose, types.FunctionType)
+    package = importlib.import_module("gatelet.diagnose")
+    assert package.diagnose is gatelet.diagnose
+    assert package.moments is gatelet.moments is moments
+    assert pickle.loads(pickle.dumps(gatelet.diagnose)) is gatelet.diagnose
 
 
 # ---------------------------------------------------------------- bad inputs

@@ -1,7 +1,7 @@
 """The contract: what every estimator of ``gatelet.estimators.ALL`` must do, in every variant.
 
 The checks are plain functions of a name and a factory, so that ``test_rejects_wrong.py`` can run the same ones on
-estimators that are wrong on purpose. At the end: the instrument itself, :func:`gatelet.diagnose.moments`.
+estimators that are wrong on purpose. At the end: the instrument itself, :func:`gatelet.moments`.
 """
 
 import copy

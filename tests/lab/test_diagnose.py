@@ -60,7 +60,7 @@ def test_polynomial_closed_forms(power):
     objective = diagnose.polynomial_objective(power)
     exact = gatelet.exact_gradient(objective, logits)
     torch.testing.assert_close(diagnose.polynomial_gradient(power, logits), exact, rtol=1e-5, atol=1e-7)
-    value = gatelet.diagnose.moments(objective, logits, ScoreFunction()).value
+    value = gatelet.moments(objective, logits, ScoreFunction()).value
     assert diagnose.polynomial_value(power, logits) == pytest.approx(value.item(), rel=1e-5)
 
 
@@ -114,7 +114,7 @@ def test_certified_by_quadrature_and_for_gates_of_its_own():
 
 def test_certified_by_monte_carlo_where_nothing_else_is_possible(monkeypatch):
     monkeypatch.setattr(diagnose, "_MAX_OUTCOMES", 0)
-    exact = gatelet.diagnose.moments
+    exact = gatelet.moments
     row = diagnose.certify("leave_one_out", LeaveOneOut(), 2, samples=2000)
     assert row.how == "Monte Carlo"
     assert 0 < row.bias < row.error

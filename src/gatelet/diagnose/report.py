@@ -1,19 +1,18 @@
+<<<<<<< HEAD
 """Bias, variance and cost of estimators on your own objective."""
+=======
+"""What a diagnosis returns: rows, the reference, and what follows from them."""
+>>>>>>> 77bd2d1 (diagnose: measuring, recommending, text and drawing are four files; gatelet.diagnose is an ordinary function; moments is public; __version__)
 
-import copy
 import importlib
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
+<<<<<<< HEAD
 from gatelet._checks import check_choice, check_count, check_logits
 from gatelet.diagnose.exact import MAX_OUTCOMES, check_dims, exact_gradient
 from gatelet.diagnose.moments import moments, noise_outcomes
@@ -120,6 +119,13 @@ _FIGURES: Mapping[str, Callable[[Row], Any]] = {
     "mean_squared_error": lambda row: row.mean_squared_error,
     "left_out": lambda row: row.left_out,
 }
+=======
+from gatelet._checks import check_choice
+from gatelet.diagnose.draw import draw
+from gatelet.diagnose.recommend import Recommendation, recommend
+from gatelet.diagnose.row import FIGURES, Budget, Row
+from gatelet.diagnose.text import UNITS, number, table
+>>>>>>> 77bd2d1 (diagnose: measuring, recommending, text and drawing are four files; gatelet.diagnose is an ordinary function; moments is public; __version__)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -149,57 +155,8 @@ class Report:
 
     @property
     def recommendation(self) -> Recommendation | None:
-        """Which estimator to take, and the reason; None where nothing could be measured.
-
-        The unbiased one of least variance × cost; a biased one instead where its mean squared error, at the unbiased
-        one's cost, is less than half.
-        """
-        cost = "milliseconds" if self.budget == "time" else "evaluations"
-
-        def rank(row: Row) -> tuple[float, float]:
-            return row.variance * row.cost(self.budget), row.cost(self.budget)
-
-        unbiased = sorted((row for row in self.measured if row.unbiased), key=rank)
-        biased = [row for row in self.measured if not row.unbiased]
-        if not unbiased:
-            if not biased:
-                return None
-            least = min(biased, key=lambda row: row.mean_squared_error)
-            return Recommendation(
-                least.name,
-                f"none of these is unbiased; {least.name} has the least mean squared error, "
-                f"{_number(least.mean_squared_error)} (bias² {_number(least.bias**2)})",
-            )
-        best = unbiased[0]
-        reason = (
-            f"unbiased, and of the unbiased ones it has the least variance × {cost}, {_number(rank(best)[0])} "
-            f"({_number(best.variance)} × {_number(best.cost(self.budget))})"
-        )
-        if len(unbiased) > 1:
-            reason += f"; next is {unbiased[1].name} with {_number(rank(unbiased[1])[0])}"
-
-        def error(row: Row) -> float:
-            # A bias that is not known well is taken for as large as it may be.
-            return row.bias**2 + row.bias_error**2 + row.variance * row.cost(self.budget) / best.cost(self.budget)
-
-        if not biased:
-            return Recommendation(best.name, reason)
-        rival = min(biased, key=error)
-        if error(rival) >= CLEARLY_SMALLER * best.variance:
-            least_error = f"; the best biased one, {rival.name}, has no clearly smaller mean squared error at that cost"
-            return Recommendation(best.name, f"{reason}{least_error} ({_number(error(rival))})")
-        # The bias stays however much is averaged, so there is a number of calls beyond which the unbiased one wins.
-        rest = rival.variance * rival.cost(self.budget) / best.cost(self.budget)
-        seen, turn = rival.bias > 2 * rival.bias_error, ""
-        if seen:  # a bias that is not seen may well be measured as 0
-            calls = _number((best.variance - rest) / rival.bias**2)
-            turn = f", which wins where a step averages more than {calls} calls"
-        return Recommendation(
-            rival.name,
-            f"biased, but at equal {cost} its mean squared error is clearly smaller: {_number(error(rival))} (of it "
-            f"bias² {_number(rival.bias**2 + rival.bias_error**2)}{'' if seen else ' at most'}) against "
-            f"{_number(best.variance)} of {best.name}, the best unbiased one{turn}",
-        )
+        """Which estimator to take, and the reason; None where nothing could be measured."""
+        return recommend(self.measured, self.budget)
 
     def to_dataframe(self) -> Any:
         """Return the rows as a ``pandas.DataFrame``.
@@ -207,11 +164,11 @@ class Report:
         Raises:
             ImportError: without pandas.
         """
-        return _pandas().DataFrame(self.records())
+        return pandas().DataFrame(self.records())
 
     def records(self) -> list[dict[str, Any]]:
         """Return the rows as dictionaries of numbers, as :meth:`to_dataframe` has them for columns."""
-        return [{name: value(row) for name, value in _FIGURES.items()} for row in self.rows]
+        return [{name: value(row) for name, value in FIGURES.items()} for row in self.rows]
 
     def plot(self, path: str | Path) -> None:
         """Draw bias² and variance of one call against its cost into a file, in the format of the file's ending.
@@ -219,34 +176,21 @@ class Report:
         Raises:
             ImportError: without matplotlib.
         """
-        plot({"": self}, path)
+        draw({"": self}, path)
 
     def __repr__(self) -> str:
         """Show the table, what was left out, and the recommendation."""
-        per = f", averaged to {_number(self.amount)} {_UNITS[self.budget]}" if self.budget and self.amount else ""
-        header = ["estimator", "K", "bias", "variance", "var × eval", "snr", "cosine", "ms", "eval"]
-        if self.budget:
-            header += ["calls", "var at budget", "mse at budget"]
-        body = [_cells(row, self.budget) for row in self.rows if row.left_out is None]
-        widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
+        per = f", averaged to {number(self.amount)} {UNITS[self.budget]}" if self.budget and self.amount else ""
+        error = f", standard error {number(self.reference_error)}" if self.reference_error else ""
         lines = [
-            "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True))])
-            for line in [header, *body]
+            f"reference: {self.reference_how}{error}; shape {tuple(self.reference.shape)}{per}",
+            *table(self.rows, self.budget),
         ]
-        reference = f"reference: {self.reference_how}" + (
-            f", standard error {_number(self.reference_error)}" if self.reference_error else ""
-        )
         chosen = self.recommendation
-        return "\n".join(
-            [
-                f"{reference}; shape {tuple(self.reference.shape)}{per}",
-                *lines,
-                *(f"{row.name}: left out: {row.left_out}" for row in self.rows if row.left_out is not None),
-                *([f"recommended: {chosen.name}: {chosen.reason}"] if chosen else []),
-            ]
-        )
+        return "\n".join([*lines, *([f"recommended: {chosen.name}: {chosen.reason}"] if chosen else [])])
 
 
+<<<<<<< HEAD
 _UNITS = {"evaluations": "evaluations", "time": "ms"}
 
 
@@ -613,6 +557,10 @@ def plot(reports: Mapping[str, Report], path: str | Path) -> None:
 
 
 def _pandas() -> Any:
+=======
+def pandas() -> Any:
+    """Return pandas, or say what it is needed for."""
+>>>>>>> 77bd2d1 (diagnose: measuring, recommending, text and drawing are four files; gatelet.diagnose is an ordinary function; moments is public; __version__)
     try:
         return importlib.import_module("pandas")
     except ImportError as error:

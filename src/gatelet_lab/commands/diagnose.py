@@ -21,12 +21,13 @@ from torch import Tensor
 from gatelet import surrogate
 from gatelet._checks import check_choice, check_count, check_positive
 from gatelet.diagnose import Moments, Report, exact_gradient, moments
+from gatelet.diagnose.measure import diagnose
+from gatelet.diagnose.models import ModelReport, diagnose_model
 from gatelet.diagnose.moments import noise_outcomes
-from gatelet.diagnose.report import Budget, diagnose
+from gatelet.diagnose.row import Budget
 from gatelet.diagnose.table import facts, forms
 from gatelet.estimators import ALL, Estimator, Objective, ScoreFunction, StraightThrough, resolve
 from gatelet.estimators._noise import NONE
-from gatelet.model_diagnosis import ModelReport, diagnose_model
 from gatelet_lab import data
 from gatelet_lab.files import write_atomically
 from gatelet_lab.training import recipes
@@ -149,7 +150,7 @@ def toy_objective(target: float) -> Objective:
 
 
 def toy_checks() -> list[Known]:
-    """Return the closed forms at t = .45, logit −2, beside what :func:`gatelet.diagnose.moments` finds."""
+    """Return the closed forms at t = .45, logit −2, beside what :func:`gatelet.moments` finds."""
     logits, objective = torch.full((1, 1), TOY_LOGIT, dtype=torch.float64), toy_objective(0.45)
     p = float(logits.sigmoid())
     high, low = (1 - 0.45) ** 2, 0.45**2

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import gatelet
+from gatelet.diagnose import ModelReport, diagnose_model
 from gatelet.estimators import LeaveOneOut, ScoreFunction, StraightThrough
-from gatelet.model_diagnosis import ModelReport, diagnose_model
 
 FEW = ["leave_one_out", "straight_through"]
 

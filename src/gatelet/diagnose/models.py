@@ -1,7 +1,6 @@
 """Bias, variance and cost of estimators at every stochastic layer of a network.
 
-Beside ``gatelet.diagnose`` and not in it: that package knows estimators and objectives only, this module also knows
-units and tapes.
+Of this package it alone knows units and tapes; the rest knows estimators and objectives.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -14,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from gatelet._checks import check_choice
-from gatelet.diagnose import Report
-from gatelet.diagnose.report import Budget, Estimators, _pandas, diagnose, plot
+from gatelet.diagnose.draw import draw
+from gatelet.diagnose.measure import Estimators, diagnose
+from gatelet.diagnose.report import Report, pandas
+from gatelet.diagnose.row import Budget
 from gatelet.estimators import ScoreFunction
 from gatelet.tape import Tape
 from gatelet.units import StochasticUnit, sampling
@@ -44,7 +45,7 @@ class ModelReport:
         Raises:
             ImportError: without pandas.
         """
-        return _pandas().DataFrame(self.records())
+        return pandas().DataFrame(self.records())
 
     def plot(self, path: str | Path) -> None:
         """Draw bias² and variance against cost into a file, a row of panels per layer.
@@ -52,7 +53,7 @@ class ModelReport:
         Raises:
             ImportError: without matplotlib.
         """
-        plot(self.layers, path)
+        draw(self.layers, path)
 
     def __repr__(self) -> str:
         """Show the layers' tables."""
