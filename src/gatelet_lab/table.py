@@ -4,7 +4,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -69,7 +69,8 @@ def write(out: Path, results: Sequence[Result], run: Mapping[str, Any], title: s
 
 def markdown(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table."""
-    return "\n".join(f"| {' | '.join(line)} |" for line in [header, ["---"] * len(header), *body])
+    lines = [header, ["---"] * len(header), *body]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def show(results: Sequence[Result], title: str, caveat: str, console: Console) -> None:
@@ -79,11 +80,12 @@ def show(results: Sequence[Result], title: str, caveat: str, console: Console) -
     console.print(caveat, style="bold", highlight=False)
 
 
-def grid(title: str, header: Sequence[str], body: Sequence[Sequence[str]]) -> Table:
-    """Return a table for the terminal."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def grid(title: str, header: Sequence[str], body: Sequence[Sequence[str]], fold: bool = False) -> Table:
+    """Return a table for the terminal; with ``fold`` a cell that is too long goes on in the next line."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, name in enumerate(header):
-        table.add_column(name.replace(" ", "\n"), justify="left" if index == 0 else "right", no_wrap=True)
+        side: Literal["left", "right"] = "left" if index == 0 else "right"
+        table.add_column(name.replace(" ", "\n"), justify=side, no_wrap=not fold, overflow="fold")
     for line in body:
         table.add_row(*line)
     return table

@@ -12,7 +12,8 @@ import gatelet
 from gatelet.diagnose.table import forms
 from gatelet.estimators import ALL, LeaveOneOut, NoisyRectifier, ScoreFunction, StraightThrough
 from gatelet_lab.commands import diagnose
-from gatelet_lab.commands.diagnose import Diagnose
+from gatelet_lab.problems import certificate, polynomial, toy
+from gatelet_lab.problems.options import Diagnose
 
 FEW = ("leave_one_out", "straight_through")
 
@@ -32,7 +33,7 @@ def test_options_from_the_command_line():
 
 
 def test_toy_numbers():
-    rows = {row.what: row for row in diagnose.toy_checks()}
+    rows = {row.what: row for row in toy.checks()}
     for row in rows.values():
         assert row.found == pytest.approx(row.known, rel=1e-9), row.what
     known = [float(f"{row.known:.2g}") for row in rows.values()]
@@ -57,16 +58,16 @@ def test_toy(tmp_path):
 @pytest.mark.parametrize("power", [1.5, 2.0, 3.0])
 def test_polynomial_closed_forms(power):
     logits = torch.randn(1, 6)
-    objective = diagnose.polynomial_objective(power)
+    objective = polynomial.objective_of(power)
     exact = gatelet.exact_gradient(objective, logits)
-    torch.testing.assert_close(diagnose.polynomial_gradient(power, logits), exact, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(polynomial.gradient_of(power, logits), exact, rtol=1e-5, atol=1e-7)
     value = gatelet.moments(objective, logits, ScoreFunction()).value
-    assert diagnose.polynomial_value(power, logits) == pytest.approx(value.item(), rel=1e-5)
+    assert polynomial.value_of(power, logits) == pytest.approx(value.item(), rel=1e-5)
 
 
 def test_polynomial_trains_at_equal_evaluations(tmp_path):
-    one = diagnose.train_polynomial(2.0, StraightThrough("sigmoid"), 8, 100, 0.1, 1, 0)
-    two = diagnose.train_polynomial(2.0, LeaveOneOut(), 8, 100, 0.1, 2, 0)
+    one = polynomial.train(2.0, StraightThrough("sigmoid"), 8, 100, 0.1, 1, 0)
+    two = polynomial.train(2.0, LeaveOneOut(), 8, 100, 0.1, 2, 0)
     assert one.evaluations[-1] == two.evaluations[-1] == 100
     assert len(one.losses) == 101
     assert one.losses[-1] < one.losses[0]
@@ -105,7 +106,7 @@ def test_certificate(tmp_path, monkeypatch):
 
 
 def test_certified_by_quadrature_and_for_gates_of_its_own():
-    row = diagnose.certify("noisy_rectifier", NoisyRectifier(), 2)
+    row = certificate.certify("noisy_rectifier", NoisyRectifier(), 2)
     assert row.declared == "none (own objective)"
     assert row.bias < 1e-9
     assert re.fullmatch(r"quadrature, order \d+", row.how)
@@ -113,13 +114,13 @@ def test_certified_by_quadrature_and_for_gates_of_its_own():
 
 
 def test_certified_by_monte_carlo_where_nothing_else_is_possible(monkeypatch):
-    monkeypatch.setattr(diagnose, "_MAX_OUTCOMES", 0)
+    monkeypatch.setattr(certificate, "_MAX_OUTCOMES", 0)
     exact = gatelet.moments
-    row = diagnose.certify("leave_one_out", LeaveOneOut(), 2, samples=2000)
+    row = certificate.certify("leave_one_out", LeaveOneOut(), 2, samples=2000)
     assert row.how == "Monte Carlo"
     assert 0 < row.bias < row.error
-    objective = diagnose.standard_objectives(2)["quadratic"]
-    variance = exact(objective, 1.5 * diagnose._draw(7, 1, 2), "leave_one_out").variance.sum()
+    objective = certificate.standard_objectives(2)["quadratic"]
+    variance = exact(objective, 1.5 * certificate._draw(7, 1, 2), "leave_one_out").variance.sum()
     assert row.variances["quadratic"] == pytest.approx(float(variance), rel=0.2)
 
 
@@ -128,18 +129,18 @@ def test_a_wrong_estimator_has_a_bias():
         def coefficients(self, *args):
             return 1.3 * super().coefficients(*args)
 
-    assert diagnose.certify("wrong", Wrong(), 2).bias > 0.05
+    assert certificate.certify("wrong", Wrong(), 2).bias > 0.05
 
 
 @pytest.mark.parametrize("kind", ["bernoulli", "categorical"])
 def test_certified_in_both_kinds(kind):
-    row = diagnose.certify("leave_one_out", LeaveOneOut(kind=kind), 3)
+    row = certificate.certify("leave_one_out", LeaveOneOut(kind=kind), 3)
     assert row.bias < 1e-12
     assert row.evaluations == 2
 
 
 def test_cases_walk_everything():
-    assert len(diagnose.cases()) == sum(len(forms(cls)) for cls in ALL.values())
+    assert len(certificate.cases()) == sum(len(forms(cls)) for cls in ALL.values())
 
 
 # ---------------------------------------------------------------- bad inputs

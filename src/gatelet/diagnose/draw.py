@@ -31,7 +31,8 @@ def draw(reports: Mapping[str, Drawn], path: str | Path) -> None:
     names = list(dict.fromkeys(row.name for report in reports.values() for row in report.measured))
     colours = {name: colormaps["tab20"](index % 20) for index, name in enumerate(names)}
     markers = {name: "osD^vP"[index // 20 % 6] for index, name in enumerate(names)}
-    figure = Figure(figsize=(9, 0.7 + 3.2 * len(reports)), layout="constrained")
+    height = max(0.7 + 3.2 * len(reports), 0.4 + 0.155 * len(names))  # the legend's lines
+    figure = Figure(figsize=(9, height), layout="constrained")
     panels = figure.subplots(len(reports), 2, squeeze=False)
     for (title, report), pair in zip(reports.items(), panels, strict=True):
         panel_titles = ("bias² (hollow: none)", "variance (hollow: none)")
@@ -50,7 +51,9 @@ def draw(reports: Mapping[str, Drawn], path: str | Path) -> None:
                     label=row.name,
                 )
             cost = "milliseconds a call" if report.budget == "time" else "evaluations a call"
-            axes.set(xscale="log", yscale="log", xlabel=cost, title=f"{title} {label}".strip())
+            axes.set(yscale="log", xlabel=cost, title=f"{title} {label}".strip())
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
             axes.title.set_fontsize(9)
             axes.grid(alpha=0.3)
     handles: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""Measuring bias, variance and cost of estimators on an objective of one's own."""
+"""Measuring bias, variance and cost of estimators on your own objective."""
 
 import copy
 import math
@@ -54,7 +54,7 @@ def diagnose(
 
     bias = ‖E[ĝ] − ∇E[L]‖ and variance = E‖ĝ − E[ĝ]‖², squares summed over the units and averaged over the examples;
     E[L] is the expected loss of gates that are 0 or 1, also for estimators whose own gates are not. Mean and variance
-    are enumerated where :func:`~gatelet.diagnose.moments` can in seconds, else measured over ``samples`` calls.
+    are enumerated where :func:`gatelet.moments` can in seconds, else measured over ``samples`` calls.
     The reference ∇E[L] is the exact gradient where its outcomes can be enumerated, otherwise a run of leave-one-out
     with 8 replicas, whose standard error is part of ``bias_error``.
 
@@ -80,7 +80,7 @@ def diagnose(
         seed: of the noise; torch's global generator is left alone.
 
     Returns:
-        the report; an estimator that does not suit the objective (say, for want of a derivative) has a row that says
+        the report; an estimator that does not suit the objective (if it needs a derivative, say) has a row that says
         why it was left out.
 
     Raises:
@@ -305,7 +305,7 @@ class _Problem:
         return median(spent)
 
     def enumerate(self, method: Estimator, replicas: int, evaluations: float) -> tuple[Tensor, Tensor] | None:
-        """Return exact mean and variance per logit, None where they cannot be had, or not in reasonable time."""
+        """Return exact mean and variance per logit; None where they cannot be computed in reasonable time."""
         try:
             outcomes = noise_outcomes(method, self.logits, replicas, _ORDER)
             if outcomes * max(evaluations, replicas) * self.logits.numel() > _ENUMERATED:

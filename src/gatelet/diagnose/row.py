@@ -19,7 +19,7 @@ class Row:
     unbiased: bool
     """Whether it claims to be unbiased, of gates of 0 and 1, and the bias found here does not contradict."""
     replicas: int
-    """K, of one call."""
+    """Replicas K of one call."""
     left_out: str | None = None
     """Why there are no numbers, if there are none."""
     exact: bool = False
@@ -36,11 +36,11 @@ class Row:
     signal_to_noise: float = math.nan
     """‖E[ĝ]‖ / √variance of one call."""
     cosine: float = math.nan
-    """Of the angle between mean estimate and reference, over the whole batch."""
+    """Cosine of the angle between mean estimate and reference, over the whole batch."""
     milliseconds: float = math.nan
-    """One call, forward and backward, median."""
+    """Milliseconds of one call, forward and backward; the median."""
     evaluations: float = math.nan
-    """Of the objective, per example and call."""
+    """Evaluations of the objective, per example and call."""
     calls: float = 1.0
     """How many calls the budget buys; 1 without a budget."""
     mean: Tensor | None = None

@@ -204,7 +204,7 @@ class Optimiser:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides a run, but its seed and its data."""
+    """Everything that determines a run, except its seed and its data."""
 
     row: str
     title: str
