@@ -53,7 +53,8 @@ class ModelReport:
         Raises:
             ImportError: without matplotlib.
         """
-        draw(self.layers, path)
+        (budget,) = {report.budget for report in self.layers.values()}
+        draw({name: report.measured for name, report in self.layers.items()}, budget, path)
 
     def __repr__(self) -> str:
         """Show the layers' tables."""

@@ -63,7 +63,7 @@ class Report:
         Raises:
             ImportError: without matplotlib.
         """
-        draw({"": self}, path)
+        draw({"": self.measured}, self.budget, path)
 
     def __repr__(self) -> str:
         """Show the table, what was left out, and the recommendation."""
