@@ -137,7 +137,7 @@ def test_the_preset_best_learns_from_a_teacher_tells_its_cost_and_has_no_paper_b
     assert "Thousand multiply-adds per image: gater" in told.getvalue()
     assert "first teacher-seed0, which others learn from" in told.getvalue()
     teacher = json.loads((tmp_path / "o" / "rows" / "teacher-seed0.json").read_text())
-    assert teacher["config"]["more_training"] == recipes.best().more_training
+    assert teacher["config"]["more_training"] == recipes.best().optimiser.more_training
     assert f"The teacher's test error is {teacher['test_error']:.2f} %" in told.getvalue()
     (row,) = rows(tmp_path / "o")
     assert row["paper"] is None
