@@ -112,7 +112,7 @@ def gallery(model: Path, runs: Path) -> None:
     report = gatelet.diagnose(lambda h: ((h * weights).sum(-1) - 0.45) ** 2, logits, samples=2000)
     report.plot(PICTURES / "diagnose.png")
     text = str(Path(sysconfig.get_path("stdlib")) / "a*.py")
-    sizes = "--layer 12 --latents 4096 --k 16 --tokens 400000 --collect 12000 --batch 512 --test 1024 --shown 40"
+    sizes = "--layer 12 --latents 4096 --k 16 --tokens 200000 --collect 12000 --batch 512 --test 1024 --shown 40"
     command("train sae --model", str(model), "--text", text, sizes, "--out", str(runs / "sae"))
     shutil.copyfile(runs / "sae" / "curves.png", PICTURES / "sae_curves.png")
     photograph(runs / "sae" / "report.html", PICTURES / "sae_page.png")

@@ -75,6 +75,13 @@ def broken(folder: Path) -> list[str]:
 
 
 @needs_mkdocs
+def test_the_home_page_has_the_readmes_three_numbers(site):
+    named = re.findall(r"^\* \*\*(.+?)\*\*", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    home = (site / "index.html").read_text()
+    assert [name for name in named if f"<li><strong>{name}</strong>" in home.replace("<p>", "")] == named[:3]
+
+
+@needs_mkdocs
 def test_no_link_is_broken(site):
     assert len(list(site.rglob("*.html"))) > 20
     assert broken(site) == []
