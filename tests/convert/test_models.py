@@ -9,7 +9,9 @@ from torch.nn import functional as F
 
 import gatelet
 from gatelet.convert import blocks
-from gatelet.convert.block import affine_at
+from gatelet.convert.block import affine_at, at
+from gatelet.convert.rows import RowsFFN
+from gatelet.nn.conditional_ffn import ACTIVATIONS
 
 IDS = torch.randint(5, 50, (2, 7), generator=torch.Generator().manual_seed(0))
 SIZES = {"num_attention_heads": 2, "vocab_size": 50, "pad_token_id": 1}
@@ -41,6 +43,20 @@ def albert():
     return transformers.AlbertForMaskedLM(transformers.AlbertConfig(**sizes, **SIZES)), {"input_ids": IDS}, 1
 
 
+def phi3():
+    sizes = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2}
+    return transformers.Phi3ForCausalLM(transformers.Phi3Config(**sizes, **SIZES)), {"input_ids": IDS}, 2
+
+
+def modernbert():
+    sizes = {"hidden_size": 16, "intermediate_size": 64, "num_hidden_layers": 2, "mlp_bias": True}
+    special = {"bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3}
+    config = transformers.ModernBertConfig(**sizes, **SIZES, **special)
+    return transformers.ModernBertForMaskedLM(config), {"input_ids": IDS}, 2
+
+
+ONE_MATRIX = {each.__name__: each for each in (phi3, modernbert)}
+"""W_g and W1 are the halves of one map."""
 MODELS = {each.__name__: each for each in (opt, bart, whisper, albert)}
 
 
@@ -51,14 +67,21 @@ def case(request):
     return model.eval(), inputs, count
 
 
+@pytest.fixture(params=[*MODELS, *ONE_MATRIX])
+def any_case(request):
+    torch.manual_seed(0)
+    model, inputs, count = (MODELS | ONE_MATRIX)[request.param]()
+    return model.eval(), inputs, count
+
+
 def run(model, inputs):
     with torch.no_grad():
         return model(**inputs).logits
 
 
 @pytest.mark.parametrize("gater", ["mlp", "self"])
-def test_open_gates_give_the_dense_model(case, gater, tmp_path):
-    model, inputs, count = case
+def test_open_gates_give_the_dense_model(any_case, gater, tmp_path):
+    model, inputs, count = any_case
     dense, want = copy.deepcopy(model), run(model, inputs)
     found = gatelet.convert(model, target_rate=0.4, bottleneck=2, gater=gater)
     assert len(found.converted) == count
@@ -107,13 +130,13 @@ def test_what_is_closed_is_closed(case, gater, training):
     torch.testing.assert_close(seen["out"], F.linear(seen["hidden"], *affine_at(owner, gating.block.down)))
 
 
-def test_gaters_and_weights_learn(case):
-    model, inputs, _ = case
+def test_gaters_and_weights_learn(any_case):
+    model, inputs, _ = any_case
     gatelet.convert(model, target_rate=0.3, bottleneck=2)
     run_with_gradient = model.train()(**inputs).logits.square().mean() + gatelet.sparsity.penalty(model)
     run_with_gradient.backward()
     for owner, gating in blocks(model).values():
-        for parameter in (*gating.gater.parameters(), owner.get_submodule(gating.block.up).weight):
+        for parameter in (*gating.gater.parameters(), at(owner, gating.block.up).weight):
             assert parameter.grad is not None
             assert bool(parameter.grad.abs().sum() > 0)
 
@@ -127,6 +150,30 @@ def test_distil_fits_a_pair():
     found = gatelet.distil(model, teacher, loader, held_out=2, steps=20, every=10)
     assert sum(found.errors.values()) < sum(found.first_errors.values())
     assert list(found.open_share.values()) == pytest.approx([0.3, 0.3], abs=0.02)
+
+
+@pytest.mark.parametrize("make", ONE_MATRIX.values())
+def test_halves_of_one_matrix_are_the_formula_are_fitted_and_kept_as_rows(make):
+    torch.manual_seed(0)
+    teacher = make()[0].eval()
+    model = copy.deepcopy(teacher)
+    gatelet.convert(model, target_rate=0.4, gater="self")
+    loader = list(torch.randint(5, 50, (6, 4, 20), generator=torch.Generator().manual_seed(1)))
+    found = gatelet.distil(model, teacher, loader, held_out=2, steps=4, every=2, weights=True)
+    assert found.steps == 4
+    for owner, gating in blocks(model).values():
+        x = torch.randn(3, 16)
+        both, down = at(owner, gating.block.up), at(owner, gating.block.down)
+        glu, up = both(x).chunk(2, -1)
+        first = ACTIVATIONS[gating.block.activation](glu)
+        gates = first.abs() * gating.gater.scale > gating.unit.threshold
+        want = down(first * up * gates)
+        with torch.no_grad():
+            torch.testing.assert_close(owner(x), want)
+        hook = both.register_forward_hook(lambda module, args, out: out)
+        torch.testing.assert_close(owner(x), want)  # densely, by the map's own forward
+        hook.remove()
+        torch.testing.assert_close(RowsFFN(owner, gating)(x), want)
 
 
 def test_gates_that_are_numbers_are_refused_before_an_activation():

@@ -9,7 +9,7 @@ from torch import nn
 
 import gatelet
 from gatelet.convert import blocks, keep_rows
-from gatelet.convert.rows import RowsFFN
+from gatelet.convert.rows import RowsFFN, RowsLinear
 from gatelet.kernels import int8_rows
 
 CLOSE = {"float32": 1e-5, "bf16": 1e-2, "int8": 2e-2}
@@ -39,7 +39,7 @@ def converted(model, **options):
 
 
 @pytest.mark.parametrize("weights", CLOSE)
-@pytest.mark.parametrize("gater", ["mlp", "self"])
+@pytest.mark.parametrize("gater", ["mlp", "self", "preview"])
 @pytest.mark.parametrize("make", [llama, gpt2, lambda: llama("gelu_pytorch_tanh"), lambda: llama("relu", bias=True)])
 @pytest.mark.parametrize("tokens", [1, 12])
 def test_as_the_block_in_eval(make, gater, weights, tokens):
@@ -67,13 +67,13 @@ def test_int8_is_the_dense_formula_with_rounded_weights():
         for name, weight in (
             ("g", block.gate_proj.weight),
             ("u", block.up_proj.weight),
-            ("d", block.down_proj.weight.t()),
+            ("d", block.down_proj.weight),
         )
     }
     with torch.no_grad():
         gate = block.gating.gater(x) > block.gating.unit.threshold
         hidden = torch.nn.functional.silu(x @ rounded["g"].t()) * (x @ rounded["u"].t()) * gate
-        torch.testing.assert_close(kept(x), hidden @ rounded["d"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(kept(x), hidden @ rounded["d"].t(), rtol=1e-4, atol=1e-5)
 
 
 def test_the_rest_of_the_model_may_be_bfloat16():
@@ -84,6 +84,58 @@ def test_the_rest_of_the_model_may_be_bfloat16():
     have = kept(ids).logits
     assert have.dtype == torch.bfloat16
     assert (have.float() - want).norm() / want.norm() < 0.1
+
+
+@pytest.mark.parametrize("weights", CLOSE)
+def test_the_rest_of_the_model_in_rows(weights):
+    """Attention's maps and the vocabulary's, all rows open; the embedding, which was tied to it, stays."""
+    model, ids = converted(llama(), gater="self")
+    model.lm_head.weight = model.model.embed_tokens.weight
+    want, embedding = model(ids).logits, model.model.embed_tokens.weight.clone()
+    kept = keep_rows(model, weights, rest=True)
+    assert sum(isinstance(module, RowsLinear) for module in kept.modules()) == 2 * 4 + 1
+    assert not [name for name, module in kept.named_modules() if type(module) is nn.Linear]
+    assert torch.equal(kept.model.embed_tokens.weight, embedding)
+    one_by_one = torch.cat([kept(ids[:1, :n]).logits[:, -1:] for n in range(1, 13)], 1)
+    for have in (kept(ids).logits[:1], one_by_one):
+        assert (have - want[:1]).norm() / want[:1].norm() < (1e-4 if weights == "float32" else 0.3)
+
+
+def test_what_hangs_on_a_map_leaves_it_alone():
+    model, _ = converted(llama(), gater="self")
+    hook = model.lm_head.register_forward_hook(lambda module, args, out: out)
+    assert type(keep_rows(model, rest=True).lm_head) is nn.Linear
+    hook.remove()
+
+
+@pytest.mark.parametrize("gater", ["self", "preview"])
+def test_copies_decode_by_their_own_weights(gater):
+    """What was packed for the kernels is of the copy's tensors, also after weights were replaced."""
+    model, _ = converted(llama(), gater=gater)
+    block = keep_rows(model, "float32", rest=True).model.layers[0].mlp
+    x = torch.randn(1, 32)
+    want = block(x)
+    twin = copy.deepcopy(block)
+    block.down_values.zero_()
+    assert block(x).eq(0).all()
+    torch.testing.assert_close(twin(x), want)
+    twin.load_state_dict({name: value * 0 for name, value in twin.state_dict().items()}, assign=True)
+    assert twin(x).eq(0).all()
+
+
+@pytest.mark.parametrize("weights", ["float32", "bf16"])
+def test_a_preview_spares_all_rows_of_closed_units(weights):
+    model, _ = converted(llama(), gater="preview")
+    block = keep_rows(model, weights).model.layers[0].mlp
+    x = torch.randn(1, 32)
+    want = block(x)
+    hidden = torch.nn.functional.silu(x @ block.near_first_values.float().t() * block.near_first_scales)
+    hidden = hidden * (x @ block.near_up_values.float().t() * block.near_up_scales)
+    closed = (hidden.abs() * block.scale <= block.limit)[0]
+    assert 0.2 < closed.float().mean() < 0.9
+    for name in ("first", "up", "down"):
+        block._buffers[f"{name}_values"][closed] = torch.nan
+    torch.testing.assert_close(block(x), want)
 
 
 def test_refused():

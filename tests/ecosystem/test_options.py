@@ -20,6 +20,7 @@ ARGUMENTS = {
     "Gater": {"in_features": 8, "num_gates": 4, "bottleneck": 2},
     "Gating": {"in_features": 8, "units": 64, "bottleneck": 2, "flops_per_unit": 64},
     "SelfGater": {"in_features": 8, "num_gates": 8},
+    "PreviewGater": {"in_features": 8, "num_gates": 8},
     "TwoStageGater": {"in_features": 8, "num_gates": 16, "bottleneck": 4},
     "SparseAutoencoder": {"d_in": 8, "d_sae": 16, "k": 2},
     "RowAdam": {"params": [torch.nn.Parameter(torch.zeros(3, 3))]},

@@ -46,9 +46,11 @@ def run(asked):
     return stream.getvalue()
 
 
-@pytest.mark.parametrize("gater", ["mlp", "self"])
-def test_writes_a_model_that_loads_and_a_report(home, tmp_path, gater):
-    shown = run(options(home, tmp_path / "out", gater=gater))
+@pytest.mark.parametrize(
+    ("gater", "weights"), [("mlp", "float32"), ("two_stage", "bf16"), ("self", "int8"), ("preview", "float32")]
+)
+def test_writes_a_model_that_loads_and_a_report(home, tmp_path, gater, weights):
+    shown = run(options(home, tmp_path / "out", gater=gater, weights=weights))
     assert "converted 2, left 0" in shown
     again = load_language(tmp_path / "out")
     assert {type(layer.mlp).__name__ for layer in again.model.model.layers} == {"ConditionalLlamaMLP"}
@@ -56,6 +58,9 @@ def test_writes_a_model_that_loads_and_a_report(home, tmp_path, gater):
     report = (tmp_path / "out" / "report.md").read_text()
     assert f"| with gates | {perplexity(again.model, text.held_out):.2f} (" in report
     assert f"| dense | {perplexity(load_language(home / 'model').model, text.held_out):.2f} |" in report
+    kept = gatelet.convert.keep_rows(gatelet.load(tmp_path / "out"), weights, rest=True)
+    assert f"| rows kept to decode, {weights} | {perplexity(kept, text.held_out):.2f} (" in report
+    assert f"To decode: `gatelet.convert.keep_rows(gatelet.load('out'), '{weights}', rest=True)`." in report
     assert report.count("| model.layers.") == 2
     assert (tmp_path / "out" / "report.png").stat().st_size > 1000
     assert not (tmp_path / "out" / "distil.pt").exists()

@@ -1,4 +1,4 @@
-"""gater="self": open are the units whose own activation is large; the others' rows are not read."""
+"""gater="self" and "preview": the layer's own numbers say which units are open; the others' rows are not read."""
 
 import copy
 
@@ -11,13 +11,15 @@ from torch.nn import functional as F
 
 import gatelet
 from gatelet.convert import blocks
-from gatelet.nn import ConditionalFFN
+from gatelet.nn import ConditionalFFN, PreviewGater
 from gatelet.sparsity import calibrate_thresholds
 
+OWN = pytest.mark.parametrize("gater", ["self", "preview"])
 
-def layer(gated=True, rate=0.25, **options):
+
+def layer(gated=True, rate=0.25, gater="self", **options):
     torch.manual_seed(0)
-    made = ConditionalFFN(16, 64, 8, activation="silu", gated=gated, target_rate=rate, gater="self", **options)
+    made = ConditionalFFN(16, 64, 8, activation="silu", gated=gated, target_rate=rate, gater=gater, **options)
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.3)
     return made
@@ -26,17 +28,17 @@ def layer(gated=True, rate=0.25, **options):
 def by_hand(made, x):
     """The formula, densely."""
     first = F.silu(F.linear(x, *((made.up if made.glu is None else made.glu).parameters())))
-    score = first.abs() * made.gater.scale
-    hidden = first * (score > made.unit.threshold)
-    if made.glu is not None:
-        hidden = hidden * made.up(x)
+    hidden = first if made.glu is None else first * made.up(x)
+    seen = hidden if type(made.gater) is PreviewGater else first
+    hidden = hidden * (seen.abs() * made.gater.scale > made.unit.threshold)
     return F.linear(hidden, *made.down.parameters())
 
 
+@OWN
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_value_and_gradients(gated, training):
-    made, x = layer(gated).double(), torch.randn(3, 5, 16, dtype=torch.float64, requires_grad=True)
+def test_value_and_gradients(gated, training, gater):
+    made, x = layer(gated, gater=gater).double(), torch.randn(3, 5, 16, dtype=torch.float64, requires_grad=True)
     found = calibrate_thresholds(made, [x])
     assert found == {"unit": pytest.approx(0.25, abs=1e-3)}
     made.gater.scale.uniform_(0.5, 2.0)
@@ -54,13 +56,15 @@ def test_value_and_gradients(gated, training):
     assert 0 < made.active_fraction < 1
 
 
-def test_closed_units_are_not_read():
-    made, x = layer().eval(), torch.randn(1, 16)
+@OWN
+def test_closed_units_are_not_read(gater):
+    made, x = layer(gater=gater).eval(), torch.randn(1, 16)
     calibrate_thresholds(made, [torch.randn(50, 16)])
     with torch.no_grad():
         want = made(x)
         closed = made.opened == 0
-        made.up.weight[closed] = torch.nan
+        if gater == "self":
+            made.up.weight[closed] = torch.nan
         made.down.weight[:, closed] = torch.nan
         torch.testing.assert_close(made(x), want)
 
@@ -101,9 +105,10 @@ def as_user():
     config.update("jaxtyping_disable", False)
 
 
+@OWN
 @pytest.mark.usefixtures("as_user")
-def test_compiles():
-    made, x = layer().eval(), torch.randn(4, 16)
+def test_compiles(gater):
+    made, x = layer(gater=gater).eval(), torch.randn(4, 16)
     calibrate_thresholds(made, [x])
     with torch.no_grad():
         want = made(x)
@@ -116,9 +121,10 @@ def llama():
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=50, **sizes)).eval()
 
 
-def test_a_converted_model_is_calibrated_by_distil_and_reported_with_the_map_that_is_computed_in_full():
+@pytest.mark.parametrize(("gater", "maps"), [("self", 1), ("preview", 2)])
+def test_a_converted_model_is_calibrated_by_distil_and_reported_with_the_maps_that_are_computed_in_full(gater, maps):
     teacher, model = llama(), llama()
-    gatelet.convert(model, target_rate=0.4, gater="self")
+    gatelet.convert(model, target_rate=0.4, gater=gater)
     loader = list(torch.randint(50, (6, 4, 20), generator=torch.Generator().manual_seed(1)))
     found = gatelet.distil(model, teacher, loader, held_out=2, steps=3)
     assert found.steps == 0
@@ -128,8 +134,8 @@ def test_a_converted_model_is_calibrated_by_distil_and_reported_with_the_map_tha
     assert any(bool((gating.gater.scale != 1).any()) for _, gating in blocks(model).values())
     row = gatelet.report(model).layers[0]
     share = row.open_share
-    assert (row.flops_dense, row.flops_gater) == (6 * 32 * 96, 2 * 32 * 96)
-    assert row.flops_active == pytest.approx(share * 4 * 32 * 96)
+    assert (row.flops_dense, row.flops_gater) == (6 * 32 * 96, 2 * maps * 32 * 96)
+    assert row.flops_active == pytest.approx(share * (6 - 2 * maps) * 32 * 96)
 
 
 def test_weights_learn_with_the_gates_of_the_activation():

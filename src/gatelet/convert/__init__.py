@@ -11,6 +11,7 @@ from gatelet.convert.place import blocks as blocks
 from gatelet.convert.report import Report as Report
 from gatelet.convert.report import report as report
 from gatelet.convert.rows import keep_rows as keep_rows
+from gatelet.convert.rows import skip_inputs as skip_inputs
 from gatelet.convert.save import load as load
 from gatelet.convert.save import save as save
 from gatelet.convert.swap import Conversion as Conversion

@@ -36,7 +36,8 @@ class Block:
     Args:
         kind: whose computation is replaced (``METHOD``); of a ``"pair"``, whose owner calls W1, the activation and W2
             among other things, that of the two maps (``"up"``, ``"down"``).
-        up, down, glu: the affine maps W1, W2 and, gated, W_g.
+        up, down, glu: the affine maps W1, W2 and, gated, W_g. Where W_g and W1 are one matrix, ``"path:0"`` is the half
+            of its outputs that comes first and ``"path:1"`` the other.
         activation: a name of ``ACTIVATIONS``.
         inner: the dropout of the hidden layer.
         outer: the dropout of the output.
@@ -83,6 +84,11 @@ class BlockGating(Gating):
     passed: OpenPattern | None = None
     """Of a pair: the units that W1 opened in the call that W2's belongs to."""
 
+    @property
+    def has_glu(self) -> bool:
+        """Whether the block has a W_g."""
+        return self.block.glu is not None
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A state_dict of the dense model knows nothing of gaters: they stay as they are. What is put here is seen by
         # the submodules, which load from the same dictionary next.
@@ -91,8 +97,36 @@ class BlockGating(Gating):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def module_path(path: str) -> str:
+    """Return the attribute path of a map's module, without the half that the map is of it."""
+    return path.partition(":")[0]
+
+
+class _Half(nn.Module):
+    """A half of what a module gives, where that module must be called to know it."""
+
+    def __init__(self, whole: nn.Module, half: int) -> None:
+        super().__init__()
+        self.whole, self.half = whole, half
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.whole(x).chunk(2, dim=-1)[self.half])
+
+
+def _half_of(part: Part, path: str) -> Part:
+    """Return the half that the path names, or the whole."""
+    half = path.partition(":")[2]
+    if not half:
+        return part
+    if not isinstance(part, Affine):
+        return _Half(part, int(half))
+    weight, bias = part
+    return Affine(weight.chunk(2)[int(half)], None if bias is None else bias.chunk(2)[int(half)])
+
+
 def at(owner: nn.Module, path: str) -> Any:
-    """Return the submodule at this attribute path."""
+    """Return the submodule at this attribute path; of a half, the whole."""
+    path = module_path(path)
     return operator.attrgetter(path)(owner) if "." in path else owner._modules[path]
 
 
@@ -107,7 +141,7 @@ def affine_of(module: nn.Module) -> Affine:
 
 def affine_at(owner: nn.Module, path: str) -> Affine:
     """Return weight (N, D) and bias of the affine map at this path; not what hangs on it."""
-    return affine_of(at(owner, path))
+    return cast(Affine, _half_of(affine_of(at(owner, path)), path))
 
 
 def all_of(owner: nn.Module, path: str) -> Affine:
@@ -128,7 +162,7 @@ def all_of(owner: nn.Module, path: str) -> Affine:
 
 def part_at(owner: nn.Module, path: str) -> Part:
     """Return the affine map at this path, or the module where it is more."""
-    return part_of(at(owner, path))
+    return _half_of(part_of(at(owner, path)), path)
 
 
 def holder_in(module: nn.Module) -> nn.Module | None:

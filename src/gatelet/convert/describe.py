@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from gatelet import estimators, sparsity
-from gatelet.convert.block import Block, BlockGating, Options
+from gatelet.convert.block import Block, BlockGating, Options, module_path
 from gatelet.convert.place import blocks, is_hugging_face, put, without_nested_tensors
 from gatelet.nn.gating import Gating
 
@@ -114,7 +114,7 @@ def restore(model: nn.Module, described: dict[str, dict[str, Any]]) -> None:
             owner = model.get_submodule(inside)
             for part in (block.up, block.down, block.glu):
                 if part is not None:
-                    owner.get_submodule(part)
+                    owner.get_submodule(module_path(part))
         except AttributeError as error:
             raise ValueError(f"model: has no block for {name}, which was saved ({error})") from error
         put(owner, holder, block, options_of(each["options"]))

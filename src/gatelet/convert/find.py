@@ -169,10 +169,7 @@ def _by_structure(module: nn.Module, affine: dict[str, nn.Module]) -> Block | st
     if not others_known or any(True for _ in module.parameters(recurse=False)):
         return None
     if not downs:
-        (wide, width), (out, hidden) = sorted(shapes.values(), reverse=True)[:2]
-        fused = len(shapes) == 2 and wide == 2 * hidden and out == width
-        shape = f"W1 {width} → {wide} and W2 {hidden} → {out} are of no known shape"
-        return f"{shape} (W1 and W_g in one matrix, it seems: they need one each)" if fused else None
+        return _fused(module, shapes)
     reason = f"its forward computes neither W2 act(W1 x + b1) + b2 nor the gated form, by an activation that is {KNOWN}"
     for down in downs:
         ups = [key for key in affine if key != down]
@@ -182,6 +179,23 @@ def _by_structure(module: nn.Module, affine: dict[str, nn.Module]) -> Block | st
             if isinstance(found, Block):
                 return found
             reason = found or reason
+    return reason
+
+
+def _fused(module: nn.Module, shapes: dict[str, tuple[int, int]]) -> Block | str | None:
+    """Recognise an MLP whose W_g and W1 are one matrix (Phi-3, ModernBERT)."""
+    if len(shapes) != 2:
+        return None
+    down, both = sorted(shapes, key=lambda key: shapes[key])
+    (out, hidden), (wide, width) = shapes[down], shapes[both]
+    if wide != 2 * hidden or out != width:
+        return None
+    reason = f"W1 and W_g seem to be one matrix, but its halves give no gated form by an activation that is {KNOWN}"
+    for glu, up in ((0, 1), (1, 0)):
+        found = _probe(module, f"{both}:{up}", down, f"{both}:{glu}")
+        if isinstance(found, Block):
+            return found
+        reason = found or reason
     return reason
 
 

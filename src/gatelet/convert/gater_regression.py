@@ -101,7 +101,7 @@ class GaterRegression:
 class ScaleFit:
     """The scale of a :class:`gatelet.nn.SelfGater`: what its units' activations are multiplied by on average.
 
-    s_n = ‖W2 column n‖ · √mean (W1 x + b1)²_n; without W_g, s_n = ‖W2 column n‖.
+    s_n = ‖W2 column n‖ · √mean (W1 x + b1)²_n; without W_g, and of a :class:`gatelet.nn.PreviewGater`, ‖W2 column n‖.
 
     >>> import torch
     >>> fitted = ScaleFit(gater := SelfGater(2, 2))

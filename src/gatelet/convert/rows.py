@@ -1,29 +1,148 @@
-"""Converted blocks for inference alone: weights by unit in float32, bfloat16 or int8, few calls per token."""
+"""A converted model for inference alone: weights by unit in float32, bfloat16 or int8, few calls per token."""
 
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from gatelet._checks import check_choice
+from gatelet._checks import check_choice, check_rate
 from gatelet.convert.block import BlockGating, affine_at
 from gatelet.convert.place import blocks
 from gatelet.kernels import ACTIVATIONS as FUSED
-from gatelet.kernels import Int8Rows, int8_rows, narrow_ffn, narrow_input_linear, narrow_linear
+from gatelet.kernels import (
+    Decided,
+    Decode,
+    Int8Rows,
+    decode_ffn,
+    decode_input_linear,
+    decode_linear,
+    int8_rows,
+    narrow_ffn,
+    narrow_input_linear,
+    narrow_linear,
+)
 from gatelet.nn.conditional_ffn import ACTIVATIONS
-from gatelet.nn.gaters import SelfGater
+from gatelet.nn.gaters import PreviewGater, SelfGater
+from gatelet.nn.parts import Affine, part_of
 
 KEPT = ("float32", "bf16", "int8")
+SAMPLE = 1 << 15
+"""So many inputs of a batch tell a map's threshold."""
+NEVER = -1.0
+"""A limit that every size is above."""
 
 
-class RowsFFN(nn.Module):
+class _Rows(nn.Module):
+    """Weights by unit, kept in few bytes; what is made of them for decoding is made at the first call."""
+
+    def __init__(self, weights: str) -> None:
+        super().__init__()
+        self.weights = weights
+        self._ready: tuple[list[Tensor], Decode] | None = None
+
+    def _keep(self, name: str, weight: Tensor, bias: Tensor | None, weights: str | None = None) -> None:
+        weight, weights = weight.detach(), weights or self.weights
+        if weights == "int8":
+            kept = int8_rows(weight)
+            self.register_buffer(f"{name}_values", kept.values)
+            self.register_buffer(f"{name}_scales", kept.scales)
+        else:
+            dtype = torch.bfloat16 if weights == "bf16" else torch.float32
+            self.register_buffer(f"{name}_values", weight.to(dtype).contiguous().clone())
+        self.register_buffer(f"{name}_bias", None if bias is None else bias.detach().float().clone())
+
+    def _rows(self, name: str) -> Tensor | Int8Rows:
+        values, scales = self._buffers[f"{name}_values"], self._buffers.get(f"{name}_scales")
+        return cast(Tensor, values) if scales is None else Int8Rows(cast(Tensor, values), scales)
+
+    def _decode(self, make: Callable[[], Decode]) -> Decode:
+        """Return what decodes, made anew where a buffer was replaced by another tensor."""
+        now, ready = list(self._buffers.values()), self.__dict__["_ready"]
+        if ready is None or any(one is not other for one, other in zip(now, ready[0], strict=True)):
+            ready = self.__dict__["_ready"] = (now, make())
+        return cast(Decode, ready[1])
+
+    def _apply(self, *args: Any, **named: Any) -> "_Rows":
+        # model.to(bfloat16) is for the rest of the model: scales and the gater's weights stay what they are
+        probe = args[0](torch.zeros(1))
+        if probe.device.type != "cpu":
+            raise ValueError("model: rows of few bytes are for the CPU")
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Addresses of tensors can be neither copied nor pickled.
+        return {**cast(dict[str, Any], super().__getstate__()), "_ready": None}
+
+
+class RowsLinear(_Rows):
+    """A linear map whose weights cannot learn any more: x Wᵀ + b, its rows kept in few bytes.
+
+    Args:
+        linear: an affine map, nothing else.
+        weights: ``"float32"``, ``"bf16"`` or ``"int8"``.
+    """
+
+    def __init__(self, linear: Affine, weights: str = "float32") -> None:
+        super().__init__(weights)
+        self._keep("map", *linear)
+
+    @torch.no_grad()
+    def forward(self, x: Float[Tensor, "*lead D"]) -> Float[Tensor, "*lead N"]:
+        """Return x Wᵀ + b, in x's dtype."""
+        return self._decode(lambda: decode_linear(self._rows("map"), self._buffers["map_bias"]))(x)
+
+    def extra_repr(self) -> str:
+        """Show how weights are kept."""
+        units, width = self._rows("map").shape
+        return f"{width}, {units}, weights={self.weights!r}"
+
+
+class InputRows(_Rows):
+    """A linear map that reads only the columns of inputs whose size is above a threshold (TEAL): x̃ Wᵀ + b.
+
+    x̃_d = x_d where |x_d| > limit, 0 elsewhere. Its weights cannot learn any more.
+
+    Args:
+        linear: an affine map, nothing else.
+        limit: the threshold.
+        weights: ``"float32"``, ``"bf16"`` or ``"int8"`` (a scale per input).
+
+    Reference: J. Liu, P. Ponnusamy, T. Cai, H. Guo, Y. Kim, B. Athiwaratkun, "Training-Free Activation Sparsity in
+    Large Language Models", 2024, arXiv:2408.14690.
+    """
+
+    def __init__(self, linear: Affine, limit: float, weights: str = "float32") -> None:
+        super().__init__(weights)
+        self._keep("map", linear.weight.t(), linear.bias)
+        self.register_buffer("limit", torch.tensor([limit]))
+        self.register_buffer("norm", torch.ones(linear.weight.shape[1]))
+
+    @torch.no_grad()
+    def forward(self, x: Float[Tensor, "*lead D"]) -> Float[Tensor, "*lead N"]:
+        """Return x̃ Wᵀ + b, in x's dtype."""
+        return self._decode(self._made)(x)
+
+    def _made(self) -> Decode:
+        norm, limit = cast(Tensor, self._buffers["norm"]), cast(Tensor, self._buffers["limit"])
+        return decode_input_linear(self._rows("map"), self._buffers["map_bias"], norm, limit)
+
+    def extra_repr(self) -> str:
+        """Show how weights are kept."""
+        width, units = self._rows("map").shape
+        return f"{width}, {units}, limit={float(cast(Tensor, self.limit)):g}, weights={self.weights!r}"
+
+
+class RowsFFN(_Rows):
     """A converted block whose weights cannot learn any more: rows of open units are all that a token reads.
 
     y = W2 (act(W_g x + b_g) ∘ (W1 x + b1) ∘ h) + b2, h = 1[gater(x) > threshold], as the block computed it in
-    ``eval()``; without W_g, y = W2 (act(W1 x + b1) ∘ h) + b2. Sums are formed in float32. Products with int8 rows are
-    off by at most half a step per number (:func:`gatelet.kernels.int8_rows`); bfloat16 by 2⁻⁹ of each.
+    ``eval()``; without W_g, y = W2 (act(W1 x + b1) ∘ h) + b2. Sums are formed in float32. Products with int8 weights
+    are off by at most half a step per number (:func:`gatelet.kernels.int8_rows`; a scale per unit of W_g and W1, per
+    output of W2); bfloat16 by 2⁻⁹ of each. A
+    :class:`gatelet.nn.PreviewGater` decides by int8 copies of W_g and W1, which are kept besides; where the weights
+    themselves are int8, by them, and only W2 is spared.
 
     Args:
         owner, gating: the converted block.
@@ -34,71 +153,107 @@ class RowsFFN(nn.Module):
     """
 
     def __init__(self, owner: nn.Module, gating: BlockGating, weights: str = "float32") -> None:
-        super().__init__()
+        super().__init__(weights)
         block, unit = gating.block, gating.unit
         if not unit.estimator.settles():
             raise ValueError(f"model: gates of {type(unit.estimator).__name__} are more than 0 or 1 by a threshold")
         if bool(unit.threshold.isnan()):
             raise ValueError("model: its gates have no threshold yet; distil or calibrate first")
-        self.gater, self.activation, self.weights = gating.gater, block.activation, weights
+        self.gater, self.activation = gating.gater, block.activation
         self.limit = float(unit.threshold)
         self.sparsity = gating.sparsity
-        first = affine_at(owner, block.glu or block.up)
-        self._keep("first", first.weight, first.bias, weights)
-        if block.glu is not None:
-            self._keep("up", *affine_at(owner, block.up), weights)
-        down = affine_at(owner, block.down)
-        self._keep("down", down.weight.t(), down.bias, weights)
         self.gated = block.glu is not None
+        first, down = affine_at(owner, block.glu or block.up), affine_at(owner, block.down)
+        self._keep("first", *first)
+        if self.gated:
+            self._keep("up", *affine_at(owner, block.up))
+        self._keep_down(down.weight.detach(), down.bias)
+        self.alone = isinstance(self.gater, SelfGater) and not len(self.sparsity) and self.activation in FUSED
+        """Whether one kernel does all of it."""
+        if not self.alone:
+            return
+        self.preview = isinstance(self.gater, PreviewGater) and weights != "int8"
+        if self.preview:
+            self._keep("near_first", first.weight, None, "int8")
+            if self.gated:
+                self._keep("near_up", affine_at(owner, block.up).weight, None, "int8")
+        last = isinstance(self.gater, PreviewGater) and not self.preview
+        self.register_buffer("limits", torch.tensor([NEVER, self.limit] if last else [self.limit, NEVER]))
+        self.register_buffer("scale", self.gater.scale.detach().float().clone())
 
-    def _keep(self, name: str, weight: Tensor, bias: Tensor | None, weights: str) -> None:
-        weight = weight.detach()
-        if weights == "int8":
-            kept = int8_rows(weight)
-            self.register_buffer(f"{name}_values", kept.values)
-            self.register_buffer(f"{name}_scales", kept.scales)
-        else:
-            dtype = torch.bfloat16 if weights == "bf16" else torch.float32
-            self.register_buffer(f"{name}_values", weight.to(dtype).contiguous().clone())
-        self.register_buffer(f"{name}_bias", None if bias is None else bias.detach().float().clone())
+    def _keep_down(self, weight: Tensor, bias: Tensor | None) -> None:
+        """Keep W2 (O, N) by unit; its int8 scales are the outputs', or a few large ones would coarsen all units."""
+        if self.weights != "int8":
+            self._keep("down", weight.t(), bias)
+            return
+        kept = int8_rows(weight)
+        self.register_buffer("down_values", kept.values.t().contiguous())
+        self.register_buffer("down_scales", torch.ones(weight.shape[1]))
+        self.register_buffer("down_bias", None)
+        self.register_buffer("out_scales", kept.scales)
+        self.register_buffer("out_bias", None if bias is None else bias.detach().float().clone())
 
-    def _apply(self, *args: Any, **named: Any) -> "RowsFFN":
-        # model.to(bfloat16) is for the rest of the model: scales and the gater's weights stay what they are
-        probe = args[0](torch.zeros(1))
-        if probe.device.type != "cpu":
-            raise ValueError("model: rows of few bytes are for the CPU")
-        return self
-
-    def _rows(self, name: str) -> Tensor | Int8Rows:
-        values = cast(Tensor, self._buffers[f"{name}_values"])
-        return Int8Rows(values, cast(Tensor, self._buffers[f"{name}_scales"])) if self.weights == "int8" else values
+    def _decided(self) -> Decode:
+        scale = cast(Tensor, self._buffers["scale"])
+        up = self._rows("up") if self.gated else None
+        near = [self._rows(name) if self.preview and (name == "near_first" or self.gated) else None
+                for name in ("near_first", "near_up")]  # fmt: skip
+        return decode_ffn(
+            Decided(
+                first=self._rows("first"),
+                first_bias=self._buffers["first_bias"],
+                third=up,
+                third_bias=self._buffers["up_bias"] if self.gated else None,
+                down=self._rows("down"),
+                down_bias=self._buffers["down_bias"],
+                activation=self.activation,
+                scale=scale,
+                norm=scale,
+                limits=cast(Tensor, self._buffers["limits"]),
+                near_first=cast(Int8Rows | None, near[0]),
+                near_third=cast(Int8Rows | None, near[1]),
+            )
+        )
 
     @torch.no_grad()
     def forward(self, x: Float[Tensor, "*lead D"]) -> Float[Tensor, "*lead O"]:
         """Return y, in x's dtype."""
         own = x.float()
+        out = self._decode(self._decided)(own) if self.alone else self._of(own)
+        if self.weights == "int8":
+            out = out.mul_(cast(Tensor, self._buffers["out_scales"]))
+            bias = self._buffers["out_bias"]
+            out = out if bias is None else out.add_(bias)
+        return out.to(x.dtype)
+
+    def _of(self, own: Tensor) -> Tensor:
+        """Return y, of int8 rows before scale and bias, where it takes more than one kernel."""
+        if isinstance(self.gater, SelfGater):
+            return self._by_itself(own)
+        logits = self._shifted(self.gater(own))
+        gate = torch.gt(logits, self.limit, out=torch.empty_like(logits))
         bias, down_bias = self._buffers["first_bias"], self._buffers["down_bias"]
-        if not isinstance(self.gater, SelfGater):
-            logits = self.gater(own)
-            for control in self.sparsity:
-                logits = control.shift(logits)  # type: ignore[operator]
-            gate = torch.gt(logits, self.limit, out=torch.empty_like(logits))
-            third, third_bias = (self._rows("up"), self._buffers["up_bias"]) if self.gated else (None, None)
-            if self.activation in FUSED:
-                args = (gate, self.activation, self._rows("down"), down_bias)
-                return narrow_ffn(own, self._rows("first"), bias, *args, w3=third, b3=third_bias).to(x.dtype)
-            hidden = ACTIVATIONS[self.activation](narrow_linear(own, self._rows("first"), bias, gate)) * gate
-            return self._rest(own, hidden).to(x.dtype)
-        rows = self._rows("first")
-        if self.weights == "float32":
-            first = F.linear(own, cast(Tensor, rows), bias)
-        else:
-            first = narrow_linear(own, rows, bias, torch.ones(*own.shape[:-1], 1))
-        first = ACTIVATIONS[self.activation](first)
-        logits = first.abs().mul_(self.gater.scale)
+        third, third_bias = (self._rows("up"), self._buffers["up_bias"]) if self.gated else (None, None)
+        if self.activation in FUSED:
+            args = (gate, self.activation, self._rows("down"), down_bias)
+            return narrow_ffn(own, self._rows("first"), bias, *args, w3=third, b3=third_bias)
+        hidden = ACTIVATIONS[self.activation](narrow_linear(own, self._rows("first"), bias, gate)) * gate
+        return self._rest(own, hidden)
+
+    def _by_itself(self, x: Tensor) -> Tensor:
+        """Return y where controllers shift what decides, or the activation is none that the kernels know."""
+        every = x.new_ones((*x.shape[:-1], 1))
+        first = ACTIVATIONS[self.activation](narrow_linear(x, self._rows("first"), self._buffers["first_bias"], every))
+        if isinstance(self.gater, PreviewGater) and self.gated:
+            first = first * narrow_linear(x, self._rows("up"), self._buffers["up_bias"], every)
+            hidden = first * (self._shifted(first.abs() * self.gater.scale) > self.limit)
+            return narrow_input_linear(hidden, self._rows("down"), self._buffers["down_bias"])
+        return self._rest(x, first * (self._shifted(first.abs() * self.gater.scale) > self.limit))
+
+    def _shifted(self, logits: Tensor) -> Tensor:
         for control in self.sparsity:
             logits = control.shift(logits)  # type: ignore[operator]
-        return self._rest(own, first.mul_(logits > self.limit)).to(x.dtype)
+        return logits
 
     def _rest(self, x: Tensor, hidden: Tensor) -> Tensor:
         """Return W2 (hidden ∘ (W1 x + b1)) + b2, or W2 hidden + b2, reading rows where hidden is not zero."""
@@ -112,7 +267,7 @@ class RowsFFN(nn.Module):
         return f"weights={self.weights!r}, activation={self.activation!r}, gated={self.gated}"
 
 
-def keep_rows(model: nn.Module, weights: str = "int8") -> nn.Module:
+def keep_rows(model: nn.Module, weights: str = "int8", rest: bool = False) -> nn.Module:
     """Replace a model's converted blocks, in place, by ones for inference that keep their weights in few bytes.
 
     For decoding one token at a time on a CPU. There is no way back: save the model before.
@@ -120,6 +275,9 @@ def keep_rows(model: nn.Module, weights: str = "int8") -> nn.Module:
     Args:
         model: converted and calibrated. Blocks that are modules of their own (Llama's, GPT-2's, T5's) are replaced.
         weights: ``"float32"``, ``"bf16"`` or ``"int8"`` (a scale per row).
+        rest: replace the model's other linear maps too, all rows open: attention's, and the one into the vocabulary
+            (which no longer shares its weight with the embedding then). Their bytes count like the blocks', and for
+            one token the kernels read faster than the products of PyTorch.
 
     Returns:
         the same model, in ``eval()``.
@@ -139,9 +297,85 @@ def keep_rows(model: nn.Module, weights: str = "int8") -> nn.Module:
     chosen = {name: (owner, gating) for name, (owner, gating) in blocks(model).items() if gating.block.kind == "module"}
     if not chosen or "gating" in chosen:
         raise ValueError("model: holds no converted block that is a module of its own")
-    made = {name: RowsFFN(owner, gating, weights) for name, (owner, gating) in chosen.items()}
+    made: dict[str, nn.Module] = {
+        name.removesuffix(".gating"): RowsFFN(owner, gating, weights) for name, (owner, gating) in chosen.items()
+    }
+    inside = tuple(f"{name}." for name in (*made, *(name.removesuffix("gating") for name in blocks(model))))
+    for name, module in model.named_modules() if rest else ():
+        part = part_of(module) if isinstance(module, nn.Linear) else None
+        if isinstance(part, Affine) and part.weight.device.type == "cpu" and not name.startswith(inside):
+            made[name] = RowsLinear(part, weights)
+    return _put(model, made)
+
+
+def skip_inputs(
+    model: nn.Module,
+    loader: Iterable[Any],
+    rate: float,
+    weights: str = "float32",
+    where: Callable[[str], bool] = lambda name: True,
+) -> nn.Module:
+    """Let a model's linear maps read, in place, only what their large inputs meet: activation sparsity (TEAL).
+
+    Every map gets the threshold above which the share ``rate`` of its inputs' absolute values lies, over the loader's
+    tokens in the dense model. For decoding one token at a time on a CPU; there is no way back.
+
+    Args:
+        model: dense, on the CPU; no module in it is converted.
+        loader: yields what ``model(batch)`` takes.
+        rate: the share of inputs to read.
+        weights: ``"float32"``, ``"bf16"`` or ``"int8"``.
+        where: which maps, by name.
+
+    Returns:
+        the same model, in ``eval()``.
+
+    Raises:
+        ValueError: for a model without such maps, or with converted blocks; a rate outside (0, 1).
+
+    >>> import torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 8))
+    >>> skip_inputs(model, [torch.randn(100, 8)], 0.4, where=lambda name: name == "0")[0].weights
+    'float32'
+
+    Reference: J. Liu, P. Ponnusamy, T. Cai, H. Guo, Y. Kim, B. Athiwaratkun, "Training-Free Activation Sparsity in
+    Large Language Models", 2024, arXiv:2408.14690.
+    """
+    check_choice(weights, KEPT, "weights")
+    check_rate(rate, "rate")
+    if blocks(model):
+        raise ValueError("model: holds converted blocks; thin out their inputs before, or revert them")
+    parts = {name: part_of(module) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    chosen = {name: part for name, part in parts.items() if isinstance(part, Affine) and where(name)}
+    if not chosen:
+        raise ValueError("model: has no linear map that could be replaced")
+    seen: dict[str, list[Tensor]] = {name: [] for name in chosen}
+
+    def see(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+            flat = args[0].detach().abs().flatten()
+            seen[name].append(flat[:: flat.numel() // SAMPLE + 1 | 1].clone())
+
+        return note
+
+    hooks = [model.get_submodule(name).register_forward_pre_hook(see(name)) for name in chosen]
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in loader:
+                model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    missing = [name for name, sizes in seen.items() if not sizes]
+    if missing:
+        raise ValueError(f"loader: no batch reaches {missing[0]}")
+    limits = {name: float(torch.cat(sizes).quantile(1 - rate)) for name, sizes in seen.items()}
+    return _put(model, {name: InputRows(part, limits[name], weights) for name, part in chosen.items()})
+
+
+def _put(model: nn.Module, made: dict[str, nn.Module]) -> nn.Module:
     for name, module in made.items():
-        path = name.removesuffix(".gating")
-        parent, _, key = path.rpartition(".")
+        parent, _, key = name.rpartition(".")
         setattr(model.get_submodule(parent), key, module)
     return model.eval()

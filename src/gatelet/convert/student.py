@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gatelet.convert.block import BlockGating, all_of
+from gatelet.convert.block import BlockGating, all_of, at, module_path
 from gatelet.convert.gater_regression import GaterRegression, ScaleFit
 from gatelet.convert.place import blocks
 from gatelet.nn.conditional_ffn import ACTIVATIONS, hidden_layer
-from gatelet.nn.gaters import Gater, SelfGater
+from gatelet.nn.gaters import Gater, PreviewGater, SelfGater
 
 
 class Student:
@@ -25,8 +25,8 @@ class Student:
             path = path.removesuffix(self.block.up).rstrip(".")
         try:
             twin = teacher.get_submodule(path)
-            self.first = twin.get_submodule(self.block.up)
-            self.last = twin.get_submodule(self.block.down)
+            self.first = twin.get_submodule(module_path(self.block.up))
+            self.last = twin.get_submodule(module_path(self.block.down))
         except AttributeError as error:
             raise ValueError(f"teacher: has no block {path or '(the model)'!r} as the model has ({error})") from error
         if blocks(twin):
@@ -41,7 +41,8 @@ class Student:
     def weights(self) -> list[nn.Parameter]:
         """Return the parameters of the block's own maps."""
         paths = (self.block.up, self.block.down, self.block.glu)
-        return [p for path in paths if path is not None for p in self.owner.get_submodule(path).parameters(False)]
+        modules = {module_path(path): at(self.owner, path) for path in paths if path is not None}
+        return [p for module in modules.values() for p in module.parameters(False)]
 
     def hear(self, _: nn.Module, args: tuple[Any, ...]) -> None:
         """Record the twin's input."""
@@ -72,8 +73,10 @@ class Student:
         gater, block = self.gating.gater, self.block
         if not isinstance(gater, SelfGater):
             return cast(Tensor, gater(x))
-        first = all_of(self.owner, block.glu or block.up)
-        return cast(Tensor, gater(x, ACTIVATIONS[block.activation](F.linear(x, *first))))
+        first = ACTIVATIONS[block.activation](F.linear(x, *all_of(self.owner, block.glu or block.up)))
+        if block.glu is not None and isinstance(gater, PreviewGater):
+            first = first * F.linear(x, *all_of(self.owner, block.up))
+        return cast(Tensor, gater(x, first))
 
     @torch.no_grad()
     def margin(self, hidden: Tensor, w_down: Tensor) -> Tensor:
@@ -97,7 +100,8 @@ class Student:
         up, down = all_of(self.owner, self.block.up), all_of(self.owner, self.block.down)
         glu = None if self.block.glu is None else all_of(self.owner, self.block.glu)
         if isinstance(fit, ScaleFit):
-            fit.add(x.new_ones(1, down.weight.shape[1]) if glu is None else F.linear(x, *up), down.weight)
+            alone = glu is None or isinstance(self.gating.gater, PreviewGater)
+            fit.add(x.new_ones(1, down.weight.shape[1]) if alone else F.linear(x, *up), down.weight)
             return
         margin = self.margin(hidden_layer(x, self.block.activation, up, glu), down.weight)
         fit.add(x, margin.sign() * margin.abs().sqrt())  # targets of the logits: sign(c − t) √|c − t|

@@ -79,7 +79,8 @@ def convert(
             every block gets a copy (:class:`gatelet.nn.ConditionalLinear`); or ``"self"``: the block's own activation
             decides, by a threshold, and nothing is to be fitted; next comes
             :func:`gatelet.sparsity.calibrate_thresholds`, or ``distil``, which calibrates too
-            (:class:`gatelet.nn.ConditionalFFN`).
+            (:class:`gatelet.nn.ConditionalFFN`); or ``"preview"``: what units add to the output decides, which pays
+            once :func:`gatelet.convert.keep_rows` has replaced the blocks.
         batch: for how many tokens at once to say what to expect: each block is then timed with random gates beside
             dense (once per shape, some 30 ms), and where nothing is saved the list says so.
         options: further ones of :class:`gatelet.nn.ConditionalFFN`: ``sparsity``, ``detach_gater_input``.

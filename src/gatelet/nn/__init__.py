@@ -3,6 +3,7 @@
 from gatelet.nn.conditional_ffn import ConditionalFFN as ConditionalFFN
 from gatelet.nn.conditional_linear import ConditionalLinear as ConditionalLinear
 from gatelet.nn.gaters import Gater as Gater
+from gatelet.nn.gaters import PreviewGater as PreviewGater
 from gatelet.nn.gaters import SelfGater as SelfGater
 from gatelet.nn.gaters import TwoStageGater as TwoStageGater
 from gatelet.nn.gating import Gating as Gating

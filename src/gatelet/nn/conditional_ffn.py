@@ -12,7 +12,7 @@ from gatelet._checks import check_choice, check_count, check_weight
 from gatelet.estimators import Estimator
 from gatelet.kernels import ACTIVATIONS as FUSED
 from gatelet.kernels import gated_ffn, gated_input_linear, gated_linear, open_pattern
-from gatelet.nn.gaters import SelfGater
+from gatelet.nn.gaters import PreviewGater, SelfGater
 from gatelet.nn.gating import Gating
 from gatelet.nn.parts import Affine, Part, all_affine, apply, part_of
 from gatelet.sparsity._controller import Controller
@@ -88,8 +88,13 @@ def _by_itself(
     dropout: float,
     mask: Tensor | None,
 ) -> Tensor:
-    """Return the output where the first map, W_g or without it W1, is computed in full and opens the others' rows."""
+    """Return the output where the first map, W_g or without it W1, is computed in full and opens the others' rows.
+
+    With a :class:`gatelet.nn.PreviewGater` both are, and open the columns of W2.
+    """
     first = ACTIVATIONS[activation](apply(up if glu is None else glu, x))
+    if glu is not None and isinstance(gating.gater, PreviewGater):
+        first, glu = first * apply(up, x), None
     settled = None if mask is not None or gating.training else gating.settled_by_itself(first)
     gates = gating.gates_at(x, mask, None, None, first)[0] if settled is None else settled
     rate = gating.unit.target_rate
@@ -245,8 +250,9 @@ class ConditionalFFN(Gating):
         gater: ``"mlp"``, ``"two_stage"`` or a module, as for :class:`ConditionalLinear`, which must cost less than
             closed units save; or ``"self"``: act(W_g x + b_g) (or, without W_g, act(W1 x + b1)) is computed in full,
             and open are the units where its absolute value exceeds a threshold, which
-            :func:`gatelet.sparsity.calibrate_thresholds` sets before the first call. Nothing is trained; neither
-            ``bottleneck`` nor ``estimator`` counts.
+            :func:`gatelet.sparsity.calibrate_thresholds` sets before the first call; or ``"preview"``: likewise by
+            |act(W_g x + b_g) ∘ (W1 x + b1)|, of which both maps are computed (:class:`PreviewGater`). Nothing is
+            trained then; neither ``bottleneck`` nor ``estimator`` counts.
 
     Attributes:
         active_fraction: the share of gates ≠ 0 in the last forward pass, over the tokens that are not padding.
@@ -323,6 +329,11 @@ class ConditionalFFN(Gating):
         return feed_forward(
             *(x, self, self.activation, up, down, glu, dropout), mask=mask, noise=noise, generator=generator
         )
+
+    @property
+    def has_glu(self) -> bool:
+        """Whether the layer has a W_g."""
+        return self.glu is not None
 
     def extra_repr(self) -> str:
         """Show the sizes."""

@@ -16,7 +16,7 @@ from gatelet._recompute import Passes, recomputing
 from gatelet.estimators import Estimator, resolve
 from gatelet.estimators._distributed import alone, noting, repeating
 from gatelet.nn import gaters
-from gatelet.nn.gaters import Gater, GaterError, SelfGater, ThresholdUnit, TwoStageGater
+from gatelet.nn.gaters import Gater, GaterError, PreviewGater, SelfGater, ThresholdUnit, TwoStageGater
 from gatelet.nn.parts import ByUnit, more_than_affine
 from gatelet.sparsity._controller import Controller, Penalised
 from gatelet.sparsity.adaptive_l1 import AdaptiveL1
@@ -37,8 +37,9 @@ class Gating(Penalised):
         flops_per_unit: what a token spends on an open unit, for :func:`gatelet.report`.
         estimator, target_rate, group_size, sparsity, detach_gater_input: as for :class:`ConditionalLinear`.
         gater: ``"mlp"``, a network with a bottleneck (:class:`Gater`); ``"two_stage"``, one that looks closer at some
-            groups of units (:class:`TwoStageGater`); ``"self"``, the layer's own activation (:class:`SelfGater`), for
-            which neither ``bottleneck`` nor ``estimator`` counts; or any module that maps (..., D) to
+            groups of units (:class:`TwoStageGater`); ``"self"``, the layer's own activation (:class:`SelfGater`), or
+            ``"preview"``, what its units add to the output (:class:`PreviewGater`), for which neither
+            ``bottleneck`` nor ``estimator`` counts; or any module that maps (..., D) to
             (..., N / group_size) logits.
 
     Attributes:
@@ -85,8 +86,8 @@ class Gating(Penalised):
             check_rate(target_rate)
         self.in_features, self.num_gates, self.group_size = in_features, units // group_size, group_size
         self.flops_per_unit = check_count(flops_per_unit, "flops_per_unit")
-        if gater == "self":
-            self._gate_by_itself(target_rate, sparsity)
+        if isinstance(gater, str) and gater in gaters.OWN:
+            self._gate_by_itself(gater, target_rate, sparsity)
         else:
             self.gater = gaters.resolve(gater, in_features, self.num_gates, bottleneck, detach_gater_input)
             self._gate_by_network(estimator, target_rate, sparsity, isinstance(gater, str))
@@ -126,12 +127,14 @@ class Gating(Penalised):
             sparsity = [] if target_rate is None else [self._default_controller(target_rate)]
         self.sparsity = nn.ModuleList(sparsity)
 
-    def _gate_by_itself(self, target_rate: float | None, sparsity: Sequence[Controller] | None) -> None:
+    def _gate_by_itself(self, name: str, target_rate: float | None, sparsity: Sequence[Controller] | None) -> None:
         if self.group_size > 1:
-            raise ValueError(f"group_size must be 1 with gater='self', where each unit decides, not {self.group_size}")
+            raise ValueError(
+                f"group_size must be 1 with gater={name!r}, where each unit decides, not {self.group_size}"
+            )
         if target_rate is None:
-            raise ValueError("target_rate: gater='self' needs one; its threshold is calibrated to it")
-        self.gater = SelfGater(self.in_features, self.num_gates)
+            raise ValueError(f"target_rate: gater={name!r} needs one; its threshold is calibrated to it")
+        self.gater = gaters.OWN[name](self.in_features, self.num_gates)
         self.unit = ThresholdUnit(target_rate)
         self.sparsity = nn.ModuleList(sparsity or [])
 
@@ -142,18 +145,29 @@ class Gating(Penalised):
 
     @property
     def flops_gater(self) -> int:
-        """What a token spends on the gates: for ``"self"`` the map that is computed in full.
+        """What a token spends on the gates: for ``"self"`` and ``"preview"`` the maps that are computed in full.
 
         A gater that does not say it itself (``flops``) has what was counted in its matrix products.
         """
         if isinstance(self.gater, SelfGater):
-            return 2 * self.in_features * self.units
+            return self._flops_in_full * self.units
         return int(getattr(self.gater, "flops", self._probed_flops))
+
+    @property
+    def _flops_in_full(self) -> int:
+        """Of a unit, where its own numbers decide: one map into it, or both with W_g for ``"preview"``."""
+        both = isinstance(self.gater, PreviewGater) and self.has_glu
+        return (4 if both else 2) * self.in_features
+
+    @property
+    def has_glu(self) -> bool:
+        """Whether units have a second map W_g; a layer that can says so."""
+        return False
 
     @property
     def flops_open(self) -> int:
         """What a token spends on an open unit besides."""
-        return self.flops_per_unit - (2 * self.in_features if isinstance(self.gater, SelfGater) else 0)
+        return self.flops_per_unit - (self._flops_in_full if isinstance(self.gater, SelfGater) else 0)
 
     def _check_saves(self, target_rate: float, named: bool) -> None:
         """Raise if the gater costs as much as the closed units save; warn if it is the user's own module."""
@@ -359,7 +373,9 @@ class Gating(Penalised):
     def settled_by_itself(self, first: Tensor) -> Tensor | None:
         """Return the gates of a :class:`SelfGater` for an ordinary call; None: go the long way."""
         gater, unit = self._modules["gater"], self._modules["unit"]
-        if type(gater) is not SelfGater or type(unit) is not ThresholdUnit or self.mask is not None:
+        if not isinstance(gater, SelfGater) or type(gater) not in gaters.OWN.values() or self.mask is not None:
+            return None
+        if type(unit) is not ThresholdUnit:
             return None
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(first) is not Tensor:
             return None

@@ -12,7 +12,7 @@ from rich.console import Console
 from tyro.conf import Positional, UseAppendAction
 
 import gatelet
-from gatelet.convert import Report
+from gatelet.convert import Report, blocks, keep_rows
 from gatelet.convert.progress import Progress
 from gatelet_lab.language import Language, Text, decoding, load_language, perplexity, read_text
 
@@ -33,8 +33,11 @@ class Convert:
     """Directory for the model and the report."""
     rate: float = 0.5
     """Share of units to be open."""
-    gater: Literal["mlp", "self"] = "mlp"
-    """What opens the units: a network (mlp), or the block's own activation (self)."""
+    gater: Literal["mlp", "two_stage", "self", "preview"] = "preview"
+    """What opens the units: a network (mlp), one in two stages (two_stage), the block's own activation (self), or what
+    the units add to its output (preview)."""
+    weights: Literal["float32", "bf16", "int8"] = "float32"
+    """How weights are kept to decode when that is measured; the model in OUT stays float32, the report says how."""
     bottleneck: int = 64
     """Width of the network's hidden layer."""
     where: str | None = None
@@ -66,6 +69,7 @@ class Outcome:
     """What the report shows."""
 
     perplexity: dict[str, float]
+    """Of the dense model, of the one with gates, and with its rows kept to decode (if its blocks allow it)."""
     ms_per_token: dict[str, float]
     layers: Report
     errors: dict[str, tuple[float, float]]
@@ -108,10 +112,11 @@ def fit_and_measure(options: Convert, language: Language, teacher: Any, text: Te
         checkpoint=options.out / CHECKPOINT,
     )
     prompt = text.held_out[:1, :64]
-    seen = {
-        name: perplexity(each, text.held_out, progress.phase) for name, each in (("dense", teacher), ("gates", model))
-    }
-    speeds = decoding({"dense": teacher, "gates": model}, prompt)
+    measured = {"dense": teacher, "gates": model}
+    if any(gating.block.kind == "module" for _, gating in blocks(model).values()):
+        measured["rows"] = keep_rows(copy.deepcopy(model), options.weights, rest=True)
+    seen = {name: perplexity(each, text.held_out, progress.phase) for name, each in measured.items()}
+    speeds = decoding(measured, prompt)
     layers = gatelet.report(model, prompt[:, : options.batch], seconds=0.05)
     errors = {name: (found.first_errors[name], error) for name, error in found.errors.items()}
     return Outcome(seen, speeds, layers, errors)
@@ -136,8 +141,8 @@ def _request(options: Convert) -> None:
 
 def table(options: Convert, outcome: Outcome) -> list[str]:
     """Return the report's lines, Markdown."""
-    dense, gates = outcome.perplexity["dense"], outcome.perplexity["gates"]
-    slow, fast = outcome.ms_per_token["dense"], outcome.ms_per_token["gates"]
+    dense, slow = outcome.perplexity["dense"], outcome.ms_per_token["dense"]
+    names = {"gates": "with gates", "rows": f"rows kept to decode, {options.weights}"}
     threads = torch.get_num_threads()
     lines = [
         f"# {options.model.name}: gater {options.gater}, {options.rate:.0%} open",
@@ -145,7 +150,14 @@ def table(options: Convert, outcome: Outcome) -> list[str]:
         f"| | perplexity | tokens/s, one at a time, {threads} thread{'s' * (threads > 1)} |",
         "|---|---|---|",
         f"| dense | {dense:.2f} | {1e3 / slow:.1f} |",
-        f"| with gates | {gates:.2f} ({gates / dense - 1:+.1%}) | {1e3 / fast:.1f} ({slow / fast:.2f} times) |",
+        *(
+            f"| {names[key]} | {value:.2f} ({value / dense - 1:+.1%}) | {1e3 / outcome.ms_per_token[key]:.1f} "
+            f"({slow / outcome.ms_per_token[key]:.2f} times) |"
+            for key, value in outcome.perplexity.items()
+            if key in names
+        ),
+        "",
+        *_how_to_load(options, outcome),
         "",
         f"| block | open | error before | after | gater, of dense FLOPs | ms for {options.batch} | dense ms |",
         "|---|---|---|---|---|---|---|",
@@ -156,12 +168,21 @@ def table(options: Convert, outcome: Outcome) -> list[str]:
         times = "– | –" if layer.ms is None or layer.dense_ms is None else f"{layer.ms:.3f} | {layer.dense_ms:.3f}"
         cost = layer.flops_gater / layer.flops_dense
         lines.append(f"| {layer.name} | {share} | {before:.4f} | {after:.4f} | {cost:.1%} | {times} |")
-    if fast >= slow:
+    if min(outcome.ms_per_token[key] for key in names if key in outcome.ms_per_token) >= slow:
         lines += [
             "",
             "The gates save no time here. They can save time for one token at a time; see the times of the blocks.",
         ]
     return lines
+
+
+def _how_to_load(options: Convert, outcome: Outcome) -> list[str]:
+    """Say how the fastest of the models is made from what was saved."""
+    if "rows" not in outcome.perplexity:
+        return ["Its blocks are no modules of their own, so their rows cannot be kept to decode (`keep_rows`)."]
+    return [
+        f"To decode: `gatelet.convert.keep_rows(gatelet.load({options.out.name!r}), {options.weights!r}, rest=True)`."
+    ]
 
 
 def draw(outcome: Outcome, path: Path) -> None:

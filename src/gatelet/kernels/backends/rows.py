@@ -93,3 +93,48 @@ def ffn(
         factor = F.linear(own, as_float(w3), None if b3 is None else b3.float())
         hidden = torch.where(hidden != 0, hidden * factor, 0)
     return input_linear(hidden, w2, b2).to(x.dtype)
+
+
+class Decided(NamedTuple):
+    """A feed-forward block for inference that decides by itself which of its N units are open.
+
+    With a = act(W_g x + b_g) and hidden = a ∘ (W1 x + b1) (a alone where there is no third map), unit n is looked at if
+    scale_n·|a_n| > limits[0], and open if besides norm_n·|hidden_n| > limits[1]; y = W2 (hidden ∘ open) + b2. With int8
+    copies of W_g and W1 (``near_first``, ``near_third``) it is looked at if scale_n·|hidden_n| by them exceeds that.
+
+    Attributes:
+        first, third: W_g and W1 (N, D); where there is one, it is ``first``.
+        down: W2 (N, O), by unit.
+        scale, norm: (N,).
+        limits: (2,).
+    """
+
+    first: Rows
+    first_bias: Tensor | None
+    third: Rows | None
+    third_bias: Tensor | None
+    down: Rows
+    down_bias: Tensor | None
+    activation: str
+    scale: Float32[Tensor, " N"]
+    norm: Float32[Tensor, " N"]
+    limits: Float32[Tensor, "2"]
+    near_first: Int8Rows | None = None
+    near_third: Int8Rows | None = None
+
+
+def decided_ffn(given: Decided, x: Tensor) -> Tensor:
+    """Return the block's output (..., O) for x (..., D); everything is computed, then closed units are discarded."""
+    own = x.float()
+
+    def product(weight: Rows | None, bias: Tensor | None) -> Tensor | float:
+        return 1.0 if weight is None else F.linear(own, as_float(weight), bias)
+
+    a = activate(F.linear(own, as_float(given.first), given.first_bias), given.activation)
+    hidden = a * product(given.third, given.third_bias)
+    seen = a
+    if given.near_first is not None:
+        near = F.linear(own, as_float(given.near_first), given.first_bias)
+        seen = activate(near, given.activation) * product(given.near_third, given.third_bias)
+    is_open = (seen.abs() * given.scale > given.limits[0]) & (hidden.abs() * given.norm > given.limits[1])
+    return input_linear(torch.where(is_open, hidden, 0), given.down, given.down_bias)

@@ -16,6 +16,7 @@ from torch import nn
 from gatelet._checks import check_choice
 from gatelet.nn.gaters.mlp import Gater as Gater
 from gatelet.nn.gaters.mlp import glorot_ as glorot_
+from gatelet.nn.gaters.own import PreviewGater as PreviewGater
 from gatelet.nn.gaters.own import SelfGater as SelfGater
 from gatelet.nn.gaters.own import ThresholdUnit as ThresholdUnit
 from gatelet.nn.gaters.two_stage import CLOSED as CLOSED
@@ -30,8 +31,9 @@ ALL: Mapping[str, Callable[[int, int, int, bool], nn.Module]] = MappingProxyType
     {"mlp": Gater, "two_stage": TwoStageGater}
 )
 """Name -> how one is built from D, G, the bottleneck M and ``detach_input``."""
-NAMES = (*ALL, "self")
-"""With ``"self"``, which is no network of its own: :class:`SelfGater`."""
+OWN: Mapping[str, type[SelfGater]] = MappingProxyType({"self": SelfGater, "preview": PreviewGater})
+"""Name -> gater that is no network of its own: the layer's numbers decide, by a threshold."""
+NAMES = (*ALL, *OWN)
 
 
 def resolve(

@@ -232,15 +232,21 @@ class Kernels:
         self.make = inspect.unwrap(make)
         self.find = functools.cache(self._find)
 
-    def _find(self, name: str, bits: int) -> tuple[Any, tuple[str, ...]]:
+    def _find(self, name: str, bits: int) -> tuple[Any, int, tuple[str, ...]]:
         function = inspect.unwrap(self.make(NUMBERS[bits](1))[name])
         built = team.compiled(function, error_model="numpy")
-        return built, slots(function)
+        return built, ctypes.cast(built.ctypes, ctypes.c_void_p).value or 0, slots(function)
 
     def run(self, name: str, bits: int, threads: int, /, **args: int) -> None:
         """Run a kernel with arguments by name: integers, or the addresses of tensors."""
-        built, names = self.find(name, bits)
+        _, address, names = self.find(name, bits)
         if len(args) != len(names):
             raise TypeError(f"{name} takes {names}, not {tuple(args)}")
-        address = ctypes.cast(built.ctypes, ctypes.c_void_p).value or 0
         team.run(address, [args[each] for each in names], threads)
+
+    def prepare(self, name: str, bits: int, /, **args: int | None) -> team.Prepared:
+        """Return a kernel with its arguments; those that are None are given at the call, in the kernel's order."""
+        _, address, names = self.find(name, bits)
+        if len(args) != len(names):
+            raise TypeError(f"{name} takes {names}, not {tuple(args)}")
+        return team.Prepared(address, [args[each] for each in names])

@@ -89,7 +89,30 @@ def threads(numbers: int | None = None) -> int:
 
 def run(kernel: int, args: Sequence[int], team: int) -> None:
     """Call the kernel at this address with these arguments, on ``team`` threads at once."""
-    packed = (ctypes.c_int64 * (HEAD + RESERVED + len(args)))(kernel, 0, 0, 0, 0, 0, *args)
+    _run(kernel, (ctypes.c_int64 * (HEAD + RESERVED + len(args)))(kernel, 0, 0, 0, 0, 0, *args), team)
+
+
+class Prepared:
+    """A kernel and its arguments but for a few (None), which every call gives; any number of Python threads may call.
+
+    Packing two dozen arguments takes longer than a small kernel.
+    """
+
+    def __init__(self, kernel: int, args: Sequence[int | None]) -> None:
+        self.kernel = kernel
+        self.places = [HEAD + RESERVED + place for place, each in enumerate(args) if each is None]
+        self.form = ctypes.c_int64 * (HEAD + RESERVED + len(args))
+        self.packed = bytes(self.form(kernel, 0, 0, 0, 0, 0, *(each or 0 for each in args)))
+
+    def __call__(self, team: int, *values: int) -> None:
+        """Run the kernel on ``team`` threads."""
+        packed = self.form.from_buffer_copy(self.packed)
+        for place, value in zip(self.places, values, strict=True):
+            packed[place] = value
+        _run(self.kernel, packed, team)
+
+
+def _run(kernel: int, packed: "ctypes.Array[ctypes.c_int64]", team: int) -> None:
     if team == 1 or _parallel is None:
         _Kernel(kernel)(ctypes.addressof(packed) + 8 * HEAD)
         return

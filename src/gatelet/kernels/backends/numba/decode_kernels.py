@@ -1,0 +1,185 @@
+"""One token through a feed-forward block in one pass, compiled by Numba. Import this module only to run them.
+
+Which units are open is decided on the way: by W_g x, computed in full, or by W_g x and W1 x from int8 copies of both.
+Rows of closed units are not read. Units are shared out in a fixed number of parts, each with sums of its own.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from gatelet.kernels.backends.numba import gather as g
+from gatelet.kernels.backends.numba.kernels import activate, compiled
+from gatelet.kernels.backends.numba.narrow_kernels import (
+    NEAR,
+    ROWS,
+    arguments,
+    clear,
+    read,
+    read_word,
+    rows_axpy,
+    rows_dots,
+    shifted,
+    take,
+    write,
+    write_word,
+)
+
+
+@compiled
+def numbered(target: Any, first: Any, last: Any) -> Any:  # pragma: no cover (compiled)
+    """List the units ``first`` to ``last``, 16 bytes each; return how many."""
+    for unit in range(first, last):
+        write_word(target + 16 * (unit - first), unit)
+    return last - first
+
+
+# Long, since Numba fixes a kernel's types and widths by what it closes over: each kernel is a function inside of it.
+def _make(kind: Any) -> dict[str, Any]:
+    """Return the kernels, not yet compiled, for weights stored like ``kind``."""
+    one, byte = np.float32(1), np.int8(1)
+
+    def by_itself(p: Any) -> None:
+        """out[part] = Σ_n hidden_n · W2[n] over the part's units that are open.
+
+        a = act(W_g x + b_g); unit n is listed if scale_n·|a_n| > limits[0]; hidden_n = a_n·(W1 x + b1)_n; of the listed
+        ones those count of which norm_n·|hidden_n| > limits[1]. Without W1 hidden is a. With ``near_g`` and ``near_1``,
+        int8 copies of W_g and W1 with scales ``sg`` and ``sn``, a unit is listed if norm_n·|act(W_g x)_n (W1 x)_n|, by
+        the copies, is above limits[0], and a_n is computed for the listed ones alone.
+        """
+        (
+            counter,
+            x,
+            w1,
+            s1,
+            b1,
+            w3,
+            s3,
+            b3,
+            near_1,
+            sn,
+            near_3,
+            sm,
+            scale,
+            norm,
+            limits,
+            w2,
+            s2,
+            out,
+            units,
+            width,
+            outputs,
+            code,
+            scratch,
+            stride,
+            parts,
+        ) = arguments(p, 25)
+        words = (units + 63) // 64
+        while True:
+            part = take(counter)
+            if part >= parts:
+                break
+            near, target = scratch + part * stride, out + part * outputs * 4
+            clear(target, outputs * 4)
+            rows = near + NEAR * 4
+            count = numbered(rows, 64 * (part * words // parts), min(64 * ((part + 1) * words // parts), units))
+            kept, i = 0, 0
+            while i < count:
+                k = min(ROWS, count - i)
+                some, later = rows + 16 * i, rows + 16 * min(i + ROWS, count - k)
+                if near_1 != 0:
+                    rows_dots(k, some, later, near_1, x, width, near, byte)
+                    if near_3 != 0:
+                        rows_dots(k, some, later, near_3, x, width, near + 32, byte)
+                else:
+                    rows_dots(k, some, later, w1, x, width, near, kind)
+                for e in range(k):
+                    unit = read_word(some + 16 * e)
+                    if near_1 != 0:
+                        a = activate(shifted(read(near + 4 * e, one), sn, b1, unit, one), code, one)
+                        if near_3 != 0:
+                            a *= shifted(read(near + 32 + 4 * e, one), sm, b3, unit, one)
+                    else:
+                        a = activate(shifted(read(near + 4 * e, one), s1, b1, unit, one), code, one)
+                    if abs(a) * read(scale + 4 * unit, one) > read(limits, one):
+                        write_word(rows + 16 * kept, unit)
+                        write(rows + 16 * kept + 8, a)
+                        kept += 1
+                i += k
+            count, kept, i = kept, 0, 0
+            while i < count:
+                k = min(ROWS, count - i)
+                some, later = rows + 16 * i, rows + 16 * min(i + ROWS, count - k)
+                if near_1 != 0:
+                    rows_dots(k, some, later, w1, x, width, near, kind)
+                if w3 != 0:
+                    rows_dots(k, some, later, w3, x, width, near + 32, kind)
+                for e in range(k):
+                    unit, a = read_word(some + 16 * e), read(some + 16 * e + 8, one)
+                    if near_1 != 0:
+                        a = activate(shifted(read(near + 4 * e, one), s1, b1, unit, one), code, one)
+                    if w3 != 0:
+                        a *= shifted(read(near + 32 + 4 * e, one), s3, b3, unit, one)
+                    if abs(a) * read(norm + 4 * unit, one) > read(limits + 4, one):
+                        write_word(rows + 16 * kept, unit)
+                        write(rows + 16 * kept + 8, a * read(s2 + 4 * unit, one) if s2 != 0 else a)
+                        kept += 1
+                i += k
+            i = 0
+            while i < kept:
+                k = min(ROWS, kept - i)
+                some, later = rows + 16 * i, rows + 16 * min(i + ROWS, kept - k)
+                for e in range(k):
+                    write(near + 4 * e, read(some + 16 * e + 8, one))
+                rows_axpy(k, some, later, w2, target, outputs, near, kind)
+                i += k
+
+    def by_input(p: Any) -> None:
+        """out[part] = Σ_d x_d · W[d] over the part's inputs d of which |x_d|·norm_d > limits[0]; W is (D, N)."""
+        counter, x, w, s, norm, limits, out, width, outputs, scratch, stride, parts = arguments(p, 12)
+        words = (width + 63) // 64
+        while True:
+            part = take(counter)
+            if part >= parts:
+                break
+            near, target = scratch + part * stride, out + part * outputs * 4
+            clear(target, outputs * 4)
+            rows, kept = near + NEAR * 4, 0
+            for d in range(64 * (part * words // parts), min(64 * ((part + 1) * words // parts), width)):
+                value = read(x + 4 * d, one)
+                if abs(value) * read(norm + 4 * d, one) > read(limits, one):
+                    write_word(rows + 16 * kept, d)
+                    write(rows + 16 * kept + 8, value * read(s + 4 * d, one) if s != 0 else value)
+                    kept += 1
+            i = 0
+            while i < kept:
+                k = min(ROWS, kept - i)
+                some, later = rows + 16 * i, rows + 16 * min(i + ROWS, kept - k)
+                for e in range(k):
+                    write(near + 4 * e, read(some + 16 * e + 8, one))
+                rows_axpy(k, some, later, w, target, outputs, near, kind)
+                i += k
+
+    def full(p: Any) -> None:
+        """out = x Wᵀ + b, all rows."""
+        counter, x, w, s, b, out, units, width, scratch, stride, parts = arguments(p, 11)
+        words = (units + 63) // 64
+        while True:
+            part = take(counter)
+            if part >= parts:
+                break
+            near = scratch + part * stride
+            rows = near + NEAR * 4
+            unit, last = 64 * (part * words // parts), min(64 * ((part + 1) * words // parts), units)
+            while unit < last:
+                k = min(ROWS, last - unit)
+                numbered(rows, unit, min(unit + 2 * ROWS, last))
+                rows_dots(k, rows, rows + 16 * min(ROWS, last - unit - k), w, x, width, near, kind)
+                for e in range(k):
+                    write(out + 4 * (unit + e), shifted(read(near + 4 * e, one), s, b, unit + e, one))
+                unit += k
+
+    return {kernel.__name__: kernel for kernel in (by_itself, by_input, full)}
+
+
+decode = g.Kernels(_make)
