@@ -45,16 +45,17 @@ def converted(model, **options):
 def test_as_the_block_in_eval(make, gater, weights, tokens):
     model, ids = converted(make(), gater=gater)
     x = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(1))
+    exact = weights == "float32" and gater != "preview"  # a preview decides by int8 copies
     with torch.no_grad():
         for owner, gating in blocks(model).values():
             want, have = owner(x), RowsFFN(owner, gating, weights)(x)
             # A gate at its threshold may fall on the other side where the activation that decides was rounded.
             error = (have - want).norm() / want.norm()
-            assert error < (CLOSE[weights] if gater == "mlp" or weights == "float32" else 0.2)
+            assert error < (CLOSE[weights] if gater == "mlp" or exact else 0.2)
         want = model(ids).logits
         kept = keep_rows(model, weights)
         assert sum(isinstance(module, RowsFFN) for module in kept.modules()) == 2
-        assert (kept(ids).logits - want).norm() / want.norm() < (1e-4 if weights == "float32" else 0.3)
+        assert (kept(ids).logits - want).norm() / want.norm() < (1e-4 if exact else 0.3)
 
 
 def test_int8_is_the_dense_formula_with_rounded_weights():
