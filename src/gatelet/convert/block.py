@@ -103,7 +103,7 @@ def module_path(path: str) -> str:
 
 
 class _Half(nn.Module):
-    """A half of what a module gives, where that module must be called to know it."""
+    """A half of what a module (``whole``) gives, where that module must be called to know it."""
 
     def __init__(self, whole: nn.Module, half: int) -> None:
         super().__init__()

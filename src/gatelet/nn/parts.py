@@ -69,7 +69,8 @@ def all_affine(*parts: Part | None) -> bool:
     """Whether the kernels can read all of these; what keeps them from it is announced once."""
     others = [part for part in parts if part is not None and not isinstance(part, Affine)]
     for part in others:
-        _announce(type(part).__name__, cast(str, more_than_affine(part)))
+        whole = getattr(part, "whole", part)  # of a map that is half of another
+        _announce(type(whole).__name__, cast(str, more_than_affine(whole)))
     return not others
 
 
