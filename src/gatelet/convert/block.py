@@ -105,12 +105,12 @@ def module_path(path: str) -> str:
 class _Half(nn.Module):
     """A half of what a module (``whole``) gives, where that module must be called to know it."""
 
-    def __init__(self, whole: nn.Module, half: int) -> None:
+    def __init__(self, whole: nn.Module, place: int) -> None:
         super().__init__()
-        self.whole, self.half = whole, half
+        self.whole, self.place = whole, place
 
     def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.whole(x).chunk(2, dim=-1)[self.half])
+        return cast(Tensor, self.whole(x).chunk(2, dim=-1)[self.place])
 
 
 def _half_of(part: Part, path: str) -> Part:
