@@ -217,8 +217,9 @@ def measure_perplexity(out, names):
     for name, make in makers(language.model, text, out).items():
         if "perplexity" in found.get(name, {}) or (names and name not in names) or not _is_there(out, name):
             continue
-        found = _read(out)
-        found.setdefault(name, {})["perplexity"] = perplexity(make(), text.held_out)
+        value = perplexity(make(), text.held_out)
+        found = _read(out)  # another process may have added to it
+        found.setdefault(name, {})["perplexity"] = value
         _write(out, found)
         print(name, found[name], flush=True)
 

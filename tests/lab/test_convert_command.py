@@ -9,6 +9,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 import gatelet
+from gatelet.convert import keep_rows
 from gatelet_lab.commands import convert
 from gatelet_lab.commands.convert import Convert
 from gatelet_lab.language import decoding, load_language, perplexity, read_text
@@ -36,7 +37,7 @@ def home(tmp_path_factory):
 
 
 def options(home, out, **changes):
-    given = {"rate": 0.4, "bottleneck": 4, "steps": 4, "tokens": 2048, "held_out": 512, "length": 64}
+    given = {"gater": "mlp", "rate": 0.4, "bottleneck": 4, "steps": 4, "tokens": 2048, "held_out": 512, "length": 64}
     return Convert(home / "model", (str(home / "text" / "*.txt"),), out, **given | changes)
 
 
@@ -58,9 +59,12 @@ def test_writes_a_model_that_loads_and_a_report(home, tmp_path, gater, weights):
     report = (tmp_path / "out" / "report.md").read_text()
     assert f"| with gates | {perplexity(again.model, text.held_out):.2f} (" in report
     assert f"| dense | {perplexity(load_language(home / 'model').model, text.held_out):.2f} |" in report
-    kept = gatelet.convert.keep_rows(gatelet.load(tmp_path / "out"), weights, rest=True)
+    kept = keep_rows(gatelet.load(tmp_path / "out"), weights, rest=True)
     assert f"| rows kept to decode, {weights} | {perplexity(kept, text.held_out):.2f} (" in report
-    assert f"To decode: `gatelet.convert.keep_rows(gatelet.load('out'), '{weights}', rest=True)`." in report
+    assert (
+        f"To decode: `from gatelet.convert import keep_rows; keep_rows(gatelet.load('out'), '{weights}', rest=True)`."
+        in report
+    )
     assert report.count("| model.layers.") == 2
     assert (tmp_path / "out" / "report.png").stat().st_size > 1000
     assert not (tmp_path / "out" / "distil.pt").exists()

@@ -180,9 +180,8 @@ def _how_to_load(options: Convert, outcome: Outcome) -> list[str]:
     """Say how the fastest of the models is made from what was saved."""
     if "rows" not in outcome.perplexity:
         return ["Its blocks are no modules of their own, so their rows cannot be kept to decode (`keep_rows`)."]
-    return [
-        f"To decode: `gatelet.convert.keep_rows(gatelet.load({options.out.name!r}), {options.weights!r}, rest=True)`."
-    ]
+    made = f"keep_rows(gatelet.load({options.out.name!r}), {options.weights!r}, rest=True)"
+    return [f"To decode: `from gatelet.convert import keep_rows; {made}`."]
 
 
 def draw(outcome: Outcome, path: Path) -> None:
