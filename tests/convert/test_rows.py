@@ -8,8 +8,8 @@ import transformers
 from torch import nn
 
 import gatelet
-from gatelet.convert import blocks, keep_rows
-from gatelet.convert.rows import RowsFFN, RowsLinear
+from gatelet.convert import blocks, keep_rows, skip_inputs
+from gatelet.convert.rows import InputRows, RowsFFN, RowsLinear
 from gatelet.kernels import int8_rows
 
 CLOSE = {"float32": 1e-5, "bf16": 1e-2, "int8": 2e-2}
@@ -124,10 +124,42 @@ def test_copies_decode_by_their_own_weights(gater):
     assert twin(x).eq(0).all()
 
 
-@pytest.mark.parametrize("weights", ["float32", "bf16"])
-def test_a_preview_spares_all_rows_of_closed_units(weights):
+@pytest.mark.parametrize("weights", CLOSE)
+def test_inputs_that_are_small_are_skipped(weights):
+    """TEAL's formula, at thresholds of the share asked for; the maps that were not chosen keep all rows."""
+    model, ids = llama(), torch.randint(50, (4, 12), generator=torch.Generator().manual_seed(0))
+    seen = []
+    model.model.layers[0].mlp.down_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    down = model.model.layers[0].mlp.down_proj.weight.detach()
+    model(ids)
+    model.model.layers[0].mlp.down_proj._forward_pre_hooks.clear()
+    made = skip_inputs(model, [ids], 0.6, weights, where=lambda name: name.endswith("down_proj"), rest=True)
+    assert sum(isinstance(module, InputRows) for module in made.modules()) == 2
+    assert sum(isinstance(module, RowsLinear) for module in made.modules()) == 2 * 6 + 1
+    kept, x = made.model.layers[0].mlp.down_proj, seen[0]
+    is_open = x.abs() > kept.limit
+    assert is_open.float().mean() == pytest.approx(0.6, abs=0.01)
+    with torch.no_grad():
+        for token in (x, x[0, 0]):
+            want = torch.where(token.abs() > kept.limit, token, 0) @ down.t()
+            assert (kept(token) - want).norm() <= CLOSE[weights] * want.norm()
+
+
+def test_what_skip_inputs_refuses():
+    ids = torch.randint(50, (2, 5))
+    with pytest.raises(ValueError, match="model: holds converted blocks"):
+        skip_inputs(converted(llama())[0], [ids], 0.5)
+    with pytest.raises(ValueError, match="rate must lie strictly between 0 and 1"):
+        skip_inputs(llama(), [ids], 1.0)
+    with pytest.raises(ValueError, match="has no linear map that could be replaced"):
+        skip_inputs(llama(), [ids], 0.5, where=lambda name: False)
+    with pytest.raises(ValueError, match="loader: no batch reaches"):
+        skip_inputs(llama(), [], 0.5)
+
+
+def test_a_preview_spares_all_rows_of_closed_units():
     model, _ = converted(llama(), gater="preview")
-    block = keep_rows(model, weights).model.layers[0].mlp
+    block = keep_rows(model, "float32").model.layers[0].mlp
     x = torch.randn(1, 32)
     want = block(x)
     hidden = torch.nn.functional.silu(x @ block.near_first_values.float().t() * block.near_first_scales)

@@ -46,7 +46,7 @@ class _Rows(nn.Module):
         weight, weights = weight.detach(), weights or self.weights
         if weights == "int8":
             kept = int8_rows(weight)
-            self.register_buffer(f"{name}_values", kept.values)
+            self.register_buffer(f"{name}_values", kept.values.contiguous())
             self.register_buffer(f"{name}_scales", kept.scales)
         else:
             dtype = torch.bfloat16 if weights == "bf16" else torch.float32
@@ -142,7 +142,7 @@ class RowsFFN(_Rows):
     are off by at most half a step per number (:func:`gatelet.kernels.int8_rows`; a scale per unit of W_g and W1, per
     output of W2); bfloat16 by 2⁻⁹ of each. A
     :class:`gatelet.nn.PreviewGater` decides by int8 copies of W_g and W1, which are kept besides; where the weights
-    themselves are int8, by them, and only W2 is spared.
+    are bfloat16 or int8, by them, and only W2 is spared: copies would cost what they save.
 
     Args:
         owner, gating: the converted block.
@@ -172,7 +172,7 @@ class RowsFFN(_Rows):
         """Whether one kernel does all of it."""
         if not self.alone:
             return
-        self.preview = isinstance(self.gater, PreviewGater) and weights != "int8"
+        self.preview = isinstance(self.gater, PreviewGater) and weights == "float32"
         if self.preview:
             self._keep("near_first", first.weight, None, "int8")
             if self.gated:
@@ -314,6 +314,7 @@ def skip_inputs(
     rate: float,
     weights: str = "float32",
     where: Callable[[str], bool] = lambda name: True,
+    rest: bool = False,
 ) -> nn.Module:
     """Let a model's linear maps read, in place, only what their large inputs meet: activation sparsity (TEAL).
 
@@ -321,11 +322,12 @@ def skip_inputs(
     tokens in the dense model. For decoding one token at a time on a CPU; there is no way back.
 
     Args:
-        model: dense, on the CPU; no module in it is converted.
+        model: on the CPU; no module in it is converted, but blocks may have been replaced by :func:`keep_rows`.
         loader: yields what ``model(batch)`` takes.
         rate: the share of inputs to read.
         weights: ``"float32"``, ``"bf16"`` or ``"int8"``.
         where: which maps, by name.
+        rest: keep the rows of the other linear maps, all of them open, as :func:`keep_rows` does.
 
     Returns:
         the same model, in ``eval()``.
@@ -344,7 +346,7 @@ def skip_inputs(
     check_choice(weights, KEPT, "weights")
     check_rate(rate, "rate")
     if blocks(model):
-        raise ValueError("model: holds converted blocks; thin out their inputs before, or revert them")
+        raise ValueError("model: holds converted blocks; keep_rows or revert them first")
     parts = {name: part_of(module) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     chosen = {name: part for name, part in parts.items() if isinstance(part, Affine) and where(name)}
     if not chosen:
@@ -371,7 +373,11 @@ def skip_inputs(
     if missing:
         raise ValueError(f"loader: no batch reaches {missing[0]}")
     limits = {name: float(torch.cat(sizes).quantile(1 - rate)) for name, sizes in seen.items()}
-    return _put(model, {name: InputRows(part, limits[name], weights) for name, part in chosen.items()})
+    made: dict[str, nn.Module] = {name: InputRows(part, limits[name], weights) for name, part in chosen.items()}
+    for name, part in parts.items():
+        if rest and isinstance(part, Affine) and name not in made:
+            made[name] = RowsLinear(part, weights)
+    return _put(model, made)
 
 
 def _put(model: nn.Module, made: dict[str, nn.Module]) -> nn.Module:
