@@ -23,6 +23,7 @@ from gatelet.kernels import (
     narrow_input_linear,
     narrow_linear,
 )
+from gatelet.kernels.backends.numba.memory import empty as large_empty
 from gatelet.nn.conditional_ffn import ACTIVATIONS
 from gatelet.nn.gaters import PreviewGater, SelfGater
 from gatelet.nn.parts import Affine, part_of
@@ -30,6 +31,8 @@ from gatelet.nn.parts import Affine, part_of
 KEPT = ("float32", "bf16", "int8")
 SAMPLE = 1 << 15
 """So many inputs of a batch tell a map's threshold."""
+ALIGNED = 64
+"""Weights begin at multiples of so many bytes."""
 NEVER = -1.0
 """A limit that every size is above."""
 
@@ -384,4 +387,23 @@ def _put(model: nn.Module, made: dict[str, nn.Module]) -> nn.Module:
     for name, module in made.items():
         parent, _, key = name.rpartition(".")
         setattr(model.get_submodule(parent), key, module)
+    _lay_together(made.values())
     return model.eval()
+
+
+@torch.no_grad()
+def _lay_together(modules: Iterable[nn.Module]) -> None:
+    """Move the weights into one piece of memory, in large pages where there are such: rows are found faster there."""
+    places = [
+        (part, name, value)
+        for module in modules
+        for part in module.modules()
+        if isinstance(part, _Rows)
+        for name, value in part._buffers.items()
+        if value is not None and value.dim() == 2
+    ]
+    sizes = [-(-value.nbytes // ALIGNED) * ALIGNED for _, _, value in places]
+    memory, begin = large_empty(torch.empty(0, dtype=torch.uint8), (sum(sizes) + ALIGNED,)), 0
+    for (part, name, value), size in zip(places, sizes, strict=True):
+        part._buffers[name] = memory[begin : begin + value.nbytes].view(value.dtype).view(value.shape).copy_(value)
+        begin += size
