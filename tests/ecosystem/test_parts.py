@@ -293,6 +293,22 @@ def test_the_copy_is_made_once(monkeypatch):
     layer(X.clone().requires_grad_()).sum().backward()
 
 
+def test_the_copy_of_a_training_pass_stays_until_its_graph_is_gone():
+    layer = ffn(estimator="straight_through_open")
+    noise, found = torch.rand(len(X), layer.up.out_features), []
+    x = X.clone().requires_grad_()
+    want = torch.autograd.grad(layer(x, noise=noise).sum(), x)[0]
+    memory = layer.laid._kept["down"][1].data_ptr()
+    first = layer(x, noise=noise)
+    assert layer.laid._kept["down"][1].data_ptr() == memory
+    weight = layer.down.weight.data
+    weight.zero_()  # changes no version, and the first pass's graph is still there
+    found.append(layer(x, noise=noise))
+    assert layer.laid._kept["down"][1].data_ptr() != memory
+    assert not (found[0] - layer.down.bias).any()
+    torch.testing.assert_close(torch.autograd.grad(first.sum(), x)[0], want)
+
+
 def test_what_wants_contiguous_parameters(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     layer = ffn()

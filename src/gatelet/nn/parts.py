@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.modules import module as _torch_module
 
 from gatelet._checks import is_transformed
+from gatelet.kernels.ops.turned import turned
 
 
 class Affine(NamedTuple):
@@ -85,15 +86,20 @@ def _announce(name: str, why: str) -> None:
 
 
 class _Laid(torch.autograd.Function):
-    """A weight in another layout: the same numbers, and the same gradient."""
+    """A weight in the other layout: the same numbers, and the same gradient."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, laid: Tensor) -> Tensor:
+        ctx.by_rows = weight.is_contiguous()
         return laid.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+        have = grad if ctx.by_rows else grad.t()
+        if torch.is_grad_enabled() or type(grad) is not Tensor or have.is_contiguous():
+            return grad, None
+        # In the parameter's layout: torch would otherwise copy it so, more slowly.
+        return (turned(grad.t()) if ctx.by_rows else turned(grad).t()), None
 
 
 class ByUnit:
@@ -102,7 +108,8 @@ class ByUnit:
     Parameters are ordinary contiguous tensors; where a unit's numbers are a column of one, the layer keeps a copy
     beside it for calls without gradients, made anew when the parameter has changed: another tensor, another version,
     or, as writing to ``.data`` changes no version, other numbers among those that are looked at. :meth:`forget` (the
-    layer's ``train()`` and ``eval()``) drops it. A pass with gradients makes its own.
+    layer's ``train()`` and ``eval()``) drops it. A pass with gradients copies anew, into the same memory unless a graph
+    still holds it.
     """
 
     SAMPLE = 256
@@ -119,7 +126,7 @@ class ByUnit:
         if weight.is_contiguous() or not _kernels_read(weight):
             return weight
         if torch.is_grad_enabled() and weight.requires_grad:
-            return cast(Tensor, _Laid.apply(weight, weight.detach().contiguous()))
+            return cast(Tensor, _Laid.apply(weight, self._copy(key, weight.detach(), new=True)))
         return self._copy(key, weight.detach())
 
     def columns(self, key: str, weight: Tensor) -> Tensor:
@@ -127,33 +134,39 @@ class ByUnit:
         if weight.t().is_contiguous() or not _kernels_read(weight):
             return weight
         if torch.is_grad_enabled() and weight.requires_grad:
-            return cast(Tensor, _Laid.apply(weight, weight.detach().t().contiguous().t()))
+            return cast(Tensor, _Laid.apply(weight, self._copy(key, weight.detach().t(), new=True).t()))
         return self._copy(key, weight.detach().t()).t()
 
-    def _copy(self, key: str, turned: Tensor) -> Tensor:
+    def _copy(self, key: str, view: Tensor, new: bool = False) -> Tensor:
         """Return a contiguous copy of the weight's transposed view, the one that is kept if it still holds."""
-        now = (turned.data_ptr(), turned._version, turned.shape, turned.dtype)
+        now = (view.data_ptr(), view._version, view.shape, view.dtype)
         kept = self._kept.get(key)
-        if kept is not None and kept[0] == now and torch.equal(self._some(turned), kept[2]):
+        if not new and kept is not None and kept[0] == now and torch.equal(self._some(view), kept[2]):
             return kept[1]
         with torch.inference_mode(False):  # for use in any mode
-            copy = torch.empty(turned.shape, dtype=turned.dtype, device=turned.device).copy_(turned)
-        self._kept[key] = (now, copy, self._some(turned).clone())
+            copy = turned(view.t(), into=None if kept is None else _unused(kept[1], view))
+        self._kept[key] = (now, copy, self._some(view).clone())
         return copy
 
-    def _some(self, turned: Tensor) -> Tensor:
+    def _some(self, view: Tensor) -> Tensor:
         """Return numbers spread over the whole matrix, a diagonal that winds around it."""
-        rows, width = turned.shape
+        rows, width = view.shape
         step = max(1, rows * width // self.SAMPLE) | 1
         count = min(self.SAMPLE, (rows * width - 1) // step + 1)
         # The transposed view of a contiguous matrix: its storage is one line of numbers.
-        return turned.as_strided((count,), (step,), turned.storage_offset())
+        return view.as_strided((count,), (step,), view.storage_offset())
 
     def __deepcopy__(self, memo: Any) -> "ByUnit":
         return ByUnit()
 
     def __reduce__(self) -> Any:
         return ByUnit, ()
+
+
+def _unused(memory: Tensor, view: Tensor) -> Tensor | None:
+    """Return the memory if a matrix like this one fits into it and nothing else holds it, no graph either."""
+    fits = (memory.shape, memory.dtype, memory.device) == (view.shape, view.dtype, view.device)
+    return memory if fits and torch._C._storage_Use_Count(memory.untyped_storage()._cdata) <= 2 else None
 
 
 def _kernels_read(weight: Tensor) -> bool:

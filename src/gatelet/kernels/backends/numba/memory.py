@@ -11,6 +11,10 @@ LARGE = 1 << 22
 """Bytes of a result from which it pays to ask: the C library takes and gives such memory back at every call."""
 
 
+POPULATE = 23
+"""Linux's MADV_POPULATE_WRITE: give the pages now. Threads that meet in a page not yet there wait for each other."""
+
+
 @functools.cache
 def _advise() -> Callable[[int, int, int], int] | None:
     """Return the C library's madvise, None where there is none, or no large pages."""
@@ -28,5 +32,7 @@ def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     if found.nbytes >= LARGE and (advise := _advise()) is not None:
         # Whole pages inside; a refusal changes nothing.
         begin = -(-found.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        advise(begin, (found.data_ptr() + found.nbytes - begin) // mmap.PAGESIZE * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
+        length = (found.data_ptr() + found.nbytes - begin) // mmap.PAGESIZE * mmap.PAGESIZE
+        advise(begin, length, mmap.MADV_HUGEPAGE)
+        advise(begin, length, POPULATE)
     return found

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from gatelet.kernels.backends import _pairs
 from gatelet.kernels.backends._activations import ACTIVATIONS
-from gatelet.kernels.backends.numba import SMALLEST_GROUP, lists, narrow
+from gatelet.kernels.backends.numba import SMALLEST_GROUP, lists, memory, narrow, turn
 from gatelet.kernels.backends.numba import team as _team
 from gatelet.kernels.backends.numba.kernels import MOST, RECORD, RUNS, SLICE, VECTOR, WORDS, products
 from gatelet.kernels.pattern import Bits, Form, Lists, words
@@ -113,7 +113,7 @@ def dots(
     fill: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Return act(x Wᵀ + b) ∘ gate at open pairs and, to ``keep``, x Wᵀ + b; zero elsewhere if ``fill``."""
-    x, weight = x.contiguous(), weight.contiguous()
+    x, weight = x.contiguous(), _by_rows(weight)
     bias = None if bias is None else bias.contiguous()
     if isinstance(pattern, Lists):
         found = lists.dots(x, weight, bias, pattern.starts, pattern.units)
@@ -203,7 +203,7 @@ def by_example(
     own: bool = False,
 ) -> Tensor:
     """Return y (B, D) with y[b] = bias + Σ_n C[b, n] W[n] over open n."""
-    coefficient, weight = coefficient.contiguous(), weight.contiguous()
+    coefficient, weight = coefficient.contiguous(), _by_rows(weight)
     bias = None if bias is None else bias.contiguous()
     if isinstance(pattern, Lists):
         return lists.by_example(coefficient, weight, bias, pattern.starts, pattern.units)
@@ -242,7 +242,7 @@ def by_unit(
     transposed: bool = False,
     own: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return V (N, D), V[n] = Σ_b C[b, n] x[b] over open b, and the sums Σ_b C[b, n]; None for what is not needed."""
+    """Return V[n] = Σ_b C[b, n] x[b] over open b, and the sums Σ_b C[b, n]; None for what is not needed."""
     coefficient, x = coefficient.contiguous(), x.contiguous()
     if isinstance(pattern, Lists):
         turned = _turned(pattern)
@@ -250,7 +250,7 @@ def by_unit(
         return found.t() if found is not None and transposed else found, total
     cols = _written(pattern).cols
     (batch, width), units = x.shape, coefficient.shape[1]
-    result = x.new_empty((units, width)) if need_rows else None
+    result = memory.empty(x, (units, width)) if need_rows else None
     sums = x.new_empty(units) if need_sum else None
     source = pack(x) if need_rows else x
     team = _team.threads()
@@ -265,6 +265,14 @@ def by_unit(
         **{"room": scratch.data_ptr(), "room_stride": stride},
     )
     return result.t() if result is not None and transposed else result, sums
+
+
+turned = turn.turned
+
+
+def _by_rows(weight: Tensor) -> Tensor:
+    """Return the weight with its rows together."""
+    return turned(weight.t()) if weight.t().is_contiguous() and not weight.is_contiguous() else weight.contiguous()
 
 
 def pointwise(

@@ -1,0 +1,31 @@
+"""turned: a matrix laid out the other way."""
+
+import torch
+from torch import Tensor
+
+from gatelet.kernels.backends import BACKENDS
+
+LARGE = 1 << 16
+"""Numbers from which a copy is compiled code's: whole cache lines on all threads, where torch's is on one."""
+
+
+def turned(matrix: Tensor, into: Tensor | None = None) -> Tensor:
+    """Return a contiguous copy of a matrix with rows and columns exchanged, without a derivative.
+
+    Args:
+        matrix: (R, C).
+        into: memory for it, contiguous (C, R).
+
+    Returns:
+        (C, R).
+
+    >>> turned(torch.tensor([[1.0, 2.0]]))
+    tensor([[1.],
+            [2.]])
+    """
+    numba = BACKENDS["numba"]
+    ordinary = matrix.device.type == "cpu" and matrix.is_contiguous() and matrix.numel() >= LARGE
+    if ordinary and matrix.dtype in (torch.float32, torch.float64) and not numba.missing():
+        found: Tensor = numba.products.turned(matrix, into)
+        return found
+    return matrix.t().contiguous() if into is None else into.copy_(matrix.t())
