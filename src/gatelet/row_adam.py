@@ -9,6 +9,7 @@ from torch.optim.adam import adam
 
 from gatelet._checks import check_positive, check_weight
 from gatelet.kernels.choose import compiles
+from gatelet.kernels.ops._declare import plain
 
 
 class RowAdam(torch.optim.Optimizer):
@@ -104,9 +105,9 @@ def _dense(
 
 def _rows(parameter: Tensor, mean: Tensor, square: Tensor, rows: Tensor, grad: Tensor, options: dict[str, Any]) -> None:
     """Step some rows: by the compiled kernel on a CPU, elsewhere by gathering and scattering them."""
-    plain = all(each.is_contiguous() for each in (parameter, mean, square, grad))
+    whole = all(each.is_contiguous() for each in (parameter, mean, square, grad))
     on_cpu = parameter.device.type == "cpu" and parameter.dtype in (torch.float32, torch.float64)
-    if plain and on_cpu and compiles():
+    if whole and on_cpu and plain(parameter, mean, square, grad) and compiles():
         from gatelet.kernels.backends.numba.row_kernels import adam_rows
 
         adam_rows(parameter, mean, square, rows.contiguous(), grad, **options)

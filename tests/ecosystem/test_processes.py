@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 import gatelet
+from gatelet.estimators import _distributed
 from gatelet.nn import ConditionalFFN, ConditionalLinear
 from gatelet.sparsity import AdaptiveL1, FiringRateBias, KLRate, calibrate_thresholds, penalty
 
@@ -59,11 +61,21 @@ def calibrated(x):
     return {"threshold": net.unit.threshold, "share": torch.tensor(shares["unit"])}
 
 
+def chain(x):
+    """Thresholds of three layers, each of which sees what the others before it let through."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*[ConditionalFFN(12, 200, 4, target_rate=rate) for rate in (0.3, 0.1, 0.5)]).double()
+    shares = calibrate_thresholds(net, list(x.split(4)))
+    return {f"{i}": layer.unit.threshold for i, layer in enumerate(net)} | {
+        f"share {i}": torch.tensor(shares[f"{i}.unit"]) for i in range(3)
+    }
+
+
 def everything(rank, sizes):
     x, noise = data(), torch.rand(16, 40, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     x, noise = (each.split(sizes)[rank] for each in (x, noise))
     found = {control: rates(x, noise, control) for control in ("kl", "l1", "bias")}
-    return {**found, "baseline": baseline(x, sum(sizes[:rank])), "calibration": calibrated(x)}
+    return {**found, "baseline": baseline(x, sum(sizes[:rank])), "calibration": calibrated(x), "chain": chain(x)}
 
 
 def checkpointed(rank):
@@ -117,6 +129,7 @@ def reported(rank):
     net, found = ConditionalFFN(12, 64, 4).double(), {}
     calibrate_thresholds(net, [data()], local=True)
     net.eval()(data().split([11, 5])[rank])
+    found["fraction"] = float(net.active_fraction)
     found["together"] = gatelet.report(net).layers[0]
     found["local"] = gatelet.report(net, local=True).layers[0]
     with gatelet.sparsity.alone():
@@ -127,7 +140,20 @@ def reported(rank):
         except RuntimeError as error:
             found["said"] = str(error)
     torch.distributed.barrier()
-    return {key: value if isinstance(value, str) else asdict(value) for key, value in found.items()}
+    return {key: value if isinstance(value, str | float) else asdict(value) for key, value in found.items()}
+
+
+def late(rank):
+    """What the first process says while it waits for the second in a training step, which comes late."""
+    net, x = layer("kl"), data().split([8, 8])[rank]
+    _distributed.PATIENCE = 0.2
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        if rank:
+            time.sleep(2)
+        net(x)
+        penalty(net).backward()
+    return {"said": [str(each.message) for each in said], "gradient": net.gater.gates.weight.grad}
 
 
 def main(rank, folder):
@@ -136,7 +162,7 @@ def main(rank, folder):
     torch.distributed.init_process_group("gloo", **where, timeout=timedelta(seconds=60))
     found = {name: everything(rank, sizes) for name, sizes in PARTS.items()}
     found |= {"checkpointed": checkpointed(rank), "ddp": ddp(rank), "alone": alone(rank)}
-    found["reported"] = reported(rank)
+    found |= {"reported": reported(rank), "late": late(rank)}
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -206,6 +232,15 @@ def test_a_report_is_of_all_processes(ran):
     whole, (first, second) = asdict(gatelet.report(net).layers[0]), [each["reported"] for each in ran]
     assert first["together"] == second["together"] == whole
     assert (first["local"]["tokens"], second["local"]["tokens"]) == (11, 5)
+    own = (11 * first["fraction"] + 5 * second["fraction"]) / 16  # active_fraction is each process's own
+    assert own == pytest.approx(whole["open_share"], abs=1e-6)
     assert first["local"] == first["alone"]
     assert "report: 1 of 2 processes" in first["said"]
     assert "local=True" in first["said"]
+
+
+def test_who_waits_in_a_training_step_says_so(ran):
+    first, second = [each["late"] for each in ran]
+    assert any("not all of them came to this one" in said and "alone()" in said for said in first["said"])
+    assert not second["said"]
+    assert all(each["gradient"].isfinite().all() and each["gradient"].any() for each in (first, second))

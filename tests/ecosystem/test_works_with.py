@@ -74,6 +74,57 @@ def test_compile_with_batches_of_several_sizes(dynamic):
     assert found.returncode == 0, found.stderr[-1500:]
 
 
+TWICE = """
+import torch, gatelet
+from gatelet.sparsity import penalty
+torch.manual_seed(0)
+layer = gatelet.nn.ConditionalFFN(96, 768, 8, estimator=gatelet.estimators.StraightThroughOpen())
+
+class Twice(torch.nn.Module):
+    broken = False
+
+    def __init__(self):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        x = self.layer(x)
+        if self.broken:
+            torch._dynamo.graph_break()
+        return self.layer(x)
+
+net, grads, terms = Twice(), [], []
+for each in (net, torch.compile(net, backend="aot_eager", fullgraph=True)):
+    torch.manual_seed(1)
+    layer.zero_grad()
+    y = each(torch.randn(8, 96))
+    terms.append(penalty(layer))
+    (y.square().mean() + terms[-1]).backward()
+    grads.append([p.grad.clone() for p in layer.parameters()])
+torch.testing.assert_close(*terms)
+for a, b in zip(*grads):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+net.broken, run = True, torch.compile(net, backend="aot_eager")
+run(torch.randn(8, 96)).sum().backward()
+run(torch.randn(8, 96))
+try:
+    penalty(layer)
+except RuntimeError as error:
+    assert "ran in two compiled graphs" in str(error), error
+else:
+    raise AssertionError("one of two penalties")
+net.broken = False
+run(torch.randn(8, 96)).sum().backward()
+run(torch.randn(8, 96))
+assert penalty(layer).requires_grad  # the pass before is over
+"""
+
+
+def test_compile_with_a_layer_used_twice():
+    found = subprocess.run([sys.executable, "-c", TWICE], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-1500:]
+
+
 @pytest.mark.parametrize("use_buffers", [False, True])
 @pytest.mark.parametrize("name", ["straight_through", "score_function"])
 def test_averaged_models(name, use_buffers):

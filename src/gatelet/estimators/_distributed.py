@@ -2,8 +2,10 @@
 
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -101,16 +103,39 @@ def _sums(sums: Tensor, count: int) -> tuple[Tensor, int]:
     else:
         packed = torch.cat([sums.flatten().double(), sums.new_full((1,), count, dtype=torch.float64)])
         try:
-            torch.distributed.all_reduce(packed)
+            _sum_in_place(packed)
         except RuntimeError as error:
-            raise RuntimeError(
-                "gatelet: the processes of torch.distributed agree on the share of open gates and on baselines in "
-                "every training step, and not all of them came to this one; a process that runs a layer by itself does "
-                f"so under `with gatelet.sparsity.alone():` ({str(error).splitlines()[0]})"
-            ) from error
+            raise RuntimeError(f"{_MISSING} ({str(error).splitlines()[0]})") from error
         if _exchange.noted is not None:
             _exchange.noted.append(packed)
     return packed[:-1].reshape(sums.shape), int(packed[-1])
+
+
+PATIENCE = 10.0
+"""Seconds after which a process that waits for the others in a training step says so."""
+_MISSING = (
+    "gatelet: the processes of torch.distributed agree on the share of open gates and on baselines in every training "
+    "step, and not all of them came to this one; a process that runs a layer by itself does so under "
+    "`with gatelet.sparsity.alone():`"
+)
+
+
+def _sum_in_place(values: Tensor) -> None:
+    """Add up all processes' values. Late ones are waited for as long as the group does, but not without a word.
+
+    Raises:
+        RuntimeError: when the group's own timeout is over.
+    """
+    work = torch.distributed.all_reduce(values, async_op=True)
+    if torch.distributed.get_backend() == "gloo":  # others take a timeout for the end of the group
+        try:
+            work.wait(timedelta(seconds=PATIENCE))
+            return
+        except RuntimeError:
+            if work.is_completed():
+                raise
+        warnings.warn(f"{_MISSING}; after {PATIENCE:g} s it still waits", UserWarning, stacklevel=2)
+    work.wait()
 
 
 _meetings = 0

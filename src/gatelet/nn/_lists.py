@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gatelet.kernels.choose import compiles
+from gatelet.kernels.ops._declare import plain
 
 
 class Lists:
@@ -64,10 +65,10 @@ class Lists:
 def compiled(*tensors: Tensor) -> bool:
     """Return whether the compiled kernels take these tensors."""
     kind = tensors[0].dtype
-    plain = kind in (torch.float32, torch.float64) and all(
+    known = kind in (torch.float32, torch.float64) and all(
         each.device.type == "cpu" and each.dtype == kind and each.is_contiguous() for each in tensors
     )
-    return plain and compiles()
+    return known and plain(*tensors) and compiles()
 
 
 def _kernels() -> Any:

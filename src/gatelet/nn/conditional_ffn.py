@@ -255,7 +255,8 @@ class ConditionalFFN(Gating):
             trained then; neither ``bottleneck`` nor ``estimator`` counts.
 
     Attributes:
-        active_fraction: the share of gates ≠ 0 in the last forward pass, over the tokens that are not padding.
+        active_fraction: the share of gates ≠ 0 in the last forward pass, over the tokens that are not padding; of
+            several processes, of this one's part of the batch.
 
     Raises:
         ValueError: for sizes that are not integers of at least 1, a group size that does not divide N, a gater

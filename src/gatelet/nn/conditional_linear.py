@@ -43,7 +43,8 @@ class ConditionalLinear(Gating):
             (..., N / group_size) logits.
 
     Attributes:
-        active_fraction: the share of gates ≠ 0 in the last forward pass, a tensor (reading it may synchronise).
+        active_fraction: the share of gates ≠ 0 in the last forward pass, a tensor (reading it may synchronise); of
+            several processes, of this one's part of the batch.
 
     Raises:
         ValueError: for sizes that are not integers of at least 1, a group size that does not divide N, a rate

@@ -43,7 +43,8 @@ class Gating(Penalised):
             (..., N / group_size) logits.
 
     Attributes:
-        active_fraction: the share of gates ≠ 0 in the last forward pass, a tensor (reading it may synchronise).
+        active_fraction: the share of gates ≠ 0 in the last forward pass, a tensor (reading it may synchronise); of
+            several processes, of this one's part of the batch.
         opened: (N / group_size,), how often each gate was open since the layer last changed its mode
             (``train()``, ``eval()``), out of ``tokens``. Neither is in ``state_dict``; compiled code does not count,
             and what activation checkpointing repeats counts once.

@@ -173,5 +173,7 @@ def _kernels_read(weight: Tensor) -> bool:
     """Whether it is an ordinary matrix on the CPU (GPU kernels read either layout; a graph is traced with its own)."""
     if torch.compiler.is_compiling() or type(weight) not in (Tensor, nn.Parameter) or is_transformed(weight):
         return False
+    if torch._C._get_tracing_state() is not None:
+        return False
     whole = weight.is_contiguous() or weight.t().is_contiguous()
     return weight.device.type == "cpu" and whole and weight.numel() > 0 and not weight.is_inference()

@@ -39,7 +39,8 @@ def penalty(model: nn.Module) -> Float[Tensor, ""]:
     """Sum of the sparsity penalties of the model's conditional layers, of the last forward pass.
 
     A layer that the pass used several times counts each time, as long as what it returned is part of something; one
-    that the pass skipped counts nothing. In compiled code the last use counts.
+    that the pass skipped counts nothing. In compiled code the uses in one graph count; of two graphs it is not known
+    whether they belong to one pass, which is refused.
 
     Args:
         model: any module that holds conditional layers.
@@ -99,6 +100,39 @@ class _Owned(torch.autograd.Function):
         return grad, None
 
 
+_traced: tuple[Any, set[int]] = (None, set())
+
+
+@torch.compiler.assume_constant_result
+def _first_in_graph(layer: int) -> bool:
+    """Return, while a graph is traced, whether this layer has not been asked for in it before."""
+    global _traced
+    graph = torch._guards.CompileContext.current_trace_id()
+    if graph is None or graph != _traced[0]:
+        _traced = graph, set()
+    met = layer in _traced[1]
+    _traced[1].add(layer)
+    return not met
+
+
+def _spent(term: Tensor) -> bool:
+    """Whether a backward pass has gone through this number's graph and freed what it needs."""
+    nodes, seen = [term.grad_fn], set()
+    while nodes and len(seen) < 100:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [each for each, _ in node.next_functions]
+        try:
+            for name in dir(node):
+                if name == "saved_tensors" or name.startswith("_saved_"):
+                    getattr(node, name)
+        except RuntimeError:
+            return True
+    return False
+
+
 class Penalised(nn.Module):
     """A layer with gates: keeps the penalties of a forward pass until :func:`penalty` takes them."""
 
@@ -108,6 +142,7 @@ class Penalised(nn.Module):
         self._last_use: _Use | None = None
         self._uses: list[weakref.ref[_Use]] = []  # the earlier ones of this forward pass
         self._looked: Tensor | None = None  # of the last use without gradients
+        self._before: Tensor | None = None  # of the compiled graph before the last one
 
     def keep_penalty(self, term: Tensor, gates: Tensor) -> Tensor:
         """Keep the penalty of this use, and return the gates, whose graph then owns it."""
@@ -115,7 +150,10 @@ class Penalised(nn.Module):
             self._looked = term
             return gates
         self._looked = None
-        if torch.compiler.is_compiling() or is_transformed(gates):
+        if torch.compiler.is_compiling():
+            self._keep_traced(term)
+            return gates
+        if is_transformed(gates):
             self._penalty = term
             return gates
         earlier = [] if self._last_use is None else [*self._uses, weakref.ref(self._last_use)]
@@ -131,15 +169,32 @@ class Penalised(nn.Module):
             tape.own(self._last_use)
         return gates
 
+    def _keep_traced(self, term: Tensor) -> None:
+        """Keep the penalty of a use in compiled code: the sum over the uses in one graph, and that of the graph before.
+
+        Whether this is the first use in its graph is known while that is traced; a question at run time would compile
+        it anew for every answer.
+        """
+        if _first_in_graph(id(self)):
+            self._before, self._penalty = self._penalty, term
+        elif self._penalty is not None:
+            self._penalty = self._penalty + term
+
     def take_penalty(self) -> Float[Tensor, ""] | None:
         """Return the penalty of the last forward pass, None if there is none, and forget it: its graph can be freed."""
         alive = [use() for use in self._uses]
         terms = [use.term for use in alive if use is not None]
         terms += [] if self._penalty is None else [self._penalty]
-        looked = self._looked
-        self._penalty, self._last_use, self._uses, self._looked = None, None, [], None
+        looked, before = self._looked, self._before
+        self._penalty, self._last_use, self._uses, self._looked, self._before = None, None, [], None, None
         if not self.training:  # a penalty from before eval() is not of this forward pass
             return None
+        if before is not None and before.requires_grad and not _spent(before):
+            raise RuntimeError(
+                "sparsity.penalty(model): a conditional layer ran in two compiled graphs since its penalty was last "
+                "taken, and only the last one is known to be of this forward pass; take the penalty after each, or "
+                "compile what holds both uses as one (fullgraph=True shows what splits it)"
+            )
         if terms:
             return torch.stack([term.to(terms[0]) for term in terms]).sum() if len(terms) > 1 else terms[0]
         if looked is not None and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
@@ -153,5 +208,5 @@ class Penalised(nn.Module):
 
     def __getstate__(self) -> dict[str, object]:
         # A graph can be neither copied nor pickled: deepcopy(model) between forward and step must work.
-        state: dict[str, object] = {"_penalty": None, "_last_use": None, "_uses": [], "_looked": None}
+        state: dict[str, object] = {"_penalty": None, "_last_use": None, "_uses": [], "_looked": None, "_before": None}
         return {**super().__getstate__(), **state}

@@ -35,8 +35,8 @@ def calibrate_thresholds(
     Gates open iff their logit exceeds the threshold, so it is the (1 − s)-quantile of the logits (A.3).
     A unit's logits depend on which gates were open before it. In a first sweep over ``loader`` each unit's threshold is
     set, by all its logits so far, before its output goes on. Further sweeps take the quantile anew, behind units that
-    stand still, until no share moves, but at most four sweeps in all. One is enough for a single unit
-    or a single batch. A bounded random sample of each unit's logits is kept.
+    stand still, until no share moves, but at most four sweeps in all. As many as there are units are enough, and one
+    for a single batch. A bounded random sample of each unit's logits is kept.
 
     Args:
         model: holds stochastic units with a ``target_rate`` (every conditional layer does). It is run in
@@ -106,47 +106,54 @@ def _settle(
     loader: Iterable[Any],
     run: Callable[..., Any],
 ) -> dict[str, float]:
-    """Sweep until the thresholds stand still; return the shares that they open, in the order of running."""
+    """Sweep until the thresholds stand still; return the shares that they open, in the order of running.
+
+    Each sweep settles one more unit of a chain for good, so as many sweeps as units are exact: then all processes
+    together find what one would with all of the data. Of more units than sweeps, they stop at small moves.
+    """
     shares: dict[str, float] = {}
     for sweep in range(_SWEEPS):
         samples = {name: _Sample(unit, target_rate) for name, unit in units.items()}
-        exact, order = _swept(model, samples, loader, run, moving=sweep == 0)
+        needed, order = _swept(model, samples, loader, run, moving=sweep == 0)
         in_force = {name: samples[name].share() for name in order}
         shares = {name: samples[name].settle() for name in order}
         moved = max(abs(shares[name] - in_force[name]) for name in order)
-        if not is_distributed() and (len(order) == 1 or (sweep == 0 and exact)):
-            break
-        if sweep > 0 and moved <= _SETTLED:
+        if sweep + 1 >= needed or (sweep > 0 and moved <= (_SETTLED if needed > _SWEEPS else 0)):
             break
     return shares
 
 
 def _swept(
     model: nn.Module, samples: dict[str, "_Sample"], loader: Iterable[Any], run: Callable[..., Any], moving: bool
-) -> tuple[bool, list[str]]:
-    """Sweep; return whether each threshold is exact already, and the units that ran, in their order, in any process."""
+) -> tuple[int, list[str]]:
+    """Sweep; return how many sweeps are exact, and the units that ran, in their order, in any process."""
     error: Exception | None = None
-    exact = False
+    once, batches = True, 0
     try:
-        exact = _sweep(model, samples, loader, run, moving)
+        once, batches = _sweep(model, samples, loader, run, moving)
     except Exception as caught:
         error = caught
     order = sorted((name for name in samples if samples[name].place), key=lambda name: samples[name].place)
     if not is_distributed():
         if error is not None:
             raise error
-        return exact, order
+        return 1 if once and batches == 1 else _needed(order, once), order
     empty = isinstance(error, _NothingSeenError)
-    found = gathered((None if error is None or empty else f"{type(error).__name__}: {error}", order))
+    found = gathered((None if error is None or empty else f"{type(error).__name__}: {error}", order, once))
     if error is not None and not empty:
         raise error
-    for rank, (said, _) in enumerate(found):
+    for rank, (said, _, _) in enumerate(found):
         if said is not None:
             raise RuntimeError(f"calibrate_thresholds: process {rank} failed: {said}")
-    order = max((names for _, names in found), key=len)
+    order = max((names for _, names, _ in found), key=len)
     if not order:
         raise error or ValueError("loader: yielded no batch in any process")
-    return False, order
+    return _needed(order, all(each for *_, each in found)), order
+
+
+def _needed(order: list[str], once: bool) -> int:
+    """Return how many sweeps are exact for these units: one for each of a chain, too many for what runs in a circle."""
+    return len(order) if once or len(order) == 1 else _SWEEPS + 1
 
 
 class _NothingSeenError(ValueError):
@@ -216,8 +223,8 @@ class _Sample:
 
 def _sweep(
     model: nn.Module, samples: dict[str, _Sample], loader: Iterable[Any], run: Callable[..., Any], moving: bool
-) -> bool:
-    """Collect the logits of all units; return whether each threshold was set once, by all of them."""
+) -> tuple[bool, int]:
+    """Collect the logits of all units; return whether each ran once for a batch, and how many batches there were."""
     ran = wanted = batches = 0
 
     def see(sample: _Sample, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
@@ -251,7 +258,7 @@ def _sweep(
     if not batches:
         again = "" if moving else " on a second pass; give a list or a DataLoader, not a generator"
         raise _NothingSeenError(f"loader: yielded no batch{again}")
-    return batches == 1 and all(sample.calls <= 1 for sample in samples.values())
+    return all(sample.calls <= batches for sample in samples.values()), batches
 
 
 def _quantile(logits: Tensor, rate: float) -> Tensor:
