@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 
 _MOST = torch.iinfo(torch.int64).max
 _is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
@@ -36,8 +37,22 @@ def check_logits(logits: Any, name: str = "logits") -> None:
 
 
 def at_hand(tensor: Tensor) -> bool:
-    """Whether reading the tensor's values costs nothing: on the CPU, not traced, not transformed."""
-    return tensor.is_cpu and not torch.compiler.is_compiling() and not _is_wrapped(tensor)
+    """Whether reading the tensor's values costs nothing: on the CPU, not traced, not transformed, not fake."""
+    return tensor.is_cpu and not torch.compiler.is_compiling() and not values_hidden(tensor)
+
+
+def values_hidden(tensor: Tensor) -> bool:
+    """Whether what is computed must not depend on the tensor's values: transformed, fake, or traced for others."""
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    if torch._C._get_tracing_state() is not None or _is_wrapped(tensor):
+        return True
+    return is_fake(tensor)
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether this runs under a mode of tensors without numbers (FakeTensorMode, make_fx)."""
+    return torch._C._len_torch_dispatch_stack() > 0 and detect_fake_mode(tensor) is not None
 
 
 def is_transformed(tensor: Tensor) -> bool:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatelet._checks import check_logits, check_noise, check_rate
+from gatelet._checks import check_logits, check_noise, check_rate, is_fake
 from gatelet._recompute import Passes, recomputing
 from gatelet.estimators import Estimator, resolve
 from gatelet.estimators._noise import UNIFORM
@@ -160,7 +160,7 @@ class StochasticUnit(nn.Module):
             return
         if torch.compiler.is_compiling():
             torch._assert_async(~self.threshold.isnan(), _NOT_CALIBRATED)
-        elif self.threshold.isnan():
+        elif not is_fake(self.threshold) and self.threshold.isnan():
             raise RuntimeError(_NOT_CALIBRATED)
 
     def extra_repr(self) -> str:

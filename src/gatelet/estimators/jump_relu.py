@@ -56,7 +56,8 @@ class JumpReLU(Estimator):
     def __init__(self, threshold: float | Tensor = 0.001, bandwidth: float = 0.001) -> None:
         super().__init__()
         if isinstance(threshold, Tensor):
-            if threshold.dim() > 1 or not threshold.is_floating_point() or not bool((threshold > 0).all()):
+            above = threshold.is_meta or bool((threshold > 0).all())
+            if threshold.dim() > 1 or not threshold.is_floating_point() or not above:
                 raise ValueError("threshold must be a number above 0, or a floating tensor (N,) of such numbers")
             start = threshold.detach().clone()
         else:

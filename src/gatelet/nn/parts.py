@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as _torch_module
 
-from gatelet._checks import is_transformed
+from gatelet._checks import values_hidden
 from gatelet.kernels.ops.turned import turned
 
 
@@ -171,9 +171,7 @@ def _unused(memory: Tensor, view: Tensor) -> Tensor | None:
 
 def _kernels_read(weight: Tensor) -> bool:
     """Whether it is an ordinary matrix on the CPU (GPU kernels read either layout; a graph is traced with its own)."""
-    if torch.compiler.is_compiling() or type(weight) not in (Tensor, nn.Parameter) or is_transformed(weight):
-        return False
-    if torch._C._get_tracing_state() is not None:
+    if torch.compiler.is_compiling() or type(weight) not in (Tensor, nn.Parameter) or values_hidden(weight):
         return False
     whole = weight.is_contiguous() or weight.t().is_contiguous()
     return weight.device.type == "cpu" and whole and weight.numel() > 0 and not weight.is_inference()

@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatelet._checks import check_choice, check_count, check_input, check_positive, check_weight, is_transformed
+from gatelet._checks import (
+    check_choice,
+    check_count,
+    check_input,
+    check_positive,
+    check_weight,
+    is_transformed,
+    values_hidden,
+)
 from gatelet.estimators import Estimator, JumpReLU, Rectifier, TopK
 from gatelet.estimators._distributed import is_distributed
 from gatelet.estimators.jump_relu import jump_relu, jump_step
@@ -342,13 +350,14 @@ class SparseAutoencoder(nn.Module):
     def _encode(self, centred: Tensor, lead: torch.Size) -> tuple[SparseCode, "_Extra"]:
         """Return the code of centred examples, and what the penalties need beside."""
         with torch.autocast(centred.device.type, enabled=False):
-            if self.activation == "top_k" and not is_transformed(centred):
+            if self.activation == "top_k" and not values_hidden(centred):
                 return self._encode_largest(centred, lead)
             z = F.linear(centred, self.encoder_weight, self.encoder_bias)
             limit = self._limit(z.detach()) if self.activation == "batch_top_k" else None
-            chosen = None if is_transformed(z) else self._chosen(z.detach(), limit)
+            chosen = None if values_hidden(z) else self._chosen(z.detach(), limit)
             if chosen is None:
-                return SparseCode.from_dense(self._activate(z, None, limit), lead), _Extra(z)
+                f, balance = self._activate_all(centred, z, limit)
+                return SparseCode.from_dense(f, lead), _Extra(z, balance)
             examples, indices, offsets = chosen
             lists = Lists(offsets, indices, self.d_sae)
             listed = self._listed(centred, z.detach()[examples, indices], lists)
@@ -368,6 +377,15 @@ class SparseAutoencoder(nn.Module):
             f = f * scale.gather(1, indices // (self.d_sae // self.groups))
         return SparseCode(indices.view(*lead, self.k), f.view(*lead, self.k), self.d_sae, lead), _Extra(listed, balance)
 
+    def _activate_all(self, centred: Tensor, z: Tensor, limit: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the values (B, N) and, of groups, the penalty of imbalance, where values may not be looked at."""
+        if self.groups == 1:
+            return self._activate(z, None, limit), None
+        opened, probability, balance = self._route(centred)
+        here = (opened.unsqueeze(-1) == torch.arange(self.groups, device=z.device)).any(-2)
+        here, scale = (each.repeat_interleave(self.d_sae // self.groups, dim=-1) for each in (here, probability))
+        return self._activate(torch.where(here, z, -1.0), None, limit) * scale, balance
+
     def _listed(self, centred: Tensor, values: Tensor, lists: Lists) -> Tensor:
         found: Tensor = ListedLinear.apply(
             centred, self.encoder_weight, self.encoder_bias, values, lists, self.sparse_grad
@@ -378,7 +396,7 @@ class SparseAutoencoder(nn.Module):
         """Return each example's open groups (B, e), the groups' probabilities (B, E), and the penalty of imbalance."""
         probability = F.linear(centred, self.router_weight, self.router_bias).softmax(-1)
         opened = probability.detach().topk(self.open_groups, dim=-1, sorted=False).indices
-        counts = torch.bincount(opened.flatten(), minlength=self.groups)
+        counts = (opened.unsqueeze(-1) == torch.arange(self.groups, device=opened.device)).sum((0, 1))
         counts = _agreement.total(torch.cat([counts, counts.new_tensor([len(centred)])])).to(probability)
         share = counts[:-1] / counts[-1].clamp(min=1)
         return opened, probability, self.groups * (share * probability.mean(0)).sum() / self.open_groups

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from gatelet.kernels.backends import BACKENDS
+from gatelet.kernels.ops._declare import plain
 
 LARGE = 1 << 16
 """Numbers from which a copy is compiled code's: whole cache lines on all threads, where torch's is on one."""
@@ -25,7 +26,7 @@ def turned(matrix: Tensor, into: Tensor | None = None) -> Tensor:
     """
     numba = BACKENDS["numba"]
     ordinary = matrix.device.type == "cpu" and matrix.is_contiguous() and matrix.numel() >= LARGE
-    if ordinary and matrix.dtype in (torch.float32, torch.float64) and not numba.missing():
+    if ordinary and plain(matrix) and matrix.dtype in (torch.float32, torch.float64) and not numba.missing():
         found: Tensor = numba.products.turned(matrix, into)
         return found
     return matrix.t().contiguous() if into is None else into.copy_(matrix.t())

@@ -3,13 +3,14 @@
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gatelet._checks import check_count, check_input, check_positive, check_rate
 from gatelet.kernels import gated_linear
 from gatelet.nn.gaters.mlp import glorot_
+from gatelet.nn.parts import more_than_affine
 
 CLOSED = -1e4
 """The logit of a unit that was not computed; finite, and in half precision too."""
@@ -55,8 +56,6 @@ class TwoStageGater(nn.Module):
     Propagating Gradients Through Stochastic Neurons for Conditional Computation", 2013, arXiv:1308.3432.
     """
 
-    computed: Int[Tensor, ""]
-
     def __init__(
         self,
         in_features: int,
@@ -81,7 +80,7 @@ class TwoStageGater(nn.Module):
             glorot_(self.hidden)
             glorot_(self.gates, gain=4.0)
             glorot_(self.groups, gain=4.0)
-        self.register_buffer("computed", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.computed: int | Tensor = 0  # no buffer: to_empty() would leave rubbish in it
         self.tokens = 0
         self._last: Tensor | None = None  # the groups' logits of the last forward pass, for the penalty
 
@@ -97,14 +96,14 @@ class TwoStageGater(nn.Module):
         hidden = self.hidden(x.detach() if self.detach_input else x).tanh()
         groups = self.groups(hidden)
         self._last = groups if self.training else None
-        if threshold is None:
+        if threshold is None or more_than_affine(self.gates) or torch.is_autocast_enabled(hidden.device.type):
             return _both(groups, self.gates(hidden))
         opened = groups > threshold
         own = gated_linear(
             hidden, self.gates.weight, self.gates.bias, opened.to(hidden.dtype), active_fraction=self.group_rate
         )
         if not torch.compiler.is_exporting():
-            self.computed += opened.sum()
+            self.computed = self.computed + opened.sum()
             self.tokens += opened.shape[:-1].numel()
         size = self.gates.out_features // self.groups.out_features
         return torch.where(opened.repeat_interleave(size, dim=-1), _both(groups, own), CLOSED)
@@ -142,8 +141,7 @@ class TwoStageGater(nn.Module):
     def train(self, mode: bool = True) -> "TwoStageGater":
         """Set the mode; a change of it starts the count of what is computed anew."""
         if mode != self.training:
-            self.computed.zero_()
-            self.tokens = 0
+            self.computed, self.tokens = 0, 0
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, object]:

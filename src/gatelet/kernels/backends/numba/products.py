@@ -272,7 +272,9 @@ turned = turn.turned
 
 def _by_rows(weight: Tensor) -> Tensor:
     """Return the weight with its rows together."""
-    return turned(weight.t()) if weight.t().is_contiguous() and not weight.is_contiguous() else weight.contiguous()
+    if weight.is_contiguous():
+        return weight
+    return turned(weight.t()) if weight.t().is_contiguous() else weight.contiguous()
 
 
 def pointwise(
