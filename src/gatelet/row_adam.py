@@ -105,9 +105,9 @@ def _dense(
 
 def _rows(parameter: Tensor, mean: Tensor, square: Tensor, rows: Tensor, grad: Tensor, options: dict[str, Any]) -> None:
     """Step some rows: by the compiled kernel on a CPU, elsewhere by gathering and scattering them."""
-    whole = all(each.is_contiguous() for each in (parameter, mean, square, grad))
+    together = all(each.is_contiguous() for each in (parameter, mean, square, grad))
     on_cpu = parameter.device.type == "cpu" and parameter.dtype in (torch.float32, torch.float64)
-    if whole and on_cpu and plain(parameter, mean, square, grad) and compiles():
+    if together and on_cpu and plain(parameter, mean, square, grad) and compiles():
         from gatelet.kernels.backends.numba.row_kernels import adam_rows
 
         adam_rows(parameter, mean, square, rows.contiguous(), grad, **options)

@@ -117,7 +117,8 @@ def _first_in_graph(layer: int) -> bool:
 
 def _spent(term: Tensor) -> bool:
     """Whether a backward pass has gone through this number's graph and freed what it needs."""
-    nodes, seen = [term.grad_fn], set()
+    nodes: list[Any] = [term.grad_fn]
+    seen: set[Any] = set()
     while nodes and len(seen) < 100:
         node = nodes.pop()
         if node is None or node in seen:
