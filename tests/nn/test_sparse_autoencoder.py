@@ -206,15 +206,42 @@ def test_checkpointing_gives_the_same_numbers_and_moves_the_state_once(activatio
         torch.testing.assert_close(mine.grad, truth.grad, msg=lambda text, name=name: name + text)
 
 
-def test_start_from_takes_scale_mean_and_threshold():
+@pytest.mark.parametrize("activation", ["jump_relu", "batch_top_k"])
+def test_start_from_takes_scale_mean_and_threshold(activation):
     torch.manual_seed(0)
-    sae = SparseAutoencoder(D, N, "jump_relu", K)
+    sae = SparseAutoencoder(D, N, activation, K)
     x = 7 * torch.randn(500, D) + 3
     sae.start_from(x)
     scaled = x * sae.input_scale
     torch.testing.assert_close(scaled.norm(dim=1).mean(), torch.tensor(D**0.5))
     torch.testing.assert_close(sae.decoder_bias.detach(), scaled.mean(0))
     assert sae.eval().encode(x).l0.float().mean().item() == pytest.approx(K, rel=0.01)
+
+
+@pytest.mark.parametrize("activation", ["jump_relu", "batch_top_k"])
+def test_learned_thresholds_hold_k_latents_open_on_new_examples(activation):
+    torch.manual_seed(0)
+    truth, k = F.normalize(torch.randn(256, 32), dim=1), 8
+    examples = ((torch.rand(8192, 256) < 0.03) * torch.rand(8192, 256) * 8) @ truth
+    sae = SparseAutoencoder(32, 256, activation, k, sparse_grad=True)
+    sae.start_from(examples)
+    optimizer = gatelet.RowAdam(sae.parameter_groups(2e-3))
+    for batch in examples[:7680].split(64) * 3:
+        optimizer.zero_grad()
+        sae.loss(batch).total.backward()
+        optimizer.step()
+    assert sae.eval().encode(examples[7680:]).l0.float().mean().item() == pytest.approx(k, rel=0.15)
+
+
+def test_parameter_groups_mark_the_decoder_and_hasten_thresholds():
+    sae = SparseAutoencoder(D, N, "jump_relu", K)
+    groups = sae.parameter_groups(1e-3)
+    assert {id(p) for group in groups for p in group["params"]} == {id(p) for p in sae.parameters()}
+    assert [group["params"] for group in groups if group["unit_rows"]] == [[sae.decoder_weight]]
+    assert [group["params"] for group in groups if group["lr"] > 1e-3] == [[sae.estimator.log_threshold]]
+    assert not any(group["unit_rows"] for group in SparseAutoencoder(D, N, unit_decoder=False).parameter_groups(1.0))
+    with pytest.raises(ValueError, match="lr must be"):
+        sae.parameter_groups(0.0)
 
 
 def test_decoder_rows_keep_their_length_and_gradients_stay_tangent():
