@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -384,6 +385,15 @@ def test_the_browser_shows_numbers_curves_and_coloured_contexts_and_searches_the
     assert 'data-found="0"' in opened(f"{page}#search=zebra", tmp_path, "--dump-dom")
     by_word = int(re.search(r'data-found="(\d+)"', opened(f"{page}#search=house", tmp_path, "--dump-dom"))[1])
     assert 0 < by_word <= 10
+
+
+def test_a_sentence_that_stands_in_two_files_is_shown_once():
+    source = SimpleNamespace(tokenizer=SimpleNamespace(decode=str))
+    tokens = torch.tensor([[0, 1, 2, 3], [0, 1, 2, 3], [0, 4, 5, 6]])
+    found = report.Seen(source, tokens, 9).told(torch.tensor([1, 4, 7]), torch.tensor([0.5, 0.7, 0.6]))
+    assert [each["tokens"] for each in found["contexts"]] == [
+        [f"[{i}]" for i in row] for row in tokens[[1, 2]].tolist()
+    ]
 
 
 def test_the_page_needs_no_network_and_text_cannot_end_its_data(finished):

@@ -153,8 +153,10 @@ class Seen:
                 continue  # a neighbour in the same sentence shows nothing new
             used.add((context, position // _AROUND))
             span = range(max(0, position - _AROUND), min(length, position + _AROUND + 1))
-            row = context * (length - SKIPPED) - SKIPPED
             words = [self.word(int(self.tokens[context, i])) for i in span]
+            if words in (window["tokens"] for window in windows):
+                continue  # the same sentence of another file
+            row = context * (length - SKIPPED) - SKIPPED
             strong = [round(place.get(row + i, 0.0), 3) if i >= SKIPPED else 0.0 for i in span]
             windows.append({"tokens": words, "values": strong, "peak": position - span.start})
             if len(windows) == _STRONGEST:
