@@ -145,7 +145,8 @@ class Seen:
         """Return the strongest value and windows of tokens with the latent's value at each."""
         length = self.tokens.shape[1]
         place = dict(zip(rows.tolist(), values.tolist(), strict=True))
-        windows, used = [], set()
+        windows: list[dict[str, Any]] = []
+        used = set()
         for at in values.argsort(descending=True).tolist():
             context, position = divmod(int(rows[at]), length - SKIPPED)
             position += SKIPPED
