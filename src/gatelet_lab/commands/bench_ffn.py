@@ -11,7 +11,7 @@ from torch import nn
 
 from gatelet.nn import ConditionalFFN
 from gatelet.sparsity import calibrate_thresholds
-from gatelet_lab.commands.bench_kernels import interleaved, machine
+from gatelet_lab.bench.timing import interleaved, machine
 
 
 @dataclass(frozen=True)
