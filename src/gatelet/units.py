@@ -87,9 +87,9 @@ class StochasticUnit(nn.Module):
             RuntimeError: when the estimator needs the loss, a gradient is being recorded, and there is no Tape;
                 in ``eval()`` before a threshold was calibrated.
         """
-        check_logits(logits)
         if not self.training and not self.sample_in_eval:
-            return self._settled(logits)
+            return self.settle(logits)
+        check_logits(logits)
         if self.estimator.needs == "loss":
             return self._sampled(logits, noise, generator)
         if noise is None:
@@ -99,8 +99,14 @@ class StochasticUnit(nn.Module):
         gates: Tensor = self.estimator(logits, noise)
         return gates
 
-    def _settled(self, logits: Tensor) -> Tensor:
-        """Return the deterministic gates."""
+    def settle(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
+        """Return the gates of ``eval()``: the estimator's deterministic ones at the calibrated threshold.
+
+        Raises:
+            ValueError: for logits that are not finite.
+            RuntimeError: before a threshold was calibrated. On an accelerator the gates are then NaN.
+        """
+        check_logits(logits)
         self._check_calibrated()
         settled = self.estimator.deterministic(logits, self.threshold)
         if self.threshold.device.type == "cpu" or not self.estimator.form.rated:

@@ -30,8 +30,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["DataError", "Split", "load"]
-
 # The names the four files have everywhere, without ".gz".
 _IDX = {
     "train-images": "train-images-idx3-ubyte",

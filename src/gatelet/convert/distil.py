@@ -124,7 +124,15 @@ def distil(
     if isinstance(loader, Iterator):
         raise ValueError("loader: must allow several passes; give a list or a DataLoader, not a generator")
     check_count(calibration, "calibration")
-    plan = _Plan(steps, weights, lr, weights_lr, held_out, every, patience)
+    plan = _Plan(
+        steps=steps,
+        weights=weights,
+        lr=lr,
+        weights_lr=weights_lr,
+        held_out=held_out,
+        every=every,
+        patience=patience,
+    )
     run, masked = forward or _default_forward, mask or _default_mask
     students = [Student(name, owner, gating, teacher) for name, (owner, gating) in _blocks(model).items()]
     modes = [(module, module.training) for each in (model, teacher) for module in each.modules()]
@@ -142,7 +150,7 @@ def distil(
     return found
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Plan:
     """What :func:`distil` was asked for."""
 

@@ -337,8 +337,8 @@ class Gating(Penalised):
     def _settled(self, x: Tensor) -> Tensor | None:
         """Return the gates of an ordinary call in ``eval()`` without gradients on the CPU; None: go the long way.
 
-        The same numbers, statistics and refusals by fewer calls into torch, which for few tokens, and not the
-        arithmetic, are what gates cost. Attributes are read from where nn.Module keeps them, for the same reason.
+        The unit decides, as always; the gater and the statistics take fewer calls into torch, which for few tokens, and
+        not the arithmetic, are what gates cost. Attributes are read from where nn.Module keeps them, for the same reason.
         """
         gater, unit = self._modules["gater"], self._modules["unit"]
         if type(gater) is not Gater or type(unit) is not StochasticUnit:
@@ -360,15 +360,12 @@ class Gating(Penalised):
             return None
         if x.shape[-1] != weight.shape[1] or not (dtype is weight.dtype is last.weight.dtype is threshold.dtype):
             return None
-        gates = F.linear(x, weight, hidden.bias)
-        limit = threshold.item()
+        within = F.linear(x, weight, hidden.bias)
         # What is not finite in x is not finite here; the long way finds out what it was, and says so.
-        if limit != limit or not math.isfinite(gates.sum().item()):
+        if not math.isfinite(within.sum().item()):
             return None
-        gates = F.linear(gates.tanh_(), last.weight, last.bias)
-        if not math.isfinite(gates.sum().item()):
-            return None
-        self._note(gates.gt_(limit), gates.shape[:-1].numel())
+        gates: Tensor = unit.settle(F.linear(within.tanh_(), last.weight, last.bias))
+        self._note(gates, gates.shape[:-1].numel())
         return gates
 
     def settled_by_itself(self, first: Tensor) -> Tensor | None:
@@ -384,10 +381,9 @@ class Gating(Penalised):
             return None
         if self._modules["sparsity"] or first.device.type != "cpu" or is_transformed(first):
             return None
-        limit = unit.threshold.item()
-        if limit != limit or not math.isfinite(first.sum().item()) or first.dtype is not gater.scale.dtype:
+        if first.dtype is not gater.scale.dtype:
             return None
-        gates = first.abs().mul_(gater.scale).gt_(limit)
+        gates: Tensor = unit.settle(first.abs().mul_(gater.scale))
         self._note(gates, gates.shape[:-1].numel())
         return gates
 

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from gatelet._checks import check_count, check_logits
+from gatelet._checks import check_count
 from gatelet.units import StochasticUnit
 
 
@@ -95,6 +95,4 @@ class ThresholdUnit(StochasticUnit):
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "*lead N"]:
         """Return 1[logit > threshold]; raise for logits that are not finite, or without a threshold."""
-        check_logits(logits)
-        self._check_calibrated()
-        return self.estimator.deterministic(logits.detach(), self.threshold)
+        return self.settle(logits)
