@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import gatelet
-from gatelet.nn import ConditionalFFN, ConditionalLinear, Gating
+from gatelet.nn import ConditionalFFN, ConditionalLayer, ConditionalLinear
 
 
 def model():
@@ -76,11 +76,11 @@ def test_with_an_input_it_measures_and_changes_nothing():
 
 
 def test_what_is_timed_is_the_layer_with_and_without_its_gates(monkeypatch):
-    def gates(self, x, *args, plain=Gating.gates_at):
+    def gates(self, x, *args, plain=ConditionalLayer.decide_unpadded):
         time.sleep(0.001 if self.fully_open else 0.1)  # far apart: a busy machine is no failure
         return plain(self, x, *args)
 
-    monkeypatch.setattr(Gating, "gates_at", gates)
+    monkeypatch.setattr(ConditionalLayer, "decide_unpadded", gates)
     net = model()
     for row in gatelet.report(net, torch.randn(2, 8), seconds=0.01).layers:
         assert row.dense_ms < 100 <= row.ms

@@ -18,7 +18,7 @@ ARGUMENTS = {
     "ConditionalFFN": {"d_model": 8, "d_ff": 16, "bottleneck": 4},
     "ConditionalLinear": {"in_features": 8, "out_features": 16, "bottleneck": 4},
     "Gater": {"in_features": 8, "num_gates": 4, "bottleneck": 2},
-    "Gating": {"in_features": 8, "units": 64, "bottleneck": 2, "flops_per_unit": 64},
+    "ConditionalLayer": {"in_features": 8, "units": 64, "bottleneck": 2, "flops_per_unit": 64},
     "SelfGater": {"in_features": 8, "num_gates": 8},
     "PreviewGater": {"in_features": 8, "num_gates": 8},
     "TwoStageGater": {"in_features": 8, "num_gates": 16, "bottleneck": 4},

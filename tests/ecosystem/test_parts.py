@@ -95,7 +95,7 @@ def test_what_hangs_on_a_part_acts(make, names, how):
         layer.eval()
         with torch.no_grad():
             torch.testing.assert_close(
-                layer(X), by_modules(layer, X, layer.gates(X)[0]), rtol=1e-4, atol=1e-4, msg=f"in eval(): {how}"
+                layer(X), by_modules(layer, X, layer.decide(X)[0]), rtol=1e-4, atol=1e-4, msg=f"in eval(): {how}"
             )
 
 
@@ -187,7 +187,7 @@ def test_adapters_in_a_sequential():
     assert all(model[place].low.weight.grad.any() for place in (0, 2))
     assert gatelet.report(model).layers[0].name == "0.base.gating"
     gatelet.revert(model)
-    assert not any(isinstance(part, gatelet.nn.Gating) for part in model.modules())
+    assert not any(isinstance(part, gatelet.nn.ConditionalLayer) for part in model.modules())
 
 
 @HONOURED
@@ -197,7 +197,7 @@ def test_dynamic_quantisation_of_a_layer(make):
     layer = make(target_rate=0.3)
     calibrate_thresholds(layer, [X])
     small = torch.ao.quantization.quantize_dynamic(layer.eval(), {nn.Linear})
-    want = by_modules(small, X, small.gates(X)[0])
+    want = by_modules(small, X, small.decide(X)[0])
     torch.testing.assert_close(small(X), want)
     assert (small(X) - layer(X)).norm() < 0.3 * layer(X).norm()
     assert small.active_fraction < 0.5
@@ -273,8 +273,8 @@ def test_parameters_are_contiguous_and_a_changed_weight_is_seen(make):
     layer.eval()
     with torch.no_grad():
         for _ in changes(layer.down.weight):
-            torch.testing.assert_close(layer(X), by_modules(layer, X, layer.gates(X)[0]), rtol=1e-4, atol=1e-3)
-            torch.testing.assert_close(layer(X), by_modules(layer, X, layer.gates(X)[0]), rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(layer(X), by_modules(layer, X, layer.decide(X)[0]), rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(layer(X), by_modules(layer, X, layer.decide(X)[0]), rtol=1e-4, atol=1e-3)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(twin(X), layer(X))
         assert all(p.is_contiguous() for p in twin.parameters())

@@ -113,9 +113,9 @@ def test_the_estimator_learns_a_threshold_per_unit_and_holds_a_rate():
 def test_a_conditional_layer_has_the_same_gates_in_eval_and_needs_no_calibration(make):
     layer = gatelet.nn.ConditionalLinear(10, 12, bottleneck=3, estimator=make(), target_rate=0.1)
     x = torch.randn(20, 10)
-    seen = [gate.detach() for gate in (layer.gating if hasattr(layer, "gating") else layer).gates(x)[:1]]
+    seen = [gate.detach() for gate in (layer.gating if hasattr(layer, "gating") else layer).decide(x)[:1]]
     with torch.no_grad():
-        assert torch.equal(layer.eval().gates(x)[0], seen[0])
+        assert torch.equal(layer.eval().decide(x)[0], seen[0])
     assert gatelet.sparsity.calibrate_thresholds(layer, [x]) == {}
 
 

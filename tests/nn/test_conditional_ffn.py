@@ -87,7 +87,7 @@ def test_closed_units_are_not_read(gated):
     net, x = layer(192, 768, 4, gated=gated, target_rate=0.1), torch.randn(64, 192)
     calibrate_thresholds(net, [x])
     net.eval()
-    gates, _ = net.gates(x)
+    gates, _ = net.decide(x)
     want = by_hand(net, x, gates)
     closed = gates.sum(0) == 0
     assert closed.any()

@@ -231,5 +231,5 @@ def test_score_function_gates_under_plain_backward(make):
     loss.backward()
     assert torch.equal(loss.detach() - penalty(model.eval()), loss.detach())
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    gating = next(module for module in model.modules() if isinstance(module, gatelet.nn.Gating))
+    gating = next(module for module in model.modules() if isinstance(module, gatelet.nn.ConditionalLayer))
     assert gating.gater.hidden.weight.grad.any()

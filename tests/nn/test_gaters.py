@@ -86,7 +86,7 @@ def test_in_a_feed_forward_layer(gater, gated):
     net = ConditionalFFN(20, 60, bottleneck, gated=gated, gater=own, target_rate=0.3)
     x = torch.randn(2, 30, 20)
     calibrate_thresholds(net, [x])
-    gates = net.eval().gates(x)[0]
+    gates = net.eval().decide(x)[0]
     hidden = F.gelu(net.up(x)) if net.glu is None else F.gelu(net.glu(x)) * net.up(x)
     torch.testing.assert_close(net(x), net.down(hidden * gates))
     assert float(gates.mean()) == pytest.approx(0.3, abs=1e-3)

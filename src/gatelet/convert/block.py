@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gatelet.estimators import Estimator
 from gatelet.kernels import OpenPattern
 from gatelet.nn.conditional_ffn import ACTIVATIONS
-from gatelet.nn.gating import Gating
+from gatelet.nn.gating import ConditionalLayer
 from gatelet.nn.parts import Affine, Part, more_than_affine, part_of
 
 Kind = Literal["module", "transformer", "bert", "sequential", "pair", "up", "down"]
@@ -76,7 +76,7 @@ class Options:
         return made
 
 
-class BlockGating(Gating):
+class BlockGating(ConditionalLayer):
     """The gating of a converted block; knows where its weights lie, and how it was made."""
 
     block: Block

@@ -10,7 +10,7 @@ from torch import nn
 from gatelet import estimators, sparsity
 from gatelet.convert.block import Block, BlockGating, Options, module_path
 from gatelet.convert.place import blocks, is_hugging_face, put, without_nested_tensors
-from gatelet.nn.gating import Gating
+from gatelet.nn.gating import ConditionalLayer
 
 PLAIN = (bool, int, float, str, type(None))
 
@@ -143,5 +143,5 @@ def rates(model: nn.Module) -> dict[str, dict[str, Any]]:
             "gater": type(layer.gater).__name__,
         }
         for name, layer in model.named_modules()
-        if isinstance(layer, Gating)
+        if isinstance(layer, ConditionalLayer)
     }

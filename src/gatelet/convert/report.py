@@ -15,7 +15,7 @@ from gatelet.convert.block import BlockGating
 from gatelet.convert.place import blocks
 from gatelet.convert.run import run_block
 from gatelet.estimators._distributed import alone, is_distributed, meet, total
-from gatelet.nn.gating import Gating, fully_open, gatings
+from gatelet.nn.gating import ConditionalLayer, conditional_layers, fully_open
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def report(
     """
     check_weight(seconds, "seconds")
     check_positive(timeout, "timeout")
-    layers = gatings(model)
+    layers = conditional_layers(model)
     if together := is_distributed() and not local:
         meet("report", timeout)
     with alone(not together):
@@ -134,7 +134,7 @@ def report(
 
 
 def _reported(
-    model: nn.Module, layers: dict[str, Gating], inputs: Any, named: dict[str, Any], seconds: float
+    model: nn.Module, layers: dict[str, ConditionalLayer], inputs: Any, named: dict[str, Any], seconds: float
 ) -> Report:
     times: dict[str, tuple[float, float]] = {}
     if inputs or named:
@@ -151,7 +151,7 @@ def _reported(
     return Report([_row(name, layer, times.get(name)) for name, layer in layers.items()])
 
 
-def _row(name: str, layer: Gating, times: tuple[float, float] | None) -> LayerReport:
+def _row(name: str, layer: ConditionalLayer, times: tuple[float, float] | None) -> LayerReport:
     groups, dense = layer.opened.numel(), layer.units * layer.flops_per_unit
     opened, tokens = layer.opened.cpu(), int(layer.tokens)
     if is_distributed():
@@ -175,7 +175,7 @@ def _row(name: str, layer: Gating, times: tuple[float, float] | None) -> LayerRe
 
 
 @contextlib.contextmanager
-def _inputs_of(model: nn.Module, layers: dict[str, Gating]) -> Iterator[dict[str, Tensor]]:
+def _inputs_of(model: nn.Module, layers: dict[str, ConditionalLayer]) -> Iterator[dict[str, Tensor]]:
     """Collect what each layer's gater is given, the last time that it runs."""
     seen: dict[str, Tensor] = {}
     hooks = [
@@ -189,7 +189,9 @@ def _inputs_of(model: nn.Module, layers: dict[str, Gating]) -> Iterator[dict[str
             hook.remove()
 
 
-def timed(layer: Gating, x: Tensor, owned: tuple[nn.Module, BlockGating] | None, seconds: float) -> tuple[float, float]:
+def timed(
+    layer: ConditionalLayer, x: Tensor, owned: tuple[nn.Module, BlockGating] | None, seconds: float
+) -> tuple[float, float]:
     """Return milliseconds of the layer fully open and of the layer, medians of runs in turns."""
 
     def run() -> None:

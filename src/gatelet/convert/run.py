@@ -64,10 +64,10 @@ def _up(self: nn.Module, x: Tensor) -> Tensor:
     x, mask = gating.without_padding(x, None)
     if isinstance(gating.gater, SelfGater):
         out = F.linear(x, *own)
-        gates, support = gating.gates_at(x, mask, None, None, ACTIVATIONS[gating.block.activation](out))
+        gates, support = gating.decide_unpadded(x, mask, None, None, ACTIVATIONS[gating.block.activation](out))
         gating.passed = None if gating.needs_dense(x, gates) else open_pattern(gates, 1)
         return out * gates
-    gates, support = gating.gates_at(x, mask, None, None)
+    gates, support = gating.decide_unpadded(x, mask, None, None)
     if gating.needs_dense(x, gates) or torch.compiler.is_compiling():
         gating.passed = None
         return F.linear(x, *own) * (gates.repeat_interleave(gating.group_size, -1) if gating.group_size > 1 else gates)

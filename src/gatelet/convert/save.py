@@ -9,7 +9,7 @@ from torch import nn
 
 from gatelet.convert.describe import FORMAT, describe, rates, restore
 from gatelet.convert.place import is_hugging_face
-from gatelet.nn.gating import gatings
+from gatelet.nn.gating import conditional_layers
 
 DESCRIPTION, WEIGHTS, CONFIGURATION = "gatelet.json", "model.safetensors", "config.json"
 
@@ -38,7 +38,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
     >>> torch.equal(again[0].gating.gater.gates.weight, model[0].gating.gater.gates.weight)
     True
     """
-    gatings(model)
+    conditional_layers(model)
     directory = Path(directory)
     described = {"format": FORMAT, "gatelet": version("gatelet"), "blocks": describe(model), "layers": rates(model)}
     directory.mkdir(parents=True, exist_ok=True)

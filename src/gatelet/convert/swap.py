@@ -17,7 +17,7 @@ from gatelet.convert.promise import Promise, promise
 from gatelet.convert.run import Swapped
 from gatelet.estimators import Estimator, resolve
 from gatelet.nn.gaters import GaterError
-from gatelet.nn.gating import Gating
+from gatelet.nn.gating import ConditionalLayer
 from gatelet.nn.parts import was_replaced
 
 Where = str | Iterable[str] | Callable[[str, nn.Module], bool]
@@ -151,7 +151,9 @@ def _uses(model: nn.Module) -> dict[int, int]:
 
 def _candidates(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module, Block | str]]:
     """Return the blocks: name, owner, the module that gets the gating, and the block or why it is none."""
-    gating_parts = {id(part) for each in model.modules() if isinstance(each, Gating) for part in each.modules()}
+    gating_parts = {
+        id(part) for each in model.modules() if isinstance(each, ConditionalLayer) for part in each.modules()
+    }
     return [
         (label, module, holder, block)
         for name, module in model.named_modules()

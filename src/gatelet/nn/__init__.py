@@ -6,7 +6,7 @@ from gatelet.nn.gaters import Gater as Gater
 from gatelet.nn.gaters import PreviewGater as PreviewGater
 from gatelet.nn.gaters import SelfGater as SelfGater
 from gatelet.nn.gaters import TwoStageGater as TwoStageGater
-from gatelet.nn.gating import Gating as Gating
+from gatelet.nn.gating import ConditionalLayer as ConditionalLayer
 from gatelet.nn.gating import fully_open as fully_open
 from gatelet.nn.gating import masking as masking
 from gatelet.nn.sae_lens import load_sae_lens as load_sae_lens

@@ -13,7 +13,7 @@ from gatelet.estimators import Estimator
 from gatelet.kernels import ACTIVATIONS as FUSED
 from gatelet.kernels import gated_ffn, gated_input_linear, gated_linear, open_pattern
 from gatelet.nn.gaters import PreviewGater, SelfGater
-from gatelet.nn.gating import Gating
+from gatelet.nn.gating import ConditionalLayer
 from gatelet.nn.parts import Affine, Part, all_affine, apply, part_of
 from gatelet.sparsity._controller import Controller
 
@@ -29,7 +29,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def feed_forward(
     x: Tensor,
-    gating: Gating,
+    gating: ConditionalLayer,
     activation: str,
     up: Part,
     down: Part,
@@ -47,11 +47,11 @@ def feed_forward(
     """
     x, mask = gating.without_padding(x, mask)
     if gating.fully_open:
-        gating.gates_at(x, mask, None, None)
+        gating.decide_unpadded(x, mask, None, None)
         return apply(down, F.dropout(hidden_layer(x, activation, up, glu), dropout, dropout > 0))
     if isinstance(gating.gater, SelfGater):
         return _by_itself(x, gating, activation, up, down, glu, dropout, mask)
-    gates, support = gating.gates_at(x, mask, noise, generator)
+    gates, support = gating.decide_unpadded(x, mask, noise, generator)
     if gating.needs_dense(x, gates) or not all_affine(up, down, glu):
         each = gates.repeat_interleave(gating.group_size, dim=-1) if gating.group_size > 1 else gates
         return apply(down, F.dropout(hidden_layer(x, activation, up, glu) * each, dropout, dropout > 0))
@@ -66,21 +66,21 @@ def feed_forward(
     return _sparse(x, *args, dropout=dropout, support=support)
 
 
-def _by_unit(gating: Gating, up: Part, down: Part, glu: Part | None) -> tuple[Affine, Affine, Affine | None]:
+def _by_unit(gating: ConditionalLayer, up: Part, down: Part, glu: Part | None) -> tuple[Affine, Affine, Affine | None]:
     """Return the weights with each hidden unit's numbers together."""
     assert isinstance(down, Affine)
     last = Affine(gating.laid.columns("down", down.weight), down.bias)
     return _rows(gating, "up", up), last, None if glu is None else _rows(gating, "glu", glu)
 
 
-def _rows(gating: Gating, name: str, part: Part) -> Affine:
+def _rows(gating: ConditionalLayer, name: str, part: Part) -> Affine:
     assert isinstance(part, Affine)
     return Affine(gating.laid.rows(name, part.weight), part.bias)
 
 
 def _by_itself(
     x: Tensor,
-    gating: Gating,
+    gating: ConditionalLayer,
     activation: str,
     up: Part,
     down: Part,
@@ -96,7 +96,7 @@ def _by_itself(
     if glu is not None and isinstance(gating.gater, PreviewGater):
         first, glu = first * apply(up, x), None
     settled = None if mask is not None or gating.training else gating.settled_by_itself(first)
-    gates = gating.gates_at(x, mask, None, None, first)[0] if settled is None else settled
+    gates = gating.decide_unpadded(x, mask, None, None, first)[0] if settled is None else settled
     rate = gating.unit.target_rate
     if gating.needs_dense(x, gates) or not all_affine(down, None if glu is None else up):
         hidden = first * gates if glu is None else first * gates * apply(up, x)
@@ -221,7 +221,7 @@ def hidden_layer(x: Tensor, activation: str, up: Part, glu: Part | None) -> Tens
     return act(apply(up, x)) if glu is None else act(apply(glu, x)) * apply(up, x)
 
 
-class ConditionalFFN(Gating):
+class ConditionalFFN(ConditionalLayer):
     """Feed-forward layer of a transformer of which a gater opens a few hidden units per token.
 
     y = W2 (act(W1 x + b1) ∘ h) + b2, and gated, as in Llama: y = W2 ((act(W_g x + b_g) * (W1 x + b1)) ∘ h) + b2;

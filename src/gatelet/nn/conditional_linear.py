@@ -10,12 +10,12 @@ from gatelet._checks import check_count
 from gatelet.estimators import Estimator
 from gatelet.kernels import gated_linear
 from gatelet.nn.gaters import glorot_
-from gatelet.nn.gating import Gating
+from gatelet.nn.gating import ConditionalLayer
 from gatelet.nn.parts import Affine, all_affine, apply, part_of
 from gatelet.sparsity._controller import Controller
 
 
-class ConditionalLinear(Gating):
+class ConditionalLinear(ConditionalLayer):
     """Wide linear layer of which a gater opens a few units per example.
 
     y = (W x + b) ∘ h, h = gate(gater(x)) (section 5). The experts are linear: gate × linear generalises
@@ -101,7 +101,7 @@ class ConditionalLinear(Gating):
             TypeError: for an input that is not floating, or not of the weights' dtype (outside of autocast).
         """
         x, mask = self.without_padding(x, mask)
-        gates, support = self.gates_at(x, mask, noise, generator)
+        gates, support = self.decide_unpadded(x, mask, noise, generator)
         expert = part_of(self.expert)
         if self.needs_dense(x, gates) or not all_affine(expert):
             if self.group_size > 1:

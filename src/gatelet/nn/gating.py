@@ -24,7 +24,7 @@ from gatelet.sparsity.kl_rate import KLRate
 from gatelet.units import StochasticUnit
 
 
-class Gating(Penalised):
+class ConditionalLayer(Penalised):
     """Gates of a wide layer's units: gater, stochastic unit, sparsity controllers, statistics.
 
     h = gate(gater(x)) (section 5). Conditional layers derive from it; a block that :func:`gatelet.convert` found
@@ -56,7 +56,7 @@ class Gating(Penalised):
             another width or not finite.
 
     >>> import torch
-    >>> Gating(8, 32, bottleneck=4, flops_per_unit=16)(torch.randn(3, 8)).shape
+    >>> ConditionalLayer(8, 32, bottleneck=4, flops_per_unit=16)(torch.randn(3, 8)).shape
     torch.Size([3, 32])
     """
 
@@ -201,9 +201,9 @@ class Gating(Penalised):
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "*lead G"]:
         """Return the gates, one per group of units."""
-        return self.gates(x, mask, noise, generator)[0]
+        return self.decide(x, mask, noise, generator)[0]
 
-    def gates(
+    def decide(
         self,
         x: Tensor,
         mask: Tensor | None = None,
@@ -221,7 +221,7 @@ class Gating(Penalised):
         pass with gradients, however often it is repeated; a look without gradients moves nothing. ``activation``
         (..., N) is what a :class:`gatelet.nn.SelfGater` decides by.
         """
-        return self.gates_at(*self.without_padding(x, mask), noise, generator, activation)
+        return self.decide_unpadded(*self.without_padding(x, mask), noise, generator, activation)
 
     def without_padding(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the input with zeros at padding, whatever stood there, and which tokens are none."""
@@ -232,7 +232,7 @@ class Gating(Penalised):
             return x, mask
         return torch.where(mask.unsqueeze(-1), x, torch.zeros_like(x)), mask
 
-    def gates_at(
+    def decide_unpadded(
         self,
         x: Tensor,
         mask: Tensor | None,
@@ -240,7 +240,7 @@ class Gating(Penalised):
         generator: torch.Generator | None,
         activation: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return what :meth:`gates` does, for what :meth:`without_padding` returned."""
+        """Return what :meth:`decide` does, for what :meth:`without_padding` returned."""
         if self.fully_open:
             self.keep_penalty(x.new_zeros(()), x)
             return x.new_ones((*x.shape[:-1], self.num_gates)), None
@@ -430,7 +430,7 @@ class Gating(Penalised):
         """Forget what was counted."""
         self._opened, self.tokens = None, 0
 
-    def train(self, mode: bool = True) -> "Gating":
+    def train(self, mode: bool = True) -> "ConditionalLayer":
         """Set the mode; a change of it starts the counts anew."""
         self.laid.forget()
         if mode != self.training:
@@ -480,9 +480,9 @@ def _as_mask(mask: Tensor, x: Tensor) -> Tensor:
     return mask.bool()
 
 
-def gatings(model: nn.Module) -> dict[str, Gating]:
+def conditional_layers(model: nn.Module) -> dict[str, ConditionalLayer]:
     """Return the model's conditional layers by name; raise if there are none."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, Gating)}
+    found = {name: module for name, module in model.named_modules() if isinstance(module, ConditionalLayer)}
     if not found:
         raise ValueError("model: holds no conditional layer")
     return found
@@ -505,7 +505,7 @@ def fully_open(model: nn.Module) -> Iterator[None]:
     ...     bool(torch.equal(layer(x), layer.expert(x)))
     True
     """
-    layers = list(gatings(model).values())
+    layers = list(conditional_layers(model).values())
     before = [layer.fully_open for layer in layers]
     try:
         for layer in layers:
@@ -537,7 +537,7 @@ def masking(model: nn.Module, mask: Tensor | None) -> Iterator[None]:
     ...     layer(torch.randn(1, 2, 8)).shape
     torch.Size([1, 2, 8])
     """
-    layers = list(gatings(model).values())
+    layers = list(conditional_layers(model).values())
     before = [(layer.mask, layer.mask_met) for layer in layers]
     try:
         for layer in layers:

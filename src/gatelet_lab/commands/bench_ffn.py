@@ -69,7 +69,7 @@ def measure(options: BenchFFN, tokens: int) -> list[str]:
         ways: dict[str, Callable[[], Any]] = {
             "dense": lambda: dense(x),
             "layer": lambda: layer(x),
-            "gates": lambda: layer.gates(x),
+            "gates": lambda: layer.decide(x),
         }
         forward, busy = interleaved(ways, options.seconds)
     share = float(layer.active_fraction)
