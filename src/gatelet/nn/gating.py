@@ -337,8 +337,9 @@ class ConditionalLayer(Penalised):
     def _settled(self, x: Tensor) -> Tensor | None:
         """Return the gates of an ordinary call in ``eval()`` without gradients on the CPU; None: go the long way.
 
-        The unit decides, as always; the gater and the statistics take fewer calls into torch, which for few tokens, and
-        not the arithmetic, are what gates cost. Attributes are read from where nn.Module keeps them, for the same reason.
+        The unit decides, as always; the gater and the statistics take fewer calls into torch, which for few tokens,
+        and not the arithmetic, are what gates cost. For the same reason attributes are read from where nn.Module keeps
+        them.
         """
         gater, unit = self._modules["gater"], self._modules["unit"]
         if type(gater) is not Gater or type(unit) is not StochasticUnit:
