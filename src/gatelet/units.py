@@ -1,5 +1,6 @@
 """StochasticUnit: an estimator as a module, with its deterministic test mode."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -108,10 +109,11 @@ class StochasticUnit(nn.Module):
         """
         check_logits(logits)
         self._check_calibrated()
-        settled = self.estimator.deterministic(logits, self.threshold)
-        if self.threshold.device.type == "cpu" or not self.estimator.form.rated:
+        method, threshold = self.estimator, self.threshold
+        settled = method.deterministic(logits, threshold)
+        if threshold.device.type == "cpu" or not method.form.rated:
             return settled
-        return torch.where(self.threshold.isnan(), self.threshold.to(settled.dtype), settled)
+        return torch.where(threshold.isnan(), threshold.to(settled.dtype), settled)
 
     def _sampled(self, logits: Tensor, noise: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """Return gates without gradient, and tell the tape, whose loss the estimator needs."""
@@ -161,12 +163,13 @@ class StochasticUnit(nn.Module):
         return found
 
     def _check_calibrated(self) -> None:
+        threshold = self.threshold
         # A threshold on an accelerator is not looked at: that would synchronise. There NaN makes all gates NaN.
-        if self.threshold.device.type != "cpu":
+        if threshold.device.type != "cpu":
             return
         if torch.compiler.is_compiling():
-            torch._assert_async(~self.threshold.isnan(), _NOT_CALIBRATED)
-        elif not is_fake(self.threshold) and self.threshold.isnan():
+            torch._assert_async(~threshold.isnan(), _NOT_CALIBRATED)
+        elif not is_fake(threshold) and math.isnan(threshold.item()):
             raise RuntimeError(_NOT_CALIBRATED)
 
     def extra_repr(self) -> str:

@@ -10,6 +10,7 @@ from gatelet_lab import data
 from gatelet_lab.bench import auto, kernels, step
 from gatelet_lab.commands import bench_kernels
 from gatelet_lab.commands.bench_kernels import BenchKernels
+from gatelet_lab.training.paper import PaperTrainer
 from gatelet_lab.training.recipes import recipe
 
 QUICK = BenchKernels(quick=True, shape=(48, 64), patience=0.0)
