@@ -1,6 +1,7 @@
 """What `import gatelet` costs, brings along, and leaves alone."""
 
 import ast
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -100,3 +101,25 @@ def test_the_documented_surface():
         assert hasattr(gatelet.nn, name), name
     with pytest.raises(TypeError):
         gatelet.estimators.ALL["mine"] = gatelet.estimators.Estimator
+
+
+COMPILED = {"kernels.py", "list_kernels.py", "narrow_kernels.py", "decode_kernels.py", "vector.py"}
+"""Files of Numba's and Triton's kernels: a factory holds all functions that it compiles together."""
+
+
+def test_functions_are_short():
+    """At most 60 lines without their docstrings, kernels apart."""
+    long = []
+    for path in sorted(path for folder in (ROOT, ROOT.parent / "gatelet_lab") for path in folder.rglob("*.py")):
+        if path.name in COMPILED and "backends" in path.parts:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                told = node.body[0] if ast.get_docstring(node) else None
+                lines = node.end_lineno - node.lineno + 1 - (told.end_lineno - told.lineno + 1 if told else 0)
+                long += [f"{path.name}: {node.name} has {lines}"] if lines > 60 else []
+    assert not long
+
+
+def test_the_package_says_its_version():
+    assert gatelet.__version__ == importlib.metadata.version("gatelet")
