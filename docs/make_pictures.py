@@ -114,7 +114,6 @@ def gallery(model: Path, runs: Path) -> None:
     text = str(Path(sysconfig.get_path("stdlib")) / "a*.py")
     sizes = "--layer 12 --latents 4096 --k 16 --tokens 200000 --collect 12000 --batch 512 --test 1024 --shown 40"
     command("train sae --model", str(model), "--text", text, sizes, "--out", str(runs / "sae"))
-    shutil.copyfile(runs / "sae" / "curves.png", PICTURES / "sae_curves.png")
     photograph(runs / "sae" / "report.html", PICTURES / "sae_page.png")
     sizes = "--gater self --rate 0.7 --tokens 2048 --held-out 1024"
     command("convert", str(model), "--text", text, sizes, "--out", str(runs / "converted"))
