@@ -184,11 +184,11 @@ def all_open(model, weights):
     return keep_rows(model, weights, rest=True)
 
 
-def both(text, out, weights):
+def both(text, out):
     """Gates in the blocks, and attention's maps read what their large inputs meet."""
-    model = keep_rows(gatelet.load(out / Line("preview", BOTH[0]).name), weights)
+    model = keep_rows(gatelet.load(out / Line("preview", BOTH[0]).name), "float32")
     loader = text.fit[:4].split(2)
-    return skip_inputs(model, loader, BOTH[1], weights, where=lambda name: "attn" in name, rest=True)
+    return skip_inputs(model, loader, BOTH[1], where=lambda name: "attn" in name, rest=True)
 
 
 def makers(dense, text, out):
@@ -216,9 +216,8 @@ def makers(dense, text, out):
         made[f"TEAL, {rate:.0%} of inputs, float32"] = lambda rate=rate: skip_inputs(
             twin(), text.fit[:4].split(2), rate, where=lambda name: name != "lm_head", rest=True
         )
-    for weights in ("float32", "int8"):
-        name = f"preview, {BOTH[0]:.0%} open, attention by {BOTH[1]:.0%} of inputs, {weights}"
-        made[name] = lambda weights=weights: both(text, out, weights)
+    name = f"preview, {BOTH[0]:.0%} open, attention by {BOTH[1]:.0%} of inputs, float32"
+    made[name] = lambda: both(text, out)
     return made
 
 
@@ -316,18 +315,22 @@ def show(found, out):
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
+    top, offsets = 1.14 * base["perplexity"], [(5, 5), (5, -9)]
     for prefix, marker in (("dense", "s"), ("all", "D"), ("preview", "o"), ("self", "v"), ("TEAL", "P")):
         points = [(name, it) for name, it in rows if name.startswith(prefix) and "perplexity" in it]
-        speed, quality = [1e3 / it["ms 1"] for _, it in points], [it["perplexity"] for _, it in points]
-        axes.plot(speed, quality, marker, label=prefix)
-        for (name, _), x, y in zip(points, speed, quality, strict=True):
-            label = name.split(", ", 1)[1].replace(" open", "")
-            axes.annotate(label, (x, y), fontsize=6, xytext=(4, 3), textcoords="offset points")
+        speed = [1e3 / it["ms 1"] for _, it in points]
+        quality = [min(it["perplexity"], top) for _, it in points]
+        axes.plot(speed, quality, marker, label="all units open" if prefix == "all" else prefix)
+        for (name, it), x, y in zip(points, speed, quality, strict=True):
+            label = name.split(", ", 1)[1].replace(" open", "").replace("attention by 75% of inputs", "attention 75%")
+            label += f" (beyond: {it['perplexity']:.0f})" if y == top else ""
+            axes.annotate(label, (x, y), fontsize=6, xytext=offsets[0], textcoords="offset points")
+            offsets = offsets[1:] + offsets[:1]
     axes.axhline(1.05 * base["perplexity"], color="0.7", linewidth=0.8, linestyle="--", label="dense + 5 %")
     axes.axvline(1.3e3 / base["ms 1"], color="0.7", linewidth=0.8, linestyle=":", label="dense × 1.3")
-    axes.set(xlabel="tokens per second, one thread", ylabel="perplexity, held out", yscale="log")
-    axes.set_ylim(0.97 * base["perplexity"], 3 * base["perplexity"])
-    axes.legend(frameon=False)
+    axes.set(xlabel="tokens per second, one thread", ylabel="perplexity, held out")
+    axes.set_ylim(0.985 * base["perplexity"], 1.02 * top)
+    axes.legend(frameon=False, loc="center right")
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out / "language-model.png", dpi=110)
 
