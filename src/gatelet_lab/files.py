@@ -7,13 +7,49 @@ import uuid
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, cast
 
 import torch
+import tyro
 
 
 class CheckpointError(Exception):
     """A file of results or a checkpoint is unreadable, or of another version, recipe or data set."""
+
+
+def location(text: str) -> Path:
+    """Return where something lies: a path, or for an fsspec URL (s3://bucket/runs) what answers as a path does.
+
+    Raises:
+        ValueError: if the URL's kind is unknown, lacks its package, or is seen by one process alone.
+    """
+    if "://" not in text:
+        return Path(text)
+    kind = text.partition("://")[0]
+    if kind == "memory":
+        raise ValueError(f"{text}: is the memory of one process; name what every worker can read")
+    try:
+        from upath import UPath
+
+        place = UPath(text)
+        _ = place.fs  # loads the package of this kind
+    except (ImportError, ValueError) as error:
+        raise ValueError(
+            f"{text}: cannot be used ({error}); URLs need gatelet[cluster] and fsspec's package"
+        ) from error
+    return cast(Path, place)  # not one by type, with all of its methods that are used here
+
+
+Location = Annotated[
+    Path,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH|URL",
+        instance_from_str=lambda texts: location(texts[0]),
+        is_instance=lambda value: hasattr(value, "iterdir"),
+        str_from_instance=lambda place: [str(place)],
+    ),
+]
 
 
 def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
@@ -24,11 +60,12 @@ def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # two writers must not share one
     try:
-        with temporary.open("xb") as file:
+        with temporary.open("wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            if isinstance(path, Path):
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path) if isinstance(path, Path) else temporary.rename(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         # torch.save says RuntimeError where the disk is full, with the system's error as its cause or nowhere.
@@ -59,10 +96,12 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_tensors(path: Path, device: torch.device | str) -> Any:
     """Return what ``torch.save`` wrote, after comparing its checksums, which ``torch.load`` does not look at."""
     try:
-        with zipfile.ZipFile(path) as records:
-            damaged = records.testzip()
-        if damaged is not None:
-            raise ValueError(f"{damaged} does not have its checksum")
-        return torch.load(path, map_location=device, weights_only=True)
+        with path.open("rb") as file:
+            with zipfile.ZipFile(file) as records:
+                damaged = records.testzip()
+            if damaged is not None:
+                raise ValueError(f"{damaged} does not have its checksum")
+            file.seek(0)
+            return torch.load(file, map_location=device, weights_only=True)
     except Exception as error:
         raise CheckpointError(f"{path}: damaged, or no checkpoint ({type(error).__name__}: {error})") from error

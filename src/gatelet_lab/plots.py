@@ -58,7 +58,8 @@ def gates(results: Sequence[dict[str, Any]], out: Path, path: Path) -> None:
         len(shown), 1, figsize=(9, max(3.2, 0.6 + 1.7 * len(shown))), layout="constrained", squeeze=False
     )
     for axes, (row, file) in zip(panels[:, 0], shown.items(), strict=True):
-        counts = np.load(file).astype(np.float32)
+        with file.open("rb") as opened:
+            counts = np.load(opened).astype(np.float32)
         selective = np.argsort(-counts.var(axis=0))[:SHOWN_GATES]
         selective = selective[np.argsort(counts[:, selective].argmax(axis=0), kind="stable")]
         image = axes.imshow(counts[:, selective], aspect="auto", vmin=0, vmax=1, cmap="magma", interpolation="nearest")

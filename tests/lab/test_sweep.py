@@ -1,11 +1,10 @@
 """The search: by validation error alone, resumable, and a trial that was killed does not stop it."""
 
 import io
-import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -41,7 +40,8 @@ def small(tmp_path, monkeypatch):
     """Return options of a search, with a test set that must not be looked at."""
     split = replace(data.load("digits"), test_images=Untouchable(), test_labels=Untouchable())
     monkeypatch.setattr(data, "load", lambda *_: split)
-    return lambda **changes: sweep.Sweep(**SMALL | {"storage": f"sqlite:///{tmp_path}/study.db"} | changes)
+    places = {"storage": f"sqlite:///{tmp_path}/study.db", "out": tmp_path / "out"}
+    return lambda **changes: sweep.Sweep(**SMALL | places | changes)
 
 
 def study(options):
@@ -100,7 +100,7 @@ def test_ctrl_c_leaves_a_failed_trial_and_the_search_continues(small, monkeypatc
         patch.setattr(PaperTrainer, "advance", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(small(trials=1))
-    assert states(small()) == [TrialState.FAIL]
+    assert states(small()) == [TrialState.FAIL, TrialState.WAITING]
     run(small(trials=1))
     assert states(small()) == [TrialState.FAIL, TrialState.COMPLETE]
 
@@ -108,7 +108,7 @@ def test_ctrl_c_leaves_a_failed_trial_and_the_search_continues(small, monkeypatc
 def test_a_killed_trial_is_marked_failed(small, monkeypatch):
     monkeypatch.setattr(sweep, "GRACE", 1)
     options = small(trials=1)
-    killed = sweep.open_study(options, *sweep.plan(options))
+    killed = sweep.open_study(options, *sweep.plan(options), sweep._storage(options.storage))
     with pytest.warns(UserWarning, match="optimize"):  # which would go on beating
         trial = killed.ask()
     killed._storage.record_heartbeat(trial._trial_id)
@@ -123,9 +123,9 @@ def test_a_diverged_trial_is_over_and_the_search_goes_on(small):
     assert "nothing to recommend" in printed
 
 
-def test_a_trial_worse_than_the_others_is_stopped_early(small):
+def test_a_trial_worse_than_the_others_is_stopped_early(small, tmp_path):
     class Bad:
-        steps = 0
+        number = steps = 0
 
         def report(self, value, step):
             self.steps += 1
@@ -134,9 +134,12 @@ def test_a_trial_worse_than_the_others_is_stopped_early(small):
             return True
 
     base, _ = sweep.plan(small())
-    trial = Bad()
+    trial, tell = Bad(), sweep.Search.tell
+    search = SimpleNamespace(show=lambda *_: None)
     with pytest.raises(optuna.TrialPruned):
-        sweep.train(trial, PaperTrainer(base, 0, data.load().without_test()), lambda _: None)
+        sweep.train(
+            PaperTrainer(base, 0, data.load().without_test()), tmp_path / "c.pt", lambda row: tell(search, trial, row)
+        )
     assert trial.steps == 1
 
 
@@ -147,20 +150,6 @@ def test_every_row_has_a_space_of_its_own_that_holds_its_recipe(preset):
         own = {key: sweep._own(base, key, each) for key, each in space.items()}
         assert len(space) >= 3
         assert [key for key, value in own.items() if value is None] == [], row
-
-
-def test_two_processes_share_a_study(tmp_path):
-    command = [
-        str(Path(sys.executable).with_name("gatelet")),
-        *("sweep", "sigmoid", "--dataset", "digits", "--epochs", "1", "--trials", "4"),
-        *("--set", "experts=20", "--set", "bottleneck=5", "--storage", f"sqlite:///{tmp_path}/study.db"),
-    ]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
-    for process in processes:
-        told, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, told.decode()
-    shared = optuna.load_study(study_name="sigmoid-quick-digits", storage=f"sqlite:///{tmp_path}/study.db")
-    assert len(shared.get_trials()) in (4, 5)
 
 
 def test_tables_that_another_process_makes_are_looked_at_again(small, monkeypatch):

@@ -13,3 +13,4 @@ from gatelet.nn.sae_lens import load_sae_lens as load_sae_lens
 from gatelet.nn.sparse_autoencoder import SAELoss as SAELoss
 from gatelet.nn.sparse_autoencoder import SparseAutoencoder as SparseAutoencoder
 from gatelet.nn.sparse_code import SparseCode as SparseCode
+from gatelet.nn.spreading import spread as spread

@@ -19,6 +19,8 @@ def largest(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Te
         bias: b (N,).
         k: at most N.
     """
+    if not k:
+        return x.new_zeros(len(x), 0), torch.zeros(len(x), 0, dtype=torch.long, device=x.device)
     if compiled(x, weight, bias) and len(x) >= 16:  # for fewer, the product alone is what takes time
         from gatelet.kernels.backends.numba import lists, screened
 

@@ -12,6 +12,7 @@ from gatelet._checks import check_choice, check_count, check_weight
 from gatelet.estimators import Estimator
 from gatelet.kernels import ACTIVATIONS as FUSED
 from gatelet.kernels import gated_ffn, gated_input_linear, gated_linear, open_pattern
+from gatelet.nn._units import ALL_HERE, Units
 from gatelet.nn.gaters import PreviewGater, SelfGater
 from gatelet.nn.gating import ConditionalLayer
 from gatelet.nn.parts import Affine, Part, all_affine, apply, part_of
@@ -46,12 +47,29 @@ def feed_forward(
     them is more than an affine map, all three run densely, by their own forward.
     """
     x, mask = gating.without_padding(x, mask)
+    if gating.split is not ALL_HERE:
+        return _over_processes(x, gating, activation, up, down, glu, mask, noise, generator)
     if gating.fully_open:
         gating.decide_unpadded(x, mask, None, None)
         return apply(down, F.dropout(hidden_layer(x, activation, up, glu), dropout, dropout > 0))
     if isinstance(gating.gater, SelfGater):
         return _by_itself(x, gating, activation, up, down, glu, dropout, mask)
     gates, support = gating.decide_unpadded(x, mask, noise, generator)
+    return _gated(x, gates, support, gating, activation, up, down, glu, dropout)
+
+
+def _gated(
+    x: Tensor,
+    gates: Tensor,
+    support: Tensor | None,
+    gating: ConditionalLayer,
+    activation: str,
+    up: Part,
+    down: Part,
+    glu: Part | None,
+    dropout: float,
+) -> Tensor:
+    """Return what the gated units give, computed densely only where that is asked for."""
     if gating.needs_dense(x, gates) or not all_affine(up, down, glu):
         each = gates.repeat_interleave(gating.group_size, dim=-1) if gating.group_size > 1 else gates
         return apply(down, F.dropout(hidden_layer(x, activation, up, glu) * each, dropout, dropout > 0))
@@ -64,6 +82,40 @@ def feed_forward(
         found: Tensor = torch.ops.gatelet.conditional_ffn(x, *args)
         return found
     return _sparse(x, *args, dropout=dropout, support=support)
+
+
+def _over_processes(
+    x: Tensor,
+    gating: ConditionalLayer,
+    activation: str,
+    up: Part,
+    down: Part,
+    glu: Part | None,
+    mask: Tensor | None,
+    noise: Tensor | None,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Return the sum over the processes of what their units give (:func:`gatelet.nn.spread`)."""
+    split = gating.split
+    if not all_affine(up, down, glu):
+        raise RuntimeError("spread: something was hung on a Linear of a layer that is spread; take it off")
+    if noise is None and generator is None:
+        split.same_noise(x.device)
+    gates, support = gating.decide_unpadded(x, mask, noise, generator)
+    up, down, glu = _own(split, up), _own(split, down), None if glu is None else _own(split, glu)
+    x, bias, down = split.enter(x), down.bias, Affine(down.weight, None)
+    if gating.fully_open:
+        part = apply(down, hidden_layer(x, activation, up, glu))
+    else:
+        gates, support = split.slice(gates), None if support is None else split.slice(support)
+        part = _gated(x, gates, support, gating, activation, up, down, glu, 0.0)
+    y = split.total(part)
+    return y if bias is None else y + bias
+
+
+def _own(split: Units, part: Part) -> Affine:
+    assert isinstance(part, Affine)
+    return Affine(split.own(part.weight), None if part.bias is None else split.own(part.bias))
 
 
 def _by_unit(gating: ConditionalLayer, up: Part, down: Part, glu: Part | None) -> tuple[Affine, Affine, Affine | None]:

@@ -16,6 +16,7 @@ from gatelet._recompute import Passes, recomputing
 from gatelet.estimators import Estimator, resolve
 from gatelet.estimators._distributed import alone, noting, repeating
 from gatelet.nn import gaters
+from gatelet.nn._units import ALL_HERE, Units
 from gatelet.nn.gaters import Gater, GaterError, PreviewGater, SelfGater, ThresholdUnit, TwoStageGater
 from gatelet.nn.parts import ByUnit, more_than_affine
 from gatelet.sparsity._controller import Controller, Penalised
@@ -63,6 +64,7 @@ class ConditionalLayer(Penalised):
     gater: Any  # a module
     unit: StochasticUnit
     tokens: int | Tensor
+    split: Units = ALL_HERE  # which units are on this process
 
     def __init__(
         self,

@@ -25,6 +25,7 @@ from gatelet.estimators.jump_relu import jump_relu, jump_step
 from gatelet.nn import _agreement, sae_lens
 from gatelet.nn._largest import largest, largest_in_groups
 from gatelet.nn._lists import ListedLinear, ListedSum, Lists, UnitRows, by_example
+from gatelet.nn._units import ALL_HERE, Units
 from gatelet.nn.sparse_code import SparseCode
 
 SPARSITY = {"top_k": 0.0, "batch_top_k": 0.0, "jump_relu": 100.0, "relu": 5.0, "gated": 5.0}
@@ -131,6 +132,7 @@ class SparseAutoencoder(nn.Module):
     input_scale: Tensor
     idle: Tensor
     threshold: Tensor
+    split: Units = ALL_HERE  # which latents are on this process
 
     def __init__(
         self,
@@ -217,6 +219,8 @@ class SparseAutoencoder(nn.Module):
         Args:
             x: (..., D), some thousand examples.
         """
+        if self.split is not ALL_HERE:
+            raise RuntimeError("start_from: the latents are spread over processes; call it before gatelet.nn.spread")
         check_input(x, self.encoder_weight)
         rows = x.detach().reshape(-1, self.d_in).to(self.decoder_weight.dtype)
         length = torch.linalg.vector_norm(rows, dim=1).mean()
@@ -262,7 +266,8 @@ class SparseAutoencoder(nn.Module):
     def normalise_decoder_(self) -> None:
         """Give the decoder's rows unit length again: after each step of an optimiser that does not do so itself."""
         if self.unit_decoder:
-            self.decoder_weight.copy_(F.normalize(self.decoder_weight, dim=1))
+            rows = self.split.own(self.decoder_weight)
+            rows.copy_(F.normalize(rows, dim=1))
 
     # ---------------------------------------------------------------- encoding and decoding
 
@@ -277,7 +282,7 @@ class SparseAutoencoder(nn.Module):
         """
         check_input(x, self.encoder_weight)
         _agreement.prepare()
-        return self._encode(self._centred(x.reshape(-1, self.d_in)), x.shape[:-1])[0]
+        return self.split.whole(self._encode(self._centred(x.reshape(-1, self.d_in)), x.shape[:-1])[0])
 
     def decode(self, code: SparseCode) -> Float[Tensor, "*lead D"]:
         """Return the reconstruction of a code, in the input's units.
@@ -287,7 +292,7 @@ class SparseAutoencoder(nn.Module):
         """
         if code.latents != self.d_sae:
             raise ValueError(f"code: is of {code.latents} latents, but the layer has {self.d_sae}")
-        return ((self._sum(code) + self.decoder_bias) / self.input_scale).view(*code.lead, self.d_in)
+        return ((self._sum(self.split.part(code)) + self.decoder_bias) / self.input_scale).view(*code.lead, self.d_in)
 
     def forward(self, x: Float[Tensor, "*lead D"]) -> Float[Tensor, "*lead D"]:
         """Return the reconstruction of x."""
@@ -319,7 +324,7 @@ class SparseAutoencoder(nn.Module):
         self._note(code)
         output = ((found.detach() + self.decoder_bias.detach()) / self.input_scale).view(x.shape)
         total = reconstruction + penalty + auxiliary + balance
-        return SAELoss(total, reconstruction, penalty, auxiliary, balance, code, output)
+        return SAELoss(total, reconstruction, penalty, auxiliary, balance, self.split.whole(code), output)
 
     def save_sae_lens(self, directory: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
         """Write the autoencoder in the format of SAELens; :func:`load_sae_lens` and SAELens read it.
@@ -345,33 +350,45 @@ class SparseAutoencoder(nn.Module):
 
     def _centred(self, rows: Tensor) -> Tensor:
         """Return s·x − b_dec, (B, D)."""
-        return rows.to(self.decoder_bias.dtype) * self.input_scale - self.decoder_bias
+        return self.split.enter(rows.to(self.decoder_bias.dtype) * self.input_scale - self.decoder_bias)
+
+    def _encoder(self) -> tuple[Tensor, Tensor]:
+        """Return W_enc and b_enc of the latents that are here."""
+        return self.split.own(self.encoder_weight), self.split.own(self.encoder_bias)
+
+    @property
+    def _here(self) -> int:
+        """How many latents are here."""
+        return self.d_sae // self.split.processes
 
     def _encode(self, centred: Tensor, lead: torch.Size) -> tuple[SparseCode, "_Extra"]:
         """Return the code of centred examples, and what the penalties need beside."""
         with torch.autocast(centred.device.type, enabled=False):
             if self.activation == "top_k" and not values_hidden(centred):
                 return self._encode_largest(centred, lead)
-            z = F.linear(centred, self.encoder_weight, self.encoder_bias)
+            z = F.linear(centred, *self._encoder())
             limit = self._limit(z.detach()) if self.activation == "batch_top_k" else None
             chosen = None if values_hidden(z) else self._chosen(z.detach(), limit)
             if chosen is None:
                 f, balance = self._activate_all(centred, z, limit)
                 return SparseCode.from_dense(f, lead), _Extra(z, balance)
             examples, indices, offsets = chosen
-            lists = Lists(offsets, indices, self.d_sae)
+            lists = Lists(offsets, indices, self._here)
             listed = self._listed(centred, z.detach()[examples, indices], lists)
-            return SparseCode(indices, self._activate(listed, lists), self.d_sae, lead, offsets), _Extra(listed)
+            return SparseCode(indices, self._activate(listed, lists), self._here, lead, offsets), _Extra(listed)
 
     def _encode_largest(self, centred: Tensor, lead: torch.Size) -> tuple[SparseCode, "_Extra"]:
         opened, scale, balance = self._route(centred) if self.groups > 1 else (None, None, None)
         with torch.no_grad():
-            args = (centred, self.encoder_weight, self.encoder_bias, self.k)
+            args = (centred, *self._encoder(), min(self.k, self._here))
             values, indices = largest(*args) if opened is None else largest_in_groups(*args, opened, self.groups)
+        if self.split is not ALL_HERE:
+            values, lists = self._strongest(values, indices, self.k)
+            listed = self._listed(centred, values, lists)
+            return SparseCode(lists.indices, listed.relu(), self._here, lead, lists.offsets), _Extra(listed)
         listed = values.flatten()
         if torch.is_grad_enabled():
-            offsets = torch.arange(0, indices.numel() + 1, self.k, device=indices.device)
-            listed = self._listed(centred, listed, Lists(offsets, indices.flatten(), self.d_sae))
+            listed = self._listed(centred, *self._strongest(values, indices, self.k))
         f = listed.relu().view(-1, self.k)
         if scale is not None:
             f = f * scale.gather(1, indices // (self.d_sae // self.groups))
@@ -387,9 +404,7 @@ class SparseAutoencoder(nn.Module):
         return self._activate(torch.where(here, z, -1.0), None, limit) * scale, balance
 
     def _listed(self, centred: Tensor, values: Tensor, lists: Lists) -> Tensor:
-        found: Tensor = ListedLinear.apply(
-            centred, self.encoder_weight, self.encoder_bias, values, lists, self.sparse_grad
-        )
+        found: Tensor = ListedLinear.apply(centred, *self._encoder(), values, lists, self.sparse_grad)
         return found
 
     def _route(self, centred: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -408,7 +423,7 @@ class SparseAutoencoder(nn.Module):
         elif isinstance(self.estimator, JumpReLU):
             # In training those closed ones too that θ's pseudo-derivative asks for.
             below = self.estimator.bandwidth / 2 if self.training else 0.0
-            mask = z > self.estimator.theta.detach() - below
+            mask = z > self.split.own(self.estimator.theta).detach() - below
         else:
             mask = z > 0
         counts = mask.sum(1)
@@ -424,7 +439,7 @@ class SparseAutoencoder(nn.Module):
             return self.threshold.clamp(min=0)
         near = z[z > 0.8 * self.threshold]  # far fewer than all, and nearly always enough
         examples, known = _agreement.total(torch.tensor([len(z), len(near)], device=z.device)).tolist()
-        wanted = self.k * examples + 1
+        wanted = self.k * examples // self.split.processes + 1
         near = near if known >= wanted else z.flatten()
         best = near.topk(min(wanted, len(near)), sorted=False).values
         if is_distributed():
@@ -436,6 +451,7 @@ class SparseAutoencoder(nn.Module):
         """Return the values of pre-activations, of all (B, N) or of listed ones (P,)."""
 
         def each(parameter: Tensor) -> Tensor:
+            parameter = self.split.own(parameter)
             return parameter if lists is None else parameter[lists.indices]
 
         if isinstance(self.estimator, JumpReLU):
@@ -449,35 +465,36 @@ class SparseAutoencoder(nn.Module):
 
     def _sum(self, code: SparseCode) -> Tensor:
         """Return Σ_n f_n W_dec[n], (B, D)."""
-        weight = self.decoder_weight
+        weight = self.split.own(self.decoder_weight)
         if code.dense is not None:
-            return code.dense @ (UnitRows.apply(weight) if self.unit_decoder else weight)
+            return self.split.total(code.dense @ (UnitRows.apply(weight) if self.unit_decoder else weight))
         values, lists = code.values.reshape(-1), code.lists()
         if not torch.is_grad_enabled():
-            return by_example(values, weight, lists)
-        found: Tensor = ListedSum.apply(values, weight, lists, self.sparse_grad, self.unit_decoder)
-        return found
+            return self.split.total(by_example(values, weight, lists))
+        return self.split.total(ListedSum.apply(values, weight, lists, self.sparse_grad, self.unit_decoder))
 
     def _sparsity(self, code: SparseCode, extra: "_Extra", centred: Tensor) -> Tensor:
         """Return the weighted penalty of open latents; without those that have none, zero."""
         batch, z, lists = len(centred), extra.z, None if code.dense is not None else code.lists()
+        own, total = self.split.own, self.split.total
         if isinstance(self.estimator, JumpReLU):
-            theta = self.estimator.theta if lists is None else self.estimator.theta[lists.indices]
-            steps = jump_step(z, theta, self.estimator.bandwidth)
+            theta = own(self.estimator.theta)
+            steps = jump_step(z, theta if lists is None else theta[lists.indices], self.estimator.bandwidth)
             l0 = steps.sum(-1) if lists is None else z.new_zeros(batch).index_add(0, lists.examples, steps)
-            return self.sparsity_weight * (l0 / self.k - 1).square().mean()
+            return self.sparsity_weight * (total(l0) / self.k - 1).square().mean()
         if self.activation == "relu":
             values = code.values if code.dense is None else code.dense
-            lengths = None if self.unit_decoder else torch.linalg.vector_norm(self.decoder_weight, dim=1)
+            lengths = None if self.unit_decoder else torch.linalg.vector_norm(own(self.decoder_weight), dim=1)
             if lengths is not None:
                 values = values * (lengths if lists is None else lengths[lists.indices])
-            return self.sparsity_weight * values.sum() / batch
+            return self.sparsity_weight * total(values.sum()) / batch
         if self.activation == "gated":
-            gate, weight = z.relu(), self.decoder_weight.detach()
+            gate, weight = z.relu(), own(self.decoder_weight).detach()
             alone = gate @ weight if lists is None else ListedSum.apply(gate, weight, lists, self.sparse_grad, False)
+            alone = total(alone)
             bias = self.decoder_bias.detach()
             error = ((centred + self.decoder_bias).detach() - alone - bias).square().sum(-1).mean()
-            return self.sparsity_weight * gate.sum() / batch + error
+            return self.sparsity_weight * total(gate.sum()) / batch + error
         return centred.new_zeros(())
 
     def _auxiliary(self, centred: Tensor, left: Tensor) -> Tensor:
@@ -485,15 +502,26 @@ class SparseAutoencoder(nn.Module):
         dead = (self.idle >= self.dead_after).nonzero().squeeze(1)
         if not len(dead):
             return centred.new_zeros(())
-        k = min(self.auxiliary_k, len(dead))
+        k, split, weight = min(self.auxiliary_k, len(dead)), self.split, self.split.own(self.decoder_weight)
+        first = split.rank * self._here
+        here = dead[(dead >= first) & (dead < first + self._here)] - first
         with torch.no_grad(), torch.autocast(centred.device.type, enabled=False):
-            values, at = largest(centred, self.encoder_weight[dead], self.encoder_bias[dead], k)
-        offsets = torch.arange(0, at.numel() + 1, k, device=at.device)
-        lists = Lists(offsets, dead[at.flatten()], self.d_sae)
-        z = self._listed(centred, values.flatten(), lists).relu()
-        found = ListedSum.apply(z, self.decoder_weight, lists, self.sparse_grad, self.unit_decoder)
+            encoder, bias = self._encoder()
+            values, at = largest(centred, encoder[here], bias[here], min(k, len(here)))
+            values, lists = self._strongest(values, here[at], k)
+        z = self._listed(centred, values, lists).relu()
+        found = split.total(ListedSum.apply(z, weight, lists, self.sparse_grad, self.unit_decoder))
         error: Tensor = (left - found).square().sum(-1).mean()
         return self.auxiliary_weight * min(1.0, len(dead) / self.auxiliary_k) * error
+
+    def _strongest(self, values: Tensor, indices: Tensor, k: int) -> tuple[Tensor, Lists]:
+        """Return those of these values (B, k') that are among the k largest of all processes', and their lists."""
+        if self.split is ALL_HERE:
+            offsets = torch.arange(0, indices.numel() + 1, k, device=indices.device)
+            return values.flatten(), Lists(offsets, indices.flatten(), self.d_sae)
+        chosen = self.split.largest(F.pad(values, (0, k - values.shape[1]), value=-math.inf), k)[:, : values.shape[1]]
+        offsets = F.pad(chosen.sum(1).cumsum(0), (1, 0))
+        return values[chosen], Lists(offsets, indices[chosen], self._here)
 
     def _note(self, code: SparseCode) -> None:
         """Let the state move when the gradient reaches the code: once per step, however often a forward is repeated."""
@@ -509,8 +537,9 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def _move(self, opened: Tensor, examples: int, limit: Tensor) -> None:
-        counts = _agreement.total(torch.cat([opened.long(), opened.new_tensor([examples], dtype=torch.long)]))
-        self.idle.add_(counts[-1]).masked_fill_(counts[:-1] > 0, 0)
+        opened = self.split.place(opened.long())
+        counts = _agreement.total(torch.cat([opened, opened.new_tensor([examples])]))
+        self.idle.add_(counts[-1] // self.split.processes).masked_fill_(counts[:-1] > 0, 0)
         limit = _agreement.least(limit)
         if limit.isfinite():
             start = torch.where(self.threshold == 0, limit, self.threshold)

@@ -19,7 +19,7 @@ import gatelet
 from gatelet._checks import check_count
 from gatelet.estimators import ScoreFunction
 from gatelet_lab import data, plots, table
-from gatelet_lab.files import write_atomically, write_json
+from gatelet_lab.files import Location, write_atomically, write_json
 from gatelet_lab.training import jobs
 from gatelet_lab.training.jobs import Job
 from gatelet_lab.training.model import PaperNet
@@ -131,8 +131,10 @@ class Claims(jobs.Run):
     """Width of the networks, gaters included, as a fraction of the table's; 1: as in the table."""
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE"), tyro.conf.UseAppendAction] = ()
     """Override a field of the recipe of every variant, as experts=100; may be repeated."""
-    out: Path = Path("runs/claims")
-    """Directory for claims.json, claims.md, the plots and the runs."""
+    out: Location = Path("runs/claims")
+    """Directory for claims.json, claims.md, the plots and the runs, or an fsspec URL."""
+
+    measures_here = True
 
     def identity(self) -> dict[str, str]:
         """Return data set, sizes, version and settings."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gatelet._checks import check_choice, check_count
 from gatelet.estimators import ALL
 from gatelet_lab import plots, table
-from gatelet_lab.files import read_json, read_tensors, write_atomically, write_json
+from gatelet_lab.files import Location, read_json, read_tensors, write_atomically, write_json
 from gatelet_lab.training import jobs
 from gatelet_lab.training.jobs import Job
 from gatelet_lab.training.model import build, multiply_adds
@@ -50,8 +50,8 @@ class Frontier(jobs.Run):
     """Train nothing; measure the inference time of the finished points. Needs a quiet machine."""
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE"), tyro.conf.UseAppendAction] = ()
     """Override a field of the recipe of every point, as experts=2000; may be repeated."""
-    out: Path = Path("runs/frontier")
-    """Directory for frontier.json, frontier.md, the plot and the runs."""
+    out: Location = Path("runs/frontier")
+    """Directory for frontier.json, frontier.md, the plot and the runs, or an fsspec URL."""
 
     keeps_weights = True
 
@@ -69,6 +69,8 @@ class Frontier(jobs.Run):
 def run(options: Frontier, console: Console) -> None:
     """Train what is missing, or time what is there; then write and show the table."""
     planned = plan(options)
+    if options.time and options.scheduler is not None:
+        raise ValueError("--time: measures on this machine; leave --scheduler out")
     path = options.out / "frontier.json"
     if options.time:
         found = {job.name: jobs.read_result(options.out, job) for job in planned}

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from gatelet._checks import check_choice, check_count
 from gatelet_lab import plots, table
+from gatelet_lab.files import Location
 from gatelet_lab.training import jobs
 from gatelet_lab.training.jobs import Job
 from gatelet_lab.training.recipes import Preset, recipe, rows
@@ -32,8 +33,8 @@ class Reproduce(jobs.Run):
     """Train at most so many epochs, instead of the recipe's number."""
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE"), tyro.conf.UseAppendAction] = ()
     """Override a field of the recipe of every named row, as gater_rate=0 or options.slope=sigmoid; may be repeated."""
-    out: Path = Path("runs/reproduce")
-    """Directory for the table, the plots, the logs and the checkpoints."""
+    out: Location = Path("runs/reproduce")
+    """Directory for the table, the plots, the logs and the checkpoints, or an fsspec URL."""
 
     def identity(self) -> dict[str, str]:
         """Return preset, data set, version and settings."""

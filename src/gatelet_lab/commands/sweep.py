@@ -1,11 +1,15 @@
 """`gatelet sweep`: search a recipe's numbers by validation error, with Optuna; the test set is not there."""
 
 import json
+import queue
+import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,15 +23,21 @@ from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
 from gatelet._checks import check_choice, check_count
 from gatelet_lab import data, table
-from gatelet_lab.training.fit import fit
-from gatelet_lab.training.jobs import check_device
+from gatelet_lab.files import Location
+from gatelet_lab.training.cluster import ClusterWorkers
+from gatelet_lab.training.fit import Stopped, fit
+from gatelet_lab.training.jobs import describe
 from gatelet_lab.training.paper import Epoch, PaperTrainer
 from gatelet_lab.training.recipe import DEFAULTS, Recipe
 from gatelet_lab.training.recipes import Preset, recipe, rows
 from gatelet_lab.training.settings import number, override, value
+from gatelet_lab.training.workers import Link, Workers, check_device, failure
 
 STORAGE = "sqlite:///runs/sweep.db"
 HEARTBEAT, GRACE = 30, 300  # seconds; a trial that is silent for longer than GRACE was killed
+RETRIES = 3  # of a trial that was killed
+Show = Callable[[int, Epoch | None], None]
+"""Takes an epoch of a trial, by its number; or None: it has ended."""
 Space = Mapping[str, BaseDistribution]
 
 
@@ -59,42 +69,179 @@ class Sweep:
     """Database of the study, as an SQLAlchemy URL: processes and machines that share it share the search."""
     study: str | None = None
     """The study's name in the database; by default made of row, preset and data set."""
+    out: Location = Path("runs/sweep")
+    """Directory (or fsspec URL) for the checkpoints of trials; machines that share it go on with each other's."""
+    scheduler: str | None = None
+    """Train trials on the workers of this Dask scheduler (tcp://host:8786), which all see the output directory."""
+
+    def load(self) -> data.Split:
+        """Return the data without its test set."""
+        return data.load(self.dataset, self.data_dir).without_test()
+
+    @property
+    def name(self) -> str:
+        """The study's."""
+        return self.study or f"{self.row}-{self.preset}-{Path(self.dataset).name}"
 
 
 def run(options: Sweep, console: Console) -> None:
     """Run trials until the study holds enough of them, then print the best settings."""
     base, space = plan(options)
-    split = data.load(options.dataset, options.data_dir).without_test()
-    study = open_study(options, base, space)
-    already = len(finished(study))
-    console.print(f"study {study.study_name} in {options.storage}: {already} of {options.trials} trials are there")
-    with _display(options, study, base.optimiser.epochs, console) as show:
-
-        def objective(trial: optuna.Trial) -> float:
-            settings = [f"{key}={_suggest(trial, key, each)}" for key, each in space.items()]
-            trial.set_user_attr("settings", settings)
-            try:
-                return train(trial, PaperTrainer(override(base, settings), options.seed, split, options.device), show)
-            except FloatingPointError as error:  # diverged: as bad as it gets, and not to be tried again
-                trial.set_user_attr("diverged", str(error))
-                raise optuna.TrialPruned(str(error)) from error
-
-        while len(finished(study)) < options.trials:
-            study.optimize(objective, n_trials=1)
-            show(None)
+    split = options.load()
+    with ExitStack() as stack:
+        workers = None
+        if (url := options.scheduler) is not None:
+            if isinstance(options.out, Path):
+                options = replace(options, out=options.out.absolute())  # workers have other working directories
+            workers = ClusterWorkers(url, options.out, options.device, partial(describe, options))
+            stack.enter_context(workers)
+        storage = _storage(options.storage)
+        stack.callback(storage.engine.dispose)  # a server counts open connections
+        study = open_study(options, base, space, storage)
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--out {options.out}: cannot be written ({error.strerror or error})") from error
+        already = len(finished(study))
+        console.print(f"study {study.study_name} in {options.storage}: {already} of {options.trials} trials are there")
+        show = stack.enter_context(_display(options, study, base.optimiser.epochs, console))
+        search = Search(options, base, space, study, split, show, console, workers)
+        if workers is None:
+            search.go()
+        else:
+            search.side_by_side(workers.places)
     report(options, study, console)
 
 
-def train(trial: optuna.Trial, trainer: PaperTrainer, show: Callable[[Epoch], None]) -> float:
-    """Train one trial and return its best validation error; stop it early if the other trials were better."""
+@dataclass(frozen=True)
+class Search:
+    """A search in progress: this process's share of its trials."""
 
-    def tell(row: Epoch) -> None:
-        show(row)
+    options: Sweep
+    base: Recipe
+    space: Space
+    study: optuna.Study
+    split: data.Split
+    show: Show
+    console: Console
+    workers: Workers | None = None
+    halt: threading.Event = field(default_factory=threading.Event)
+
+    def go(self) -> None:
+        """Run one trial after the other until the study holds enough."""
+        while len(finished(self.study)) < self.options.trials and not self.halt.is_set():
+            try:
+                self.study.optimize(
+                    self.objective, n_trials=1, callbacks=[lambda _, trial: self.show(trial.number, None)]
+                )
+            except ValueError as error:
+                if "Cannot tell a" not in str(error):  # Optuna's word for a trial that has another end already
+                    raise
+                self.console.print(
+                    f"nothing was heard of this process for {GRACE} s: another one went on with its trial"
+                )
+
+    def side_by_side(self, places: int) -> None:
+        """Run as many trials at once, each followed by a thread."""
+        with ThreadPoolExecutor(places) as pool:
+            pending = {pool.submit(self.go) for _ in range(places)}
+            try:
+                while pending:
+                    # A time limit, so that Ctrl-C is noticed on every platform.
+                    done, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
+                    for future in done:
+                        future.result()
+            finally:
+                self.halt.set()
+
+    def objective(self, trial: optuna.Trial) -> float:
+        """Return the best validation error of a trial's settings; go on from its checkpoint if it was begun before."""
+        settings = [f"{key}={_suggest(trial, key, each)}" for key, each in self.space.items()]
+        trial.set_user_attr("settings", settings)
+        recipe = override(self.base, settings)
+        begun = _frozen(self.study, trial).system_attrs.get("failed_trial")  # the number that `retry` goes on with
+        checkpoint = self.options.out / f"{self.options.name}-{trial.number if begun is None else begun}.pt"
+        if begun is not None:
+            how = "from its checkpoint" if checkpoint.is_file() else f"from its start: no checkpoint in {checkpoint}"
+            self.console.print(f"trial {trial.number} goes on with trial {begun}, {how}")
+        tell = partial(self.tell, trial)
+        try:
+            if self.workers is None:
+                trainer = PaperTrainer(recipe, self.options.seed, self.split, self.options.device)
+                found = train(trainer, checkpoint, tell)
+            else:
+                found = self.train_there(self.workers, f"{self.options.name}-{trial.number}", recipe, checkpoint, tell)
+        except FloatingPointError as error:  # diverged: as bad as it gets, and not to be tried again
+            trial.set_user_attr("diverged", str(error))
+            checkpoint.unlink(missing_ok=True)
+            raise optuna.TrialPruned(str(error)) from error
+        except optuna.TrialPruned:
+            checkpoint.unlink(missing_ok=True)
+            raise
+        except (KeyboardInterrupt, Stopped):  # whoever continues the search begins with this trial
+            retry()(self.study, _frozen(self.study, trial))
+            raise
+        checkpoint.unlink(missing_ok=True)
+        return found
+
+    def tell(self, trial: optuna.Trial, row: Epoch) -> None:
+        """Report an epoch of a trial, and stop it early if the other trials were better."""
+        self.show(trial.number, row)
         trial.report(row.valid_error, row.epoch)
         if trial.should_prune():
             raise optuna.TrialPruned
 
-    fit(trainer, None, tell)
+    def train_there(
+        self, workers: Workers, name: str, recipe: Recipe, checkpoint: Path, tell: Callable[[Epoch], None]
+    ) -> float:
+        """Train one trial on a worker; a worker that takes it over from a lost one tells all epochs again."""
+        rows: queue.Queue[Epoch | None] = queue.Queue()
+        future = workers.submit(name, rows.put, _work, recipe, self.options, checkpoint)
+        told = 0
+
+        def take(row: Epoch | None) -> None:
+            nonlocal told
+            if row is not None and row.epoch == told:
+                told += 1
+                tell(row)
+
+        try:
+            while not future.done():
+                if self.halt.is_set():
+                    raise Stopped
+                try:
+                    take(rows.get(timeout=0.2))
+                except queue.Empty:
+                    continue
+            if (error := failure(future)) is not None:
+                raise RuntimeError(why) if (why := workers.lost(error)) else error
+            history, best = future.result()
+            for row in history:
+                take(row)
+        finally:
+            future.cancel()
+        return float(best)
+
+
+def _frozen(study: optuna.Study, trial: optuna.Trial) -> FrozenTrial:
+    return study.get_trials(deepcopy=False)[trial.number]
+
+
+def _work(link: Link, recipe: Recipe, options: Sweep, checkpoint: Path) -> tuple[list[Epoch], float]:
+    """Train one trial on a worker; return its epochs and the best validation error."""
+    trainer = PaperTrainer(recipe, options.seed, options.load(), options.device)
+    best = train(trainer, checkpoint, link.tell, link.stopped)
+    return trainer.history, best
+
+
+def train(
+    trainer: PaperTrainer,
+    checkpoint: Path,
+    tell: Callable[[Epoch], None],
+    stopped: Callable[[], bool] = lambda: False,
+) -> float:
+    """Train from the checkpoint on, if there is one; return the best validation error. ``tell`` may raise to end it."""
+    fit(trainer, checkpoint, tell, stopped)
     return trainer.best_error
 
 
@@ -104,7 +251,8 @@ def plan(options: Sweep) -> tuple[Recipe, Space]:
     check_count(options.trials, "--trials")
     if options.epochs is not None:
         check_count(options.epochs, "--epochs")
-    check_device(options.device)
+    if options.scheduler is None:  # else the workers must have it
+        check_device(options.device)
     base = recipe(options.row, options.preset)
     if options.epochs is not None:
         base = base.but(epochs=options.epochs)
@@ -191,36 +339,23 @@ def _ends(each: BaseDistribution) -> Sequence[Any]:
     return each.choices
 
 
-def open_study(options: Sweep, base: Recipe, space: Space) -> optuna.Study:
+def open_study(options: Sweep, base: Recipe, space: Space, storage: optuna.storages.RDBStorage) -> optuna.Study:
     """Make the study, or continue it if it is the same search."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    name = options.study or f"{options.row}-{options.preset}-{Path(options.dataset).name}"
-    if options.storage == STORAGE:
-        Path("runs").mkdir(exist_ok=True)
-    # Processes take turns in an SQLite file; its default patience of 5 s is short beside a busy disk.
-    waiting = {"connect_args": {"timeout": 60}} if options.storage.startswith("sqlite") else {}
+    name = options.name
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        for left in reversed(range(5)):
-            try:
-                storage = optuna.storages.RDBStorage(
-                    options.storage, engine_kwargs=waiting, heartbeat_interval=HEARTBEAT, grace_period=GRACE
-                )
-                break
-            except (SQLAlchemyError, ImportError, ValueError) as error:
-                # Another process makes the same tables, or rows, in this moment: they are there at the next look.
-                made = isinstance(error, IntegrityError) or "already exists" in str(error)
-                if not left or not made:
-                    raise ValueError(f"--storage {options.storage}: {str(error).splitlines()[0]}") from error
-                time.sleep(1)
-        study = optuna.create_study(
+        make = partial(
+            optuna.create_study,
             storage=storage,
             study_name=name,
-            load_if_exists=True,
             direction="minimize",
             sampler=optuna.samplers.TPESampler(multivariate=True, constant_liar=True),
             pruner=optuna.pruners.MedianPruner(n_warmup_steps=max(1, base.optimiser.epochs // 4)),
         )
+        try:
+            study, new = make(), True
+        except optuna.exceptions.DuplicatedStudyError:
+            study, new = make(load_if_exists=True), False
     wanted = _identity(options, base, space)
     if found := study.user_attrs.get("search"):
         found = DEFAULTS | found  # a field that an older study does not know had its default
@@ -230,10 +365,44 @@ def open_study(options: Sweep, base: Recipe, space: Space) -> optuna.Study:
                     f"study {name}: its {key} was {found.get(key)!r}, is {now!r}; name another study with --study"
                 )
     study.set_user_attr("search", wanted)
-    # The recipe itself comes first: whatever is found is no worse.
-    own = {key: number for key, each in space.items() if (number := _own(base, key, each)) is not None}
-    study.enqueue_trial(own, skip_if_exists=True)
+    if new:  # the recipe itself comes first, once: whatever is found is no worse
+        study.enqueue_trial(
+            {key: number for key, each in space.items() if (number := _own(base, key, each)) is not None}
+        )
     return study
+
+
+@cache
+def retry() -> optuna.storages.RetryHeartbeatStaleTrialCallback:
+    """Return what queues a trial again that has not come to its end."""
+    return optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
+
+
+def _storage(url: str) -> optuna.storages.RDBStorage:
+    """Open the study's database; whoever begins a trial looks for silent ones, and queues them again."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    if url == STORAGE:
+        Path("runs").mkdir(exist_ok=True)
+    # Processes take turns in an SQLite file; its default patience of 5 s is short beside a busy disk.
+    waiting = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        for left in reversed(range(5)):
+            try:
+                return optuna.storages.RDBStorage(
+                    url,
+                    engine_kwargs=waiting,
+                    heartbeat_interval=HEARTBEAT,
+                    grace_period=GRACE,
+                    heartbeat_stale_trial_callback=retry(),
+                )
+            except (SQLAlchemyError, ImportError, ValueError) as error:
+                # Another process makes the same tables, or rows, in this moment: they are there at the next look.
+                made = isinstance(error, IntegrityError) or "already exists" in str(error)
+                if not left or not made:
+                    raise ValueError(f"--storage {url}: {str(error).splitlines()[0]}") from error
+                time.sleep(1)
+    raise AssertionError("the last attempt raises")
 
 
 def _own(base: Recipe, key: str, each: BaseDistribution) -> Any:
@@ -289,7 +458,7 @@ def report(options: Sweep, study: optuna.Study, console: Console) -> None:
 
 
 @contextmanager
-def _display(options: Sweep, study: optuna.Study, epochs: int, console: Console) -> Any:
+def _display(options: Sweep, study: optuna.Study, epochs: int, console: Console) -> Iterator[Show]:
     """Show the search's progress: bars in a terminal, a line per trial elsewhere. Yields a function to be told."""
     progress = Progress(
         TextColumn("{task.description}"),
@@ -303,8 +472,7 @@ def _display(options: Sweep, study: optuna.Study, epochs: int, console: Console)
     trials = progress.add_task("trials", total=options.trials, completed=len(finished(study)), state="")
     epoch = progress.add_task("epochs", total=epochs, state="")
 
-    def show(row: Epoch | None) -> None:
-        """Take an epoch of the trial in progress, or None: it has ended."""
+    def show(number: int, row: Epoch | None) -> None:
         if row is not None:
             progress.update(epoch, completed=row.epoch + 1, state=f"valid {row.valid_error:5.2f} %")
             return
@@ -312,7 +480,7 @@ def _display(options: Sweep, study: optuna.Study, epochs: int, console: Console)
         state = f"best {best[0].value:.2f} % (trial {best[0].number})" if best else ""
         progress.update(trials, completed=len(finished(study)), state=state)
         if not console.is_terminal:
-            trial = study.get_trials(deepcopy=False)[-1]
+            trial = study.get_trials(deepcopy=False)[number]
             reached = min(trial.intermediate_values.values(), default=100.0)
             console.print(
                 f"trial {trial.number}: valid {reached:.2f} % ({trial.state.name.lower()}), {state}: "

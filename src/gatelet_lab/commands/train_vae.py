@@ -19,9 +19,9 @@ from gatelet_lab import data, plots, table
 from gatelet_lab.files import write_atomically, write_json
 from gatelet_lab.output import check_output, make_output
 from gatelet_lab.training.fit import fit
-from gatelet_lab.training.jobs import check_device
 from gatelet_lab.training.settings import estimator
 from gatelet_lab.training.vae import PROBE, Report, Settings, VAEJob, VAETrainer
+from gatelet_lab.training.workers import check_device
 
 ENUMERABLE = 12  # latents up to which the exact gradient is taken
 _OTHER_GOAL = {"vimco": "estimates the gradient of the K-sample bound, which is not the ELBO"}

@@ -1,18 +1,13 @@
 """Training several recipes with several seeds side by side in worker processes, resumable, with a display."""
 
 import json
-import os
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from queue import Empty
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from rich.console import Console
@@ -20,13 +15,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from gatelet._checks import check_count
 from gatelet_lab import data, plots
-from gatelet_lab.files import CheckpointError, read_json, read_tensors, write_atomically, write_json
+from gatelet_lab.files import CheckpointError, Location, read_json, read_tensors, write_atomically, write_json
 from gatelet_lab.output import check_output, make_output
 from gatelet_lab.training.fit import fit
 from gatelet_lab.training.model import Ensemble, PaperNet, build
 from gatelet_lab.training.paper import Epoch, PaperTrainer
 from gatelet_lab.training.recipe import DEFAULTS, Recipe
 from gatelet_lab.training.recipes import teacher
+from gatelet_lab.training.workers import Link, LocalWorkers, Workers, check_device, cores, failure
 
 
 @dataclass(frozen=True)
@@ -39,14 +35,17 @@ class Run:
     """Where to look for the data set's files first (or the environment variable GATELET_DATA)."""
     device: str = "cpu"
     """Torch device to train on."""
-    out: Path = Path("runs/reproduce")
-    """Directory for the table, the plots, the logs and the checkpoints."""
+    out: Location = Path("runs/reproduce")
+    """Directory for the table, the plots, the logs and the checkpoints, or an fsspec URL."""
     resume: bool = False
     """Continue what is in the output directory; finished runs are kept."""
     jobs: int | None = None
     """Runs trained side by side; by default one per core, or one on an accelerator."""
+    scheduler: str | None = None
+    """Train on the workers of this Dask scheduler (tcp://host:8786), which all see the output directory."""
 
     keeps_weights: ClassVar[bool] = False
+    measures_here: ClassVar[bool] = False  # something on the device, in the process of the command itself
 
     def identity(self) -> dict[str, str]:
         """Return what an output directory must agree with, if it is to be continued."""
@@ -82,11 +81,12 @@ def train(
     finish: Callable[[list[dict[str, Any]]], None] = lambda results: None,
 ) -> list[dict[str, Any]]:
     """Train what is missing and return all results, in the jobs' order; call ``finish`` with those there are so far."""
-    if options.jobs is not None:
-        check_count(options.jobs, "--jobs")
-    check_device(options.device)
+    options = _checked(options)
     check_output(options.out, options.resume, options.identity())
     split = options.load()  # fetched once, before the workers want it
+    if options.scheduler is not None:
+        with open_workers(options, 1):
+            """Its checks come before anything is written."""
     make_output(options.out, options.identity(), "rows", "checkpoints")
     console.print(
         f"{split.name}: {len(split.train_labels)} / {len(split.valid_labels)} / {len(split.test_labels)} examples, "
@@ -111,12 +111,17 @@ def train(
     return [finished[job.name] for job in jobs]
 
 
-def check_device(device: str) -> None:
-    """Raise unless torch has this device."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
+def _checked(options: Run) -> Run:
+    """Check what can be checked without data; return the options as workers in other directories need them."""
+    if options.jobs is not None:
+        check_count(options.jobs, "--jobs")
+        if options.scheduler is not None:
+            raise ValueError("--jobs: with --scheduler its workers say how many runs there are at once; leave it out")
+    if options.scheduler is None or options.measures_here:
+        check_device(options.device)
+    if options.scheduler is not None and isinstance(options.out, Path):
+        return replace(options, out=options.out.absolute())
+    return options
 
 
 def read_result(out: Path, job: Job) -> dict[str, Any] | None:
@@ -141,44 +146,24 @@ def read_result(out: Path, job: Job) -> dict[str, Any] | None:
 
 # -------------------------------------------------------------------- the workers
 
-_events: Any = None
-_halt: Any = None
 
-
-def _begin_worker(events: Any, halt: Any, threads: int) -> None:
-    """Set up a worker process: it listens to the parent's wish to stop, and stops when the parent is gone."""
-    import signal
-
-    global _events, _halt
-    _events, _halt = events, halt
-    parent = os.getppid()
-
-    def watch() -> None:  # a parent that was killed cannot say so; no state is lost, checkpoints are whole
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-    torch.set_num_threads(threads)
-
-
-def _work(job: Job, options: Run) -> dict[str, Any]:
+def _work(link: Link, job: Job, options: Run) -> dict[str, Any]:
     """Train one job to its end in a worker process, with a checkpoint after every epoch."""
     from torch.utils.tensorboard.writer import SummaryWriter
 
     split = options.load()
     trainer = PaperTrainer(job.recipe, job.seed, split, options.device, read_teacher(options, job.recipe, split))
     checkpoint = options.out / "checkpoints" / f"{job.name}.pt"
-    with SummaryWriter(options.out / "tensorboard" / job.name, purge_step=0) as log:  # told anew from the checkpoint
+    # The checkpoint's epochs are told again.
+    with SummaryWriter(str(options.out / "tensorboard" / job.name), purge_step=0) as log:
 
         def show(row: Epoch) -> None:
             for key, value in asdict(row).items():
                 log.add_scalar(key, value, row.epoch)
-            _events.put((job.name, row))
+            link.tell(row)
 
-        fit(trainer, checkpoint, show, _halt.is_set)
-    _events.put((job.name, None))
+        fit(trainer, checkpoint, show, link.stopped)
+    link.tell(None)
     result = trainer.result()
     if job.recipe.gated:
         by_class, result["probabilities"] = trainer.gates()
@@ -213,40 +198,52 @@ def weights_file(out: Path, job: Job) -> Path:
     return out / "rows" / f"{job.name}.weights.pt"
 
 
+class Loads(Protocol):
+    """What has data."""
+
+    def load(self) -> data.Split:
+        """Return the data."""
+
+
+def describe(options: Loads) -> str:
+    """Return which data set it is, by its content."""
+    split = options.load()
+    return f"{split.name} (content {split.content[:12]})"
+
+
+def open_workers(options: Run, most: int) -> Workers:
+    """Return the workers that the options ask for, of this machine no more than ``most``."""
+    if options.scheduler is not None:
+        from gatelet_lab.training.cluster import ClusterWorkers
+
+        return ClusterWorkers(options.scheduler, options.out, options.device, partial(describe, options))
+    return LocalWorkers(min(options.jobs or (cores() if options.device == "cpu" else 1), most))
+
+
 def train_all(options: Run, jobs: list[Job], console: Console, finish: Callable[[Job, dict[str, Any]], None]) -> None:
     """Train the jobs in worker processes, and call ``finish`` with each one's result."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(options.jobs or (cores if options.device == "cpu" else 1), len(jobs))
-    context = get_context("spawn")
-    events, halt = context.Queue(), context.Event()
-    pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_begin_worker, initargs=(events, halt, max(1, cores // workers))
-    )
     failures: list[str] = []
-    with _display(jobs, events, console):
-        futures: dict[Future[dict[str, Any]], Job] = {pool.submit(_work, job, options): job for job in jobs}
-        try:
-            pending = set(futures)
-            while pending:
-                # A time limit, so that Ctrl-C is noticed on every platform.
-                done, pending = wait(pending, timeout=0.5, return_when=FIRST_COMPLETED)
-                for future in done:
-                    if (error := future.exception()) is None:
-                        finish(futures[future], future.result())
-                    elif isinstance(error, BrokenProcessPool):
-                        raise RuntimeError("a worker process was killed (out of memory?); --resume continues")
-                    else:  # the other rows go on
-                        failures.append(f"{futures[future].name}: {error}")
-        finally:
-            halt.set()
-            pool.shutdown(wait=True, cancel_futures=True)
+    with _display(jobs, console) as show, open_workers(options, len(jobs)) as workers:
+        pending: dict[Future[dict[str, Any]], Job] = {
+            workers.submit(job.name, partial(show, job.name), _work, job, options): job for job in jobs
+        }
+        while pending:
+            # A time limit, so that Ctrl-C is noticed on every platform.
+            for future in wait(pending, timeout=0.5, return_when=FIRST_COMPLETED).done:
+                job = pending.pop(future)
+                if (error := failure(future)) is None:
+                    finish(job, future.result())
+                elif (why := workers.lost(error)) is not None:
+                    raise RuntimeError(why)
+                else:  # the other rows go on
+                    failures.append(f"{job.name}: {error}")
     if failures:
         raise RuntimeError("runs that failed, all others are finished: " + "; ".join(failures))
 
 
 @contextmanager
-def _display(jobs: list[Job], events: Any, console: Console) -> Iterator[None]:
-    """Show every job's progress: bars in a terminal, a line per epoch elsewhere."""
+def _display(jobs: list[Job], console: Console) -> Iterator[Callable[[str, Epoch | None], None]]:
+    """Show every job's progress: bars in a terminal, a line per epoch elsewhere. Yields a function to be told."""
     progress = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -260,22 +257,12 @@ def _display(jobs: list[Job], events: Any, console: Console) -> Iterator[None]:
         job.name: progress.add_task(job.name, total=job.recipe.optimiser.epochs, state="waits", start=False)
         for job in jobs
     }
-    over = threading.Event()
 
-    def follow() -> None:
-        while True:
-            try:
-                name, row = events.get(timeout=0.2)
-            except Empty:
-                if over.is_set():
-                    return
-                continue
-            if row is not None:
-                show(name, row)
-            elif console.is_terminal:  # stopped early: the bar ends where the run did
+    def show(name: str, row: Epoch | None) -> None:
+        if row is None:  # stopped early: the bar ends where the run did
+            if console.is_terminal:
                 progress.update(tasks[name], total=progress.tasks[tasks[name]].completed)
-
-    def show(name: str, row: Epoch) -> None:
+            return
         state = f"valid {row.valid_error:5.2f} %  open {100 * row.open_valid:5.1f} %  {row.seconds:4.1f} s/epoch"
         if not console.is_terminal:
             console.print(f"{name}: epoch {row.epoch + 1}: {state}", highlight=False, soft_wrap=True)
@@ -284,11 +271,5 @@ def _display(jobs: list[Job], events: Any, console: Console) -> Iterator[None]:
             progress.start_task(tasks[name])
         progress.update(tasks[name], completed=row.epoch + 1, state=state)
 
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        with progress:
-            yield
-    finally:
-        over.set()
-        thread.join()
+    with progress:
+        yield show
