@@ -174,6 +174,8 @@ def ran(tmp_path_factory):
 @pytest.mark.parametrize(("name", "case"), [*(("ffn", case) for case in FFN), *(("sae", case) for case in SAE)])
 def test_values_gradients_and_training_are_those_of_one_process(ran, name, case):
     whole = steps_of_ffn(ffn(case)) if name == "ffn" else steps_of_sae(sae(case))
+    if "top_k" in case:
+        assert whole["auxiliary3"] > 0  # dead latents took part
     for each in ran:
         assert set(each[name, case]) == set(whole)
         for key, value in whole.items():

@@ -160,9 +160,13 @@ def test_a_lost_worker_costs_at_most_its_epoch(dask, tmp_path, monkeypatch, caps
 
 def test_ctrl_c_stops_the_workers(dask, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    with once(lambda: list(out.glob("checkpoints/*.pt")), lambda _: os.kill(os.getpid(), signal.SIGINT)):
-        endless = ("--set", "patience=5000", "--epochs", 5000, "--out", out, "--scheduler", dask.url)
-        status, told = run(monkeypatch, capsys, "reproduce", *SMALL, "--rows", "sigmoid", *endless)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with once(lambda: list(out.glob("checkpoints/*.pt")), lambda _: os.kill(os.getpid(), signal.SIGINT)):
+            endless = ("--set", "patience=5000", "--epochs", 5000, "--out", out, "--scheduler", dask.url)
+            status, told = run(monkeypatch, capsys, "reproduce", *SMALL, "--rows", "sigmoid", *endless)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert status == 130
     assert "--resume continues" in told
     with distributed.Client(dask.url, set_as_default=False) as client:

@@ -7,7 +7,7 @@ from gatelet.nn.sparse_code import SparseCode
 
 
 class Units:
-    """All units are here; :class:`gatelet.nn.spread.Spread` says what each method does where they are not."""
+    """All units are here; ``gatelet.nn._spread.Spread`` says what each method does where they are not."""
 
     processes, rank = 1, 0
 
