@@ -41,6 +41,8 @@ def main() -> None:
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
         )
         options = options if type(options) in run else options.command
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not hasattr(run[type(options)], "several"):
+            raise ValueError("torchrun: this command is for one process; start it without torchrun")
         run[type(options)](options, console)
     except (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError, DataError, CheckpointError) as error:
         Console(stderr=True).print(f"gatelet: {error}", style="bold red", highlight=False, markup=False)

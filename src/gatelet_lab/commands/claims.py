@@ -27,6 +27,7 @@ from gatelet_lab.training.paper import PaperTrainer
 from gatelet_lab.training.recipe import Recipe
 from gatelet_lab.training.recipes import recipe
 from gatelet_lab.training.settings import override
+from gatelet_lab.training.together import led
 
 Result = dict[str, Any]
 
@@ -155,6 +156,7 @@ class Claims(jobs.Run):
         return replace(split, train_images=split.train_images[:keep], train_labels=split.train_labels[:keep])
 
 
+@led
 def run(options: Claims, console: Console) -> None:
     """Train the variants, measure the baselines' variance, and write what it says about the claims."""
     for name in ("seeds", "epochs", "train_images"):

@@ -23,6 +23,7 @@ from gatelet_lab.training.jobs import Job
 from gatelet_lab.training.model import build, multiply_adds
 from gatelet_lab.training.recipe import Augmentation, Gater, Model, Optimiser, Recipe, Sparsity
 from gatelet_lab.training.settings import override
+from gatelet_lab.training.together import led
 
 Result = dict[str, Any]
 MIXTURE = "mixture"
@@ -66,6 +67,7 @@ class Frontier(jobs.Run):
         }
 
 
+@led
 def run(options: Frontier, console: Console) -> None:
     """Train what is missing, or time what is there; then write and show the table."""
     planned = plan(options)

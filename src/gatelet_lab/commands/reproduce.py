@@ -16,6 +16,7 @@ from gatelet_lab.training import jobs
 from gatelet_lab.training.jobs import Job
 from gatelet_lab.training.recipes import Preset, recipe, rows
 from gatelet_lab.training.settings import override
+from gatelet_lab.training.together import led
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Reproduce(jobs.Run):
         }
 
 
+@led
 def run(options: Reproduce, console: Console) -> None:
     """Train what is missing, then write and show the table."""
     planned = plan(options)

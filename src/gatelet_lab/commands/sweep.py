@@ -31,6 +31,7 @@ from gatelet_lab.training.paper import Epoch, PaperTrainer
 from gatelet_lab.training.recipe import DEFAULTS, Recipe
 from gatelet_lab.training.recipes import Preset, recipe, rows
 from gatelet_lab.training.settings import number, override, value
+from gatelet_lab.training.together import TogetherWorkers, check, led, started, world
 from gatelet_lab.training.workers import Link, Workers, check_device, failure
 
 STORAGE = "sqlite:///runs/sweep.db"
@@ -84,17 +85,21 @@ class Sweep:
         return self.study or f"{self.row}-{self.preset}-{Path(self.dataset).name}"
 
 
+@led
 def run(options: Sweep, console: Console) -> None:
     """Run trials until the study holds enough of them, then print the best settings."""
     base, space = plan(options)
     split = options.load()
     with ExitStack() as stack:
-        workers = None
-        if (url := options.scheduler) is not None:
+        workers: Workers | None = None
+        check(options.scheduler)
+        if started():
+            workers = stack.enter_context(TogetherWorkers(world()))
+        elif (url := options.scheduler) is not None:
             if isinstance(options.out, Path):
                 options = replace(options, out=options.out.absolute())  # workers have other working directories
-            workers = ClusterWorkers(url, options.out, options.device, partial(describe, options))
-            stack.enter_context(workers)
+            cluster = ClusterWorkers(url, options.out, options.device, partial(describe, options))
+            workers = stack.enter_context(cluster)
         storage = _storage(options.storage)
         stack.callback(storage.engine.dispose)  # a server counts open connections
         study = open_study(options, base, space, storage)
@@ -229,7 +234,8 @@ def _frozen(study: optuna.Study, trial: optuna.Trial) -> FrozenTrial:
 
 def _work(link: Link, recipe: Recipe, options: Sweep, checkpoint: Path) -> tuple[list[Epoch], float]:
     """Train one trial on a worker; return its epochs and the best validation error."""
-    trainer = PaperTrainer(recipe, options.seed, options.load(), options.device)
+    world = link.world
+    trainer = PaperTrainer(recipe, options.seed, options.load(), world.device(options.device), world=world)
     best = train(trainer, checkpoint, link.tell, link.stopped)
     return trainer.history, best
 

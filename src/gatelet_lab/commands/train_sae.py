@@ -1,12 +1,10 @@
 """`gatelet train sae`: its options, and its way from the text to the page."""
 
 import math
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +19,7 @@ from gatelet_lab.output import check_output, make_output
 from gatelet_lab.sae import activations, report
 from gatelet_lab.sae.training import Row, SAETrainer
 from gatelet_lab.training.fit import fit
+from gatelet_lab.training.together import join, several
 
 
 @dataclass(frozen=True)
@@ -83,13 +82,14 @@ FREE = ("tokens", "every", "test", "shown", "cache", "out", "resume")
 """Options in which a continued run may differ."""
 
 
+@several
 def run(options: TrainSAE, console: Console) -> None:
     """Collect, train, test, and write the page."""
     check(options)
-    with processes() as (rank, world):
-        if options.batch % world:
-            raise ValueError(f"--batch {options.batch}: must be a multiple of the {world} processes")
-        quiet = rank > 0
+    with join("cpu") as world:
+        if options.batch % world.size:
+            raise ValueError(f"--batch {options.batch}: must be a multiple of the {world.size} processes")
+        quiet = not world.first
         say = Console(quiet=True) if quiet else console
         if not quiet:
             check_output(options.out, options.resume, identity(options))
@@ -99,7 +99,7 @@ def run(options: TrainSAE, console: Console) -> None:
         if not quiet:
             make_output(options.out, identity(options), "checkpoints")
         cache, held = collect(options, source, text, say, quiet)
-        trainer = SAETrainer(options, cache, rank, world)
+        trainer = SAETrainer(options, cache, world)
         train(trainer, options, say)
         if not quiet:
             finish(options, source, text, trainer, cache, held, say)
@@ -120,20 +120,6 @@ def check(options: TrainSAE) -> None:
     SparseAutoencoder(
         1, options.latents, options.activation, options.k, groups=options.groups, open_groups=options.open_groups
     )
-
-
-@contextmanager
-def processes() -> Iterator[tuple[int, int]]:
-    """Join the processes that torchrun started; yield this one's number and how many there are."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        yield 0, 1
-        return
-    torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))  # one collects while the others wait
-    try:
-        yield torch.distributed.get_rank(), world
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def identity(options: TrainSAE) -> dict[str, Any]:
@@ -172,7 +158,7 @@ def train(trainer: SAETrainer, options: TrainSAE, console: Console) -> None:
 
         def take(row: Row) -> None:
             show(row.step, told(row))
-            if trainer.rank == 0:
+            if trainer.world.first:
                 for key, value in asdict(row).items():
                     log.add_scalar(key, value, row.step)
 
@@ -186,7 +172,7 @@ def told(row: Row) -> str:
 
 def tensorboard(options: TrainSAE, trainer: SAETrainer) -> Any:
     """Return a writer of TensorBoard's logs; None of the processes but the first has one."""
-    if trainer.rank > 0:
+    if not trainer.world.first:
         return nullcontext()
     from torch.utils.tensorboard.writer import SummaryWriter
 

@@ -20,6 +20,7 @@ from gatelet_lab.files import write_atomically, write_json
 from gatelet_lab.output import check_output, make_output
 from gatelet_lab.training.fit import fit
 from gatelet_lab.training.settings import estimator
+from gatelet_lab.training.together import join, several
 from gatelet_lab.training.vae import PROBE, Report, Settings, VAEJob, VAETrainer
 from gatelet_lab.training.workers import check_device
 
@@ -55,35 +56,46 @@ class TrainVAE(Settings):
         return {"command": "train vae", "version": version("gatelet"), **{key: getattr(self, key) for key in shared}}
 
 
+@several
 def run(options: TrainVAE, console: Console) -> None:
     """Train what is missing, then write and show table and plot."""
     jobs = plan(options)
-    check_output(options.out, options.resume, options.identity())
-    split = data.load(options.dataset, options.data_dir)
-    make_output(options.out, options.identity(), "checkpoints")
-    console.print(
-        f"{split.name}, {options.layers} × {options.latents} latents, {len(jobs)} runs of {options.steps} steps, "
-        f"{options.evaluations} evaluations each, output in {options.out}",
-        highlight=False,
-    )
-    failures: dict[str, str] = {}
-    trainers: list[VAETrainer] = []
-    for job in jobs:
-        trainer = VAETrainer(options, job, split)
-        try:
-            train(trainer, options, console)
-            trainers.append(trainer)
-        except FloatingPointError as error:  # the other estimators go on
-            failures[job.name] = str(error)
-    if trainers:
-        results = collect(options, trainers)
-        write_table(options, results)
-        plots.vae(results, title(options), options.out / "vae.png")
-        console.print(table.grid(title(options), *cells(options, results)))
-        console.print(legend(results), highlight=False, markup=False)
-        console.print(f"table.json, table.md and vae.png are in {options.out}")
-    if failures:
-        raise RuntimeError("; ".join(f"{name}: {told}" for name, told in failures.items()))
+    with join(options.device) as world:
+        console = console if world.first else Console(quiet=True)
+        if world.first:
+            check_output(options.out, options.resume, options.identity())
+        split = data.load(options.dataset, options.data_dir)
+        if world.first:
+            make_output(options.out, options.identity(), "checkpoints")
+        console.print(
+            f"{split.name}, {options.layers} × {options.latents} latents, {len(jobs)} runs of {options.steps} steps, "
+            f"{options.evaluations} evaluations each, output in {options.out}",
+            highlight=False,
+        )
+        failures: dict[str, str] = {}
+        trainers: list[VAETrainer] = []
+        for job in jobs:
+            trainer = VAETrainer(options, job, split, world)
+            try:
+                train(trainer, options, console)
+                trainers.append(trainer)
+            except FloatingPointError as error:  # the other estimators go on
+                failures[job.name] = str(error)
+        if trainers and world.first:
+            with gatelet.sparsity.alone():
+                finish(options, trainers, console)
+        if failures:
+            raise RuntimeError("; ".join(f"{name}: {told}" for name, told in failures.items()))
+
+
+def finish(options: TrainVAE, trainers: Sequence[VAETrainer], console: Console) -> None:
+    """Compare what was trained; write and show table and plot."""
+    results = collect(options, trainers)
+    write_table(options, results)
+    plots.vae(results, title(options), options.out / "vae.png")
+    console.print(table.grid(title(options), *cells(options, results)))
+    console.print(legend(results), highlight=False, markup=False)
+    console.print(f"table.json, table.md and vae.png are in {options.out}")
 
 
 def train(trainer: VAETrainer, options: TrainVAE, console: Console) -> None:

@@ -12,6 +12,7 @@ from gatelet import RowAdam
 from gatelet.nn import SparseAutoencoder
 from gatelet_lab.sae.activations import Cache
 from gatelet_lab.training.fit import Trainer
+from gatelet_lab.training.world import ALONE, World
 
 if TYPE_CHECKING:
     from gatelet_lab.commands.train_sae import TrainSAE
@@ -44,9 +45,9 @@ class SAETrainer(Trainer[Tensor, Row]):
 
     row_type = Row
 
-    def __init__(self, options: "TrainSAE", cache: Cache, rank: int = 0, world: int = 1) -> None:
-        super().__init__()
-        self.options, self.cache, self.rank, self.world = options, cache, rank, world
+    def __init__(self, options: "TrainSAE", cache: Cache, world: World = ALONE) -> None:
+        super().__init__(world)
+        self.options, self.cache = options, cache
         self.total = options.tokens // options.batch
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
@@ -78,7 +79,7 @@ class SAETrainer(Trainer[Tensor, Row]):
             self._stream = self.cache.batches(self.options.batch, self.options.seed, self.steps)
         count = min(self.options.every - self.steps % self.options.every, self.total - self.steps)
         for batch in islice(self._stream, count):
-            yield batch[self.rank :: self.world]
+            yield batch[self.world.rank :: self.world.size]
 
     def rates(self) -> list[float]:
         """Return the learning rates: they grow in the warm-up and fall in the last fifth."""
@@ -99,10 +100,7 @@ class SAETrainer(Trainer[Tensor, Row]):
 
     def look(self) -> Row:
         """Return the means over the steps since the last row."""
-        sums = self._sums.clone()
-        if self.world > 1:
-            torch.distributed.all_reduce(sums)
-        loss, left, spread, l0, count = sums.tolist()
+        loss, left, spread, l0, count = self.world.sums(*self._sums.tolist())
         self._sums.zero_()
         tokens = self.steps * self.options.batch
         explained = 1 - left / max(spread, 1e-30)

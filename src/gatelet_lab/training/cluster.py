@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from gatelet_lab.training.paper import Epoch
 from gatelet_lab.training.workers import Work, Workers, check_device
+from gatelet_lab.training.world import ALONE
 
 if TYPE_CHECKING:
     from distributed import Client
@@ -181,6 +182,8 @@ def check_data(client: "Client", url: str, data: Callable[[], str]) -> None:
 
 class _Topic:
     """The link of a job on a Dask worker."""
+
+    world = ALONE
 
     def __init__(self, topic: str, name: str) -> None:
         from distributed import get_worker

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gatelet_lab.files import CheckpointError, read_tensors, write_atomically
+from gatelet_lab.training.world import ALONE, World
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -44,13 +45,14 @@ def fit(
         FloatingPointError: for a loss that is not finite; the last checkpoint is kept.
         CheckpointError: for a checkpoint that cannot be read or belongs to another run.
     """
-    if checkpoint is not None and checkpoint.is_file():
+    if trainer.world.from_first(checkpoint is not None and checkpoint.is_file()):
+        assert checkpoint is not None
         trainer.load(checkpoint)
         for row in trainer.history:
             show(row)
     while not trainer.finished:
         row = trainer.advance(stop)
-        if checkpoint is not None and trainer.rank == 0:
+        if checkpoint is not None and trainer.world.first:
             trainer.save(checkpoint)
         show(row)
 
@@ -59,15 +61,16 @@ class Trainer(ABC, Generic[Batch, Row]):
     """What :func:`fit` trains: a state, and what is special about its steps.
 
     The state after a row is all that decides the rest, so that a resumed run gives the numbers of an uninterrupted one.
-    Of several processes each sees its part of every batch, and gradients are averaged.
+    Of several processes each sees its part of every batch, and gradients are averaged. The noise is that of one
+    process, so that a checkpoint goes on in any number of them.
     """
 
     row_type: ClassVar[Callable[..., Any]]
     """The dataclass of a row."""
     optimizer: torch.optim.Optimizer
-    rank, world = 0, 1
 
-    def __init__(self) -> None:
+    def __init__(self, world: World = ALONE) -> None:
+        self.world = world
         self.steps, self.seconds = 0, 0.0
         self.history: list[Row] = []
 
@@ -136,24 +139,15 @@ class Trainer(ABC, Generic[Batch, Row]):
         for group, rate in zip(self.optimizer.param_groups, self.rates(), strict=True):
             group["lr"] = rate
         loss = self.loss(batch)
-        if not math.isfinite(value := loss.item()):
+        (value,) = self.world.sums(loss.item())  # so that all hear of it
+        if not math.isfinite(value):
             raise FloatingPointError(f"training diverged: the loss became {value} in {self.place()}")
         self.optimizer.zero_grad()
         loss.backward()
-        if self.world > 1:
-            self._average_gradients()
+        self.world.average_gradients(each for group in self.optimizer.param_groups for each in group["params"])
         self.optimizer.step()
         self.steps += 1
         self.after_step(batch)
-
-    def _average_gradients(self) -> None:
-        """Average the gradients over the processes, sparse ones as sparse ones."""
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    grad = parameter.grad.coalesce() if parameter.grad.is_sparse else parameter.grad
-                    torch.distributed.all_reduce(grad)
-                    parameter.grad = grad.coalesce() / self.world if grad.is_sparse else grad / self.world
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -171,7 +165,7 @@ class Trainer(ABC, Generic[Batch, Row]):
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint of the same run."""
-        state = read_tensors(path, "cpu")
+        state = self.world.from_first(read_tensors(path, "cpu") if self.world.first else None)
         wanted = json.loads(json.dumps(self.identity()))
         try:
             state = self.of_older(state)

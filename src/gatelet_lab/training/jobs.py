@@ -17,12 +17,14 @@ from gatelet._checks import check_count
 from gatelet_lab import data, plots
 from gatelet_lab.files import CheckpointError, Location, read_json, read_tensors, write_atomically, write_json
 from gatelet_lab.output import check_output, make_output
+from gatelet_lab.training import together
 from gatelet_lab.training.fit import fit
 from gatelet_lab.training.model import Ensemble, PaperNet, build
 from gatelet_lab.training.paper import Epoch, PaperTrainer
 from gatelet_lab.training.recipe import DEFAULTS, Recipe
 from gatelet_lab.training.recipes import teacher
 from gatelet_lab.training.workers import Link, LocalWorkers, Workers, check_device, cores, failure
+from gatelet_lab.training.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -117,6 +119,7 @@ def _checked(options: Run) -> Run:
         check_count(options.jobs, "--jobs")
         if options.scheduler is not None:
             raise ValueError("--jobs: with --scheduler its workers say how many runs there are at once; leave it out")
+    together.check(options.scheduler, options.jobs)
     if options.scheduler is None or options.measures_here:
         check_device(options.device)
     if options.scheduler is not None and isinstance(options.out, Path):
@@ -148,32 +151,53 @@ def read_result(out: Path, job: Job) -> dict[str, Any] | None:
 
 
 def _work(link: Link, job: Job, options: Run) -> dict[str, Any]:
-    """Train one job to its end in a worker process, with a checkpoint after every epoch."""
-    from torch.utils.tensorboard.writer import SummaryWriter
-
-    split = options.load()
-    trainer = PaperTrainer(job.recipe, job.seed, split, options.device, read_teacher(options, job.recipe, split))
+    """Train one job to its end in a worker process, with a checkpoint after every epoch; return its result."""
+    world, split = link.world, options.load()
+    device = world.device(options.device)
+    teacher = read_teacher(options, job.recipe, split, world)
+    trainer = PaperTrainer(job.recipe, job.seed, split, device, teacher, world)
     checkpoint = options.out / "checkpoints" / f"{job.name}.pt"
-    # The checkpoint's epochs are told again.
-    with SummaryWriter(str(options.out / "tensorboard" / job.name), purge_step=0) as log:
+    with tensorboard(options.out / "tensorboard" / job.name, world) as note:
 
         def show(row: Epoch) -> None:
-            for key, value in asdict(row).items():
-                log.add_scalar(key, value, row.epoch)
+            note(row)
             link.tell(row)
 
         fit(trainer, checkpoint, show, link.stopped)
     link.tell(None)
     result = trainer.result()
+    result["history"] = [asdict(row) for row in trainer.history]
+    if world.first:
+        _write(trainer, options, job, result)
+        checkpoint.unlink(missing_ok=True)  # 30 MB that nothing needs any more
+    return result
+
+
+def _write(trainer: PaperTrainer, options: Run, job: Job, result: dict[str, Any]) -> None:
+    """Write a job's files; the result is the last, which says that the job is finished."""
     if job.recipe.gated:
         by_class, result["probabilities"] = trainer.gates()
         plots.save_gates(by_class, options.out / "rows" / f"{job.name}.gates.npy")
     if options.keeps_weights or job.recipe.row == teacher.__name__:
         write_atomically(weights_file(options.out, job), lambda file: torch.save(trainer.best, file))
-    result["history"] = [asdict(row) for row in trainer.history]
     write_json(options.out / "rows" / f"{job.name}.json", result)
-    checkpoint.unlink(missing_ok=True)  # 30 MB that nothing needs any more
-    return result
+
+
+@contextmanager
+def tensorboard(folder: Path, world: World) -> Iterator[Callable[[Epoch], None]]:
+    """Yield what notes an epoch in TensorBoard's log, by the first process; a checkpoint's epochs are noted again."""
+    if not world.first:
+        yield lambda row: None
+        return
+    from torch.utils.tensorboard.writer import SummaryWriter
+
+    with SummaryWriter(str(folder), purge_step=0) as log:
+
+        def note(row: Epoch) -> None:
+            for key, value in asdict(row).items():
+                log.add_scalar(key, value, row.epoch)
+
+        yield note
 
 
 def teacher_of(recipe: Recipe) -> Job | None:
@@ -183,13 +207,14 @@ def teacher_of(recipe: Recipe) -> Job | None:
     return Job(teacher().but(more_training=recipe.optimiser.more_training), 0)
 
 
-def read_teacher(options: Run, recipe: Recipe, split: data.Split) -> PaperNet | Ensemble | None:
-    """Return the trained network that a recipe learns from."""
+def read_teacher(options: Run, recipe: Recipe, split: data.Split, world: World = ALONE) -> PaperNet | Ensemble | None:
+    """Return the trained network that a recipe learns from; the first process reads it."""
     job = teacher_of(recipe)
     if job is None:
         return None
-    network = build(job.recipe, split.train_images.shape[1], split.classes).to(options.device)
-    network.load_state_dict(read_tensors(weights_file(options.out, job), options.device))
+    network = build(job.recipe, split.train_images.shape[1], split.classes).to(world.device(options.device))
+    weights = read_tensors(weights_file(options.out, job), "cpu") if world.first else None
+    network.load_state_dict(world.from_first(weights))
     return network.eval()
 
 
@@ -213,6 +238,8 @@ def describe(options: Loads) -> str:
 
 def open_workers(options: Run, most: int) -> Workers:
     """Return the workers that the options ask for, of this machine no more than ``most``."""
+    if together.started():
+        return together.TogetherWorkers(together.world())
     if options.scheduler is not None:
         from gatelet_lab.training.cluster import ClusterWorkers
 

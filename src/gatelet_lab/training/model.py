@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import gatelet
+from gatelet.estimators._distributed import batch_mean, is_distributed
 from gatelet_lab.training.recipe import Recipe
 
 
@@ -162,13 +163,55 @@ def controllers(recipe: Recipe) -> list[gatelet.sparsity.Controller]:
     return chosen
 
 
+class BatchNorm(nn.BatchNorm1d):
+    """Batch normalisation by the batch of all processes; torch's own of several processes is for CUDA alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return γ·(x − mean)/√(var + ε) + β."""
+        if not (self.training and is_distributed()):
+            return super().forward(x)
+        count = _sum(x.new_tensor(float(len(x))))
+        mean = _sum(x.sum(0)) / count
+        variance = _sum((x - mean).square().sum(0)) / count
+        with torch.no_grad():
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            assert self.momentum is not None
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), self.momentum)
+            self.num_batches_tracked += 1
+        return (x - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the processes, each of which has a loss of its own: gradients are summed too."""
+
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        whole = part.clone()
+        torch.distributed.all_reduce(whole)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        whole = slope.clone()
+        torch.distributed.all_reduce(whole)
+        return whole
+
+
+def _sum(part: Tensor) -> Tensor:
+    found: Tensor = _Sum.apply(part)
+    return found
+
+
 class NormedLinear(nn.Linear):
     """Affine map with batch normalisation behind it; at test time the two are one affine map."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features)
         self.load_state_dict(linear.state_dict())
-        self.norm = nn.BatchNorm1d(linear.out_features)
+        self.norm = BatchNorm(linear.out_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return norm(W x + b)."""
@@ -203,8 +246,9 @@ class Mixture(nn.Module):
         opened = torch.zeros_like(logits).scatter(-1, logits.topk(self.chosen, dim=-1).indices, 1.0)
         route = self.chosen * probability * opened
         if self.training:
-            load = opened.mean(0) / self.chosen
-            self.balance = self.BALANCE * logits.shape[-1] * (load * probability.mean(0)).sum()
+            load, mean = batch_mean(opened), batch_mean(probability)  # over all processes
+            if load is not None and mean is not None:
+                self.balance = self.BALANCE * logits.shape[-1] * (load / self.chosen * mean).sum()
         if torch.is_grad_enabled():  # a closed expert gets no gradient either; at this size dense is faster
             units = self.expert(x) * route.repeat_interleave(self.group_size, dim=-1)
         else:
@@ -261,13 +305,20 @@ def penalty(model: PaperNet | Ensemble) -> Tensor:
     return torch.stack(terms).sum()
 
 
-def group_share(model: PaperNet | Ensemble) -> float | None:
-    """Return the share of groups into which gaters in two stages looked, since the mode last changed; None: no such."""
+def group_share(model: PaperNet | Ensemble, sums: Callable[..., list[float]] = lambda *own: list(own)) -> float | None:
+    """Return the share of groups into which gaters in two stages looked, since the mode last changed; None: no such.
+
+    ``sums`` adds numbers up over processes.
+    """
     gaters = [layer.gater for layer in model.layers if isinstance(layer, gatelet.nn.ConditionalLinear)]
     staged = [gater for gater in gaters if isinstance(gater, gatelet.nn.TwoStageGater)]
     if not staged:
         return None
-    return sum(int(gater.computed) / max(1, gater.tokens * gater.groups.out_features) for gater in staged) / len(staged)
+    shares = []
+    for gater in staged:
+        computed, tokens = sums(int(gater.computed), int(gater.tokens))
+        shares.append(computed / max(1, tokens * gater.groups.out_features))
+    return sum(shares) / len(staged)
 
 
 def multiply_adds(

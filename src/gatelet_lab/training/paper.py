@@ -19,6 +19,7 @@ from gatelet_lab.data import Split
 from gatelet_lab.training.fit import Trainer
 from gatelet_lab.training.model import Dense, Ensemble, PaperNet, build, group_share, multiply_adds, penalty
 from gatelet_lab.training.recipe import DEFAULTS, Recipe
+from gatelet_lab.training.world import ALONE, World
 
 VERSION = 1  # of the checkpoints
 _CALIBRATION = 5000  # training images that set the threshold
@@ -47,9 +48,15 @@ class PaperTrainer(Trainer[tuple[Tensor, Tensor], Epoch]):
     row_type = Epoch
 
     def __init__(
-        self, recipe: Recipe, seed: int, split: Split, device: str = "cpu", teacher: PaperNet | Ensemble | None = None
+        self,
+        recipe: Recipe,
+        seed: int,
+        split: Split,
+        device: str = "cpu",
+        teacher: PaperNet | Ensemble | None = None,
+        world: World = ALONE,
     ) -> None:
-        super().__init__()
+        super().__init__(world)
         share, more = recipe.augmentation.teacher_share, recipe.optimiser.more_training
         if bool(share) != (teacher is not None):
             raise ValueError(
@@ -144,22 +151,25 @@ class PaperTrainer(Trainer[tuple[Tensor, Tensor], Epoch]):
         return f"epoch {len(self.history) + 1}"
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the members' losses with what holds the gates' share."""
-        x, y = batch
-        changes = self.recipe.augmentation
+        """Return the members' losses with what holds the gates' share, of this process's part of the batch."""
+        count, changes, world = len(batch[1]), self.recipe.augmentation, self.world
+        rows = world.part(count)
+        x, y = (each[rows] for each in batch)
         if changes.adversarial:
-            moved = math.ceil(changes.adversarial_share * len(x))
-            x = torch.cat([self._adversary(x[:moved], y[:moved]), x[moved:]])
-        total, value = torch.zeros((), device=self.device), 0.0
+            moved = math.ceil(changes.adversarial_share * count)
+            own = world.part(moved, count)
+            here = own.stop - own.start
+            with world.noise(own, moved):
+                x = torch.cat([self._adversary(x[:here], y[:here]), x[here:]])
+        total = torch.zeros((), device=self.device)
         target = self._target(x, y)
         for network in self.model.networks:  # each learns by its own losses: they share no weight, and no tape
-            with self._products(), gatelet.Tape() as tape:
+            with world.noise(rows, count), self._products(), gatelet.Tape() as tape:
                 scores = network(x).float()
                 losses = F.cross_entropy(scores, target, reduction="none", label_smoothing=changes.label_smoothing)
-            total = total + tape.surrogate(losses).mean()
-            value += losses.detach().mean().item() / len(self.model.networks)
-        self._loss_sum += value * len(y)
-        self._open_sum += self.model.active_fraction
+            total = total + world.mean(tape.surrogate(losses), count)
+            self._loss_sum += losses.detach().sum().item() / len(self.model.networks)
+        self._open_sum += _of(self.model, len(y)) / count
         return total + penalty(self.model)
 
     def after_step(self, batch: tuple[Tensor, Tensor]) -> None:
@@ -177,11 +187,12 @@ class PaperTrainer(Trainer[tuple[Tensor, Tensor], Epoch]):
         """Calibrate, validate, and return the epoch."""
         self.calibrate()
         error, _, share = self.evaluate(self.split.valid_images, self.split.valid_labels)
+        loss, opened = self.world.sums(self._loss_sum, self._open_sum)
         return Epoch(
             epoch=len(self.history),
-            train_loss=self._loss_sum / max(1, len(self.train_labels)),
+            train_loss=loss / max(1, len(self.train_labels)),
             valid_error=error,
-            open_train=self._open_sum / max(1, self._done),
+            open_train=opened / max(1, self._done),
             open_valid=share,
             seconds=time.perf_counter() - self._began,
         )
@@ -243,7 +254,7 @@ class PaperTrainer(Trainer[tuple[Tensor, Tensor], Epoch]):
         """Set the test-time threshold on some training images."""
         if self.recipe.gated:
             images = self.split.train_images[:_CALIBRATION]
-            batches = [self._put(batch) for batch in images.split(_EVAL_BATCH)]
+            batches = [self._put(batch[self.world.part(len(batch))]) for batch in images.split(_EVAL_BATCH)]
             gatelet.sparsity.calibrate_thresholds(self.averaged, batches)
 
     @torch.no_grad()
@@ -253,26 +264,27 @@ class PaperTrainer(Trainer[tuple[Tensor, Tensor], Epoch]):
     ) -> tuple[float, float, float]:
         """Return error (per cent), NLL and share of open gates: deterministic, or the mean of some samples.
 
-        Of what is trained here, its moving average if there is one; or of another ``model``.
+        Of what is trained here, its moving average if there is one; or of another ``model``. Each process looks at its
+        part of every batch.
         """
         model = (self.averaged if model is None else model).eval()
-        wrong, nll, share = 0, 0.0, 0.0
+        wrong, nll, share = 0.0, 0.0, 0.0
         for x, y in zip(images.split(_EVAL_BATCH), labels.split(_EVAL_BATCH), strict=True):
-            x, y = self._put(x), self._put(y)
+            rows, count = self.world.part(len(y)), len(y)
+            x, y = self._put(x[rows]), self._put(y[rows])
             if samples == 0:
                 probability = model(x).log_softmax(-1)
-                opened = model.active_fraction
+                share += _of(model, len(y))
             else:
-                with gatelet.sampling(model):
-                    draws, opens = [], []
+                draws = []
+                with gatelet.sampling(model), self.world.noise(rows, count):
                     for _ in range(samples):
                         draws.append(model(x).log_softmax(-1))
-                        opens.append(model.active_fraction)
+                        share += _of(model, len(y)) / samples
                 probability = torch.stack(draws).logsumexp(0) - math.log(samples)
-                opened = sum(opens) / samples
             wrong += int((probability.argmax(-1) != y).sum())
             nll += F.nll_loss(probability, y, reduction="sum").item()
-            share += opened * len(y)
+        wrong, nll, share = self.world.sums(wrong, nll, share)
         return 100 * wrong / len(labels), nll / len(labels), share / len(labels)
 
     @by_kind()
@@ -285,7 +297,7 @@ class PaperTrainer(Trainer[tuple[Tensor, Tensor], Epoch]):
             torch.manual_seed(self.seed)
             valid, _, _ = self.evaluate(split.valid_images, split.valid_labels)
             test, _, open_test = self.evaluate(split.test_images, split.test_labels)
-            stages = group_share(self.averaged)
+            stages = group_share(self.averaged, self.world.sums)
             sampled, _, open_sampled = self.evaluate(split.test_images, split.test_labels, samples=1)
             mean10, _, _ = self.evaluate(split.test_images, split.test_labels, samples=10)
             _, train_nll, _ = self.evaluate(split.train_images, split.train_labels)
@@ -394,3 +406,8 @@ class PaperTrainer(Trainer[tuple[Tensor, Tensor], Epoch]):
         epochs = state["history"]
         seconds = sum(row["seconds"] for row in epochs)
         return {"steps": len(epochs) * self.parts, "seconds": seconds, **state, "identity": json.dumps(known)}
+
+
+def _of(model: PaperNet | Ensemble, examples: int) -> float:
+    """Return the share of open gates times the examples it was counted over, which may be none."""
+    return model.active_fraction * examples if examples else 0.0

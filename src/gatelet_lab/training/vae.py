@@ -34,6 +34,7 @@ from gatelet.estimators import Estimator
 from gatelet_lab import data
 from gatelet_lab.training.fit import Trainer
 from gatelet_lab.training.settings import estimator
+from gatelet_lab.training.world import ALONE, World
 
 PROBE = 20  # training images at which the gradient's variance is measured
 _CHUNK = 20  # draws of the gradient at once
@@ -164,8 +165,8 @@ class VAETrainer(Trainer[tuple[Tensor, torch.Generator], Report]):
 
     row_type = Report
 
-    def __init__(self, settings: Settings, job: VAEJob, split: data.Split) -> None:
-        super().__init__()
+    def __init__(self, settings: Settings, job: VAEJob, split: data.Split, world: World = ALONE) -> None:
+        super().__init__(world)
         self.settings, self.job = settings, job
         self.device = torch.device(settings.device)
         self.images = split.train_images.to(self.device)
@@ -219,9 +220,13 @@ class VAETrainer(Trainer[tuple[Tensor, torch.Generator], Report]):
 
     def loss(self, batch: tuple[Tensor, torch.Generator]) -> Tensor:
         """Return the negative ELBO, with the estimator's gradient."""
-        x, draw = batch
+        whole, draw = batch
+        rows, count = self.world.part(len(whole)), len(whole)
+        x = whole[rows]
         logits = self.model.encode(x)
-        return (self.stochastic(x, logits, list(self.units), draw) + self.model.analytic(logits)).mean()
+        with self.world.noise(rows, count):
+            stochastic = self.stochastic(x, logits, list(self.units), draw)
+        return self.world.mean(stochastic + self.model.analytic(logits), count)
 
     def look(self) -> Report:
         """Measure ELBO and gradient variance."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self
 import torch
 
 from gatelet_lab.training.paper import Epoch
+from gatelet_lab.training.world import ALONE, World
 
 Tell = Callable[[Epoch | None], None]
 """Takes an epoch as it ends, or None: the job stopped before its last one."""
@@ -21,6 +22,10 @@ Tell = Callable[[Epoch | None], None]
 
 class Link(Protocol):
     """What a job sees of the one who wants it."""
+
+    @property
+    def world(self) -> World:
+        """The processes that do the job together."""
 
     def tell(self, row: Epoch | None) -> None:
         """Report an epoch, or that no more will come."""
@@ -164,6 +169,8 @@ def _begin(events: Any, halt: Any, threads: int) -> None:
 
 class _Pipe:
     """The link of a worker process."""
+
+    world = ALONE
 
     def __init__(self, name: str) -> None:
         self._name = name
