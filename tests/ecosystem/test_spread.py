@@ -1,8 +1,12 @@
 """Units spread over two processes give the numbers of one, and each process holds half of them."""
 
+import io
 import os
+import re
+import socket
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
@@ -103,6 +107,16 @@ def held(layer):
     return sum((each.to_local() if hasattr(each, "to_local") else each).numel() for each in layer.parameters())
 
 
+def page():
+    """What the program of docs/machines.md prints, in as many processes as the environment says."""
+    text = (Path(__file__).parents[2] / "docs" / "machines.md").read_text()
+    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    torch.manual_seed(0)
+    with redirect_stdout(io.StringIO()) as told:
+        exec(program, {})
+    return float(told.getvalue())
+
+
 class Heard(TorchDispatchMode):
     """Notes what the processes send each other: the operator, and how many numbers."""
 
@@ -121,9 +135,10 @@ def main(rank, folder):
     """What each of the two processes runs."""
     from torch.distributed.device_mesh import init_device_mesh
 
+    found = {"page": page()}
     where = {"init_method": f"file://{folder}/meet", "rank": rank, "world_size": 2}
     torch.distributed.init_process_group("gloo", **where, timeout=timedelta(seconds=60))
-    mesh, found = init_device_mesh("cpu", (2,)), {}
+    mesh = init_device_mesh("cpu", (2,))
     for name, make, cases, steps in (("ffn", ffn, FFN, steps_of_ffn), ("sae", sae, SAE, steps_of_sae)):
         for case in cases:
             layer = make(case)
@@ -153,10 +168,14 @@ def main(rank, folder):
 def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spread")
     path = os.pathsep.join(str(each) for each in (Path(__file__).parent, Path(gatelet.__file__).parents[1]))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    told = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", f"import test_spread; test_spread.main({rank}, {str(folder)!r})"],
-            env=os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+            env=os.environ | told | {"PYTHONPATH": path, "RANK": str(rank), "WORLD_SIZE": "2"},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -200,6 +219,22 @@ def test_a_training_step_sends_what_the_table_says(ran):
     sums = sorted(count for name, count in heard if name == "all_reduce")
     assert sums == sorted([48 * 12, 48 * 12, 48 * 80, 48 * 4])
     assert [count for name, count in heard if name == "all_gather_into_tensor"] == [48 * 80 // 2]
+
+
+def test_the_program_of_the_page_prints_the_same_in_one_and_two_processes(ran, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    alone = {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    for key, value in alone.items():
+        monkeypatch.setenv(key, value)
+    assert [each["page"] for each in ran] == pytest.approx([page()] * 2, rel=1e-5)
 
 
 def test_a_layer_is_spread_once(ran):

@@ -116,6 +116,7 @@ def test_a_killed_trial_is_continued_and_none_runs_twice(kind, tmp_path, monkeyp
         more = len(sweep.finished(study)) + 1
         sweep.run(sweep.replace(options, trials=more), Console(width=200, file=last))
         trials = study.get_trials()
+        database.remove_session()
         database.engine.dispose()
     told = last.getvalue() + "".join(log.read_text() for log in logs[1:])
     (killed, *_) = [trial for trial in trials if trial.state == TrialState.FAIL]

@@ -102,6 +102,7 @@ def run(options: Sweep, console: Console) -> None:
             workers = stack.enter_context(cluster)
         storage = _storage(options.storage)
         stack.callback(storage.engine.dispose)  # a server counts open connections
+        stack.callback(storage.remove_session)
         study = open_study(options, base, space, storage)
         try:
             options.out.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import platform
 import queue
+import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future
@@ -41,6 +42,7 @@ class ClusterWorkers(Workers):
     def __init__(self, url: str, out: Path, device: str, data: Callable[[], str]) -> None:
         self._client = connect(url)
         try:
+            self._look_again = 0.0
             self._places = len(check_versions(self._client, url))
             check_out(self._client, url, out)
             _everywhere(self._client, url, check_device, device)
@@ -73,6 +75,16 @@ class ClusterWorkers(Workers):
         if isinstance(error, CancelledError):
             return "--scheduler: the scheduler is gone; --resume continues"
         return None
+
+    def trouble(self) -> str | None:
+        """Say so when the last worker is gone; asked often, it asks the scheduler seldom."""
+        if time.monotonic() < self._look_again:
+            return None
+        self._look_again = time.monotonic() + PATIENCE
+        before, self._places = self._places, len(self._client.scheduler_info(n_workers=-1)["workers"])
+        return (
+            "--scheduler: it has no workers any more; runs wait for new ones" if before and not self._places else None
+        )
 
     def _stop(self) -> None:
         self._pool.shutdown(wait=False)

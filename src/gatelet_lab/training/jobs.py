@@ -255,6 +255,8 @@ def train_all(options: Run, jobs: list[Job], console: Console, finish: Callable[
             workers.submit(job.name, partial(show, job.name), _work, job, options): job for job in jobs
         }
         while pending:
+            if (trouble := workers.trouble()) is not None:
+                console.print(trouble)
             # A time limit, so that Ctrl-C is noticed on every platform.
             for future in wait(pending, timeout=0.5, return_when=FIRST_COMPLETED).done:
                 job = pending.pop(future)

@@ -170,6 +170,7 @@ class BatchNorm(nn.BatchNorm1d):
         """Return γ·(x − mean)/√(var + ε) + β."""
         if not (self.training and is_distributed()):
             return super().forward(x)
+        given, x = x.dtype, x.float()
         count = _sum(x.new_tensor(float(len(x))))
         mean = _sum(x.sum(0)) / count
         variance = _sum((x - mean).square().sum(0)) / count
@@ -181,7 +182,7 @@ class BatchNorm(nn.BatchNorm1d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1).clamp(min=1), self.momentum)
             self.num_batches_tracked += 1
-        return (x - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias
+        return ((x - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias).to(given)
 
 
 class _Sum(torch.autograd.Function):

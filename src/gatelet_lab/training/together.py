@@ -116,7 +116,7 @@ def follow(joined: World) -> None:
         work, args = job
         try:
             work(_Link(joined), *args)
-        except (ValueError, RuntimeError, ArithmeticError) as error:
+        except Exception as error:
             if is_gone(error):
                 raise  # what else went wrong went wrong in all of them, and the first one tells it
 

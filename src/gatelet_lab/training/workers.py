@@ -68,6 +68,10 @@ class Workers(ABC):
     def lost(self, error: BaseException) -> str | None:
         """Return what to say if this error means that no worker is left; None if it is the job's own."""
 
+    def trouble(self) -> str | None:
+        """Return what the jobs wait for, if that is news."""
+        return None
+
     @abstractmethod
     def _stop(self) -> None: ...
 
