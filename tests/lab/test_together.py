@@ -134,7 +134,9 @@ def test_losses_of_one_two_and_four_processes_agree(ran, digits, name):
             for key, value in told.items():
                 assert numbers[key] == pytest.approx(value, rel=1e-5, abs=1e-5, nan_ok=True), (size, rank, key)
             for key, value in weights.items():
-                torch.testing.assert_close(state[key], value, rtol=1e-3, atol=1e-5, msg=lambda s, at=key: f"{at}: {s}")
+                torch.testing.assert_close(
+                    state[key], value, rtol=1e-3, atol=1e-5, equal_nan=True, msg=lambda s, at=key: f"{at}: {s}"
+                )
 
 
 def test_early_stopping_came_early(ran):
