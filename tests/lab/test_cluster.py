@@ -59,6 +59,7 @@ class Cluster:
         self.folder, self.processes = folder, {}
         path = os.pathsep.join((str(folder), str(Path(gatelet.__file__).parents[1])))
         self.environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "SHARED": str(folder)}
+        self.environment["DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL"] = "1 h"  # a machine that stands still is not lost
         (folder / "preload.py").write_text(PRELOAD)
         self.start("scheduler", "scheduler", "--port", "0", "--no-dashboard", "--host", "127.0.0.1")
         self.url = self.wait("scheduler", "Scheduler at:").split()[-1]
@@ -176,9 +177,10 @@ def test_ctrl_c_stops_the_workers(dask, tmp_path, monkeypatch, capsys):
             time.sleep(0.1)
 
 
+@pytest.mark.filterwarnings("ignore:UPath 'shared' filesystem")
 def test_the_output_may_lie_behind_a_url(dask, monkeypatch, capsys):
     monkeypatch.setenv("SHARED", str(dask.folder))
-    exec(PRELOAD)
+    exec(PRELOAD, {})
     place = ("--out", "shared://runs/frontier", "--scheduler", dask.url)
     short = ("--methods", "straight_through", "--shares", 0.1, "--epochs", 1, "--seeds", 1)
     command = ("frontier", "--dataset", "digits", *short, "--set", "experts=20", "--set", "bottleneck=5", *place)
@@ -210,9 +212,10 @@ def test_a_search_trains_on_the_workers(dask, tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.filterwarnings("ignore:UPath 'shared' filesystem")
 def test_every_worker_must_see_the_output(dask, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("SHARED", str(tmp_path))
-    exec(PRELOAD)
+    exec(PRELOAD, {})
     command = ("reproduce", *SMALL, "--rows", "sigmoid", "--out", "shared://elsewhere", "--scheduler", dask.url)
     status, told = run(monkeypatch, capsys, *command)
     assert status == 2

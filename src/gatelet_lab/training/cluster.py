@@ -44,9 +44,9 @@ class ClusterWorkers(Workers):
         try:
             self._look_again = 0.0
             self._places = len(check_versions(self._client, url))
-            check_out(self._client, url, out)
             _everywhere(self._client, url, check_device, device)
             check_data(self._client, url, data)
+            check_out(self._client, url, out)  # the last, for it writes
         except BaseException:
             self._client.close()
             raise
