@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import uuid
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,9 +32,11 @@ def location(text: str) -> Path:
     try:
         from upath import UPath
 
-        place = UPath(text)
-        _ = place.fs  # loads the package of this kind
-    except (ImportError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", UserWarning)  # of kinds that UPath does not know, and cannot send to workers
+            place = UPath(text)
+            _ = place.fs  # loads the package of this kind
+    except (ImportError, ValueError, UserWarning) as error:
         raise ValueError(
             f"{text}: cannot be used ({error}); URLs need gatelet[cluster] and fsspec's package"
         ) from error

@@ -1,6 +1,7 @@
 """Jobs on a Dask cluster of separate processes, and everything that is checked before one is trained."""
 
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -27,6 +28,8 @@ import os
 import fsspec
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from upath import UPath
+from upath.registry import register_implementation
 
 
 class Shared(DirFileSystem):
@@ -36,7 +39,12 @@ class Shared(DirFileSystem):
         super().__init__(os.environ["SHARED"], LocalFileSystem())
 
 
+class SharedPath(UPath):
+    pass
+
+
 fsspec.register_implementation("shared", Shared, clobber=True)
+register_implementation("shared", SharedPath, clobber=True)
 """
 
 
@@ -177,10 +185,10 @@ def test_ctrl_c_stops_the_workers(dask, tmp_path, monkeypatch, capsys):
             time.sleep(0.1)
 
 
-@pytest.mark.filterwarnings("ignore:UPath 'shared' filesystem")
 def test_the_output_may_lie_behind_a_url(dask, monkeypatch, capsys):
     monkeypatch.setenv("SHARED", str(dask.folder))
-    exec(PRELOAD, {})
+    monkeypatch.syspath_prepend(dask.folder)
+    importlib.import_module("preload")
     place = ("--out", "shared://runs/frontier", "--scheduler", dask.url)
     short = ("--methods", "straight_through", "--shares", 0.1, "--epochs", 1, "--seeds", 1)
     command = ("frontier", "--dataset", "digits", *short, "--set", "experts=20", "--set", "bottleneck=5", *place)
@@ -212,10 +220,10 @@ def test_a_search_trains_on_the_workers(dask, tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.filterwarnings("ignore:UPath 'shared' filesystem")
 def test_every_worker_must_see_the_output(dask, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("SHARED", str(tmp_path))
-    exec(PRELOAD, {})
+    monkeypatch.syspath_prepend(dask.folder)
+    importlib.import_module("preload")
     command = ("reproduce", *SMALL, "--rows", "sigmoid", "--out", "shared://elsewhere", "--scheduler", dask.url)
     status, told = run(monkeypatch, capsys, *command)
     assert status == 2
