@@ -26,17 +26,18 @@ SMALL = ("--dataset", "digits", "--set", "experts=20", "--set", "bottleneck=5")
 PRELOAD = """
 import os
 import fsspec
-from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from upath import UPath
 from upath.registry import register_implementation
 
 
-class Shared(DirFileSystem):
+class Shared(LocalFileSystem):
     protocol = "shared"
 
-    def __init__(self, **kwargs):
-        super().__init__(os.environ["SHARED"], LocalFileSystem())
+    @classmethod
+    def _strip_protocol(cls, path):
+        place = str(path).removeprefix("shared://")
+        return LocalFileSystem._strip_protocol(os.path.join(os.environ["SHARED"], place))
 
 
 class SharedPath(UPath):
