@@ -15,6 +15,7 @@ import distributed
 import optuna
 import pytest
 import torch
+from upath import UPath
 
 import gatelet
 from gatelet_lab import cli, data, files
@@ -221,15 +222,14 @@ def test_a_search_trains_on_the_workers(dask, tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_every_worker_must_see_the_output(dask, monkeypatch, capsys, tmp_path):
-    monkeypatch.setenv("SHARED", str(tmp_path))
-    monkeypatch.syspath_prepend(dask.folder)
-    importlib.import_module("preload")
-    command = ("reproduce", *SMALL, "--rows", "sigmoid", "--out", "shared://elsewhere", "--scheduler", dask.url)
-    status, told = run(monkeypatch, capsys, *command)
-    assert status == 2
-    assert "does not see it as this process does (FileNotFoundError" in told
-    assert not list(tmp_path.iterdir())  # and the same command may be given again
+def test_every_worker_must_see_the_output(dask):
+    """The memory of this process is a place that no other one sees."""
+    out = UPath("memory://nobody/elsewhere")
+    with distributed.Client(dask.url, set_as_default=False) as client, pytest.raises(
+        ValueError, match=r"--out memory:.*does not see it as this process does \(FileNotFoundError"
+    ):
+        cluster.check_out(client, dask.url, out)
+    assert not out.exists()  # and the same command may be given again
 
 
 BAD = {
