@@ -245,7 +245,7 @@ BAD = {
     "gates": (lambda: ffn("straight_through"), 3, "80 gates cannot be divided among 3 processes"),
     "gates of groups": (lambda: ffn("score_function"), 8, "20 gates cannot be divided among 8"),
     "latents": (lambda: sae("top_k"), 7, "40 latents cannot be divided among 7"),
-    "self": (lambda: ConditionalFFN(12, 80, gater="self"), 2, "gater='self'"),
+    "self": (lambda: ConditionalFFN(12, 80, gater="self"), 2, "decides by the units themselves"),
     "dropout": (lambda: ConditionalFFN(12, 80, 4, dropout=0.1), 2, "dropout"),
     "groups": (lambda: SparseAutoencoder(12, 40, k=3, groups=2), 2, "groups"),
     "sparse gradients": (lambda: SparseAutoencoder(12, 40, k=3, sparse_grad=True), 2, "sparse_grad"),

@@ -225,8 +225,9 @@ def test_a_search_trains_on_the_workers(dask, tmp_path, monkeypatch, capsys):
 def test_every_worker_must_see_the_output(dask):
     """The memory of this process is a place that no other one sees."""
     out = UPath("memory://nobody/elsewhere")
-    with distributed.Client(dask.url, set_as_default=False) as client, pytest.raises(
-        ValueError, match=r"--out memory:.*does not see it as this process does \(FileNotFoundError"
+    with (
+        distributed.Client(dask.url, set_as_default=False) as client,
+        pytest.raises(ValueError, match=r"--out memory:.*does not see it as this process does \(FileNotFoundError"),
     ):
         cluster.check_out(client, dask.url, out)
     assert not out.exists()  # and the same command may be given again

@@ -40,7 +40,7 @@ def spread(module: nn.Module, mesh: "DeviceMesh") -> nn.Module:
 
     Raises:
         ValueError: if there is no such layer; P does not divide its gates or latents; it has what is not spread
-            (``gater="self"``, dropout, groups, ``sparse_grad``, something that hangs on a Linear); the mesh has several
+            (``gater="self"`` or ``"preview"``, dropout, groups, ``sparse_grad``, something that hangs on a Linear); the mesh has several
             dimensions; a layer is spread already.
 
     >>> import torch, gatelet
@@ -81,7 +81,7 @@ def _refusal(layer: ConditionalFFN | SparseAutoencoder, processes: int) -> str |
             return "sparse_grad: DTensors have no sparse gradients; build it with sparse_grad=False"
         return _division(layer.d_sae, "latents", processes)
     if isinstance(layer.gater, SelfGater):
-        return "gater='self' has no logits that could be gathered before the units are computed"
+        return "gater: it decides by the units themselves, so there are no logits to gather before they are computed"
     if layer.dropout:
         return "dropout: each process would draw its own; set layer.dropout = 0"
     for name in ("up", "glu", "down"):
