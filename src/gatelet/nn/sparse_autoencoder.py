@@ -428,7 +428,7 @@ class SparseAutoencoder(nn.Module):
             mask = z > 0
         counts = mask.sum(1)
         offsets = F.pad(counts.cumsum(0), (1, 0))
-        if offsets[-1] > FEW * z.numel():
+        if self.split.total(offsets[-1]) > FEW * z.numel() * self.split.processes:  # all go the same way
             return None
         examples, latents = mask.nonzero(as_tuple=True)
         return examples, latents, offsets
