@@ -34,14 +34,13 @@ CASES = {
     "best": recipe("best", "best").but(
         **SMALL, teacher_share=0.0, more_training=0, adversarial_share=0.3, bfloat16=False
     ),
-    "two stages": recipe("straight_through", "quick").but(**SMALL, gater="two_stage", gater_groups=8, gate_bias=None),
     "mixture": recipe("sigmoid", "quick").but(**SMALL, kind="mixture", group_size=4, target_rate=0.3),
     "early stopping": recipe("sigmoid", "quick").but(**SMALL | {"epochs": 4}, patience=1, rate=0.0),
 }
 
 
 SHARES = ("gater", "experts", "output")  # multiply-adds, which follow from the shares of open gates
-RESULTS = ("straight-through", "two stages")  # sampled tests of others cost and show no more
+RESULTS = ("straight-through",)  # sampled tests of others cost and show no more
 
 
 def trained(name, world, split):

@@ -57,6 +57,8 @@ class PaperTrainer(Trainer[tuple[Tensor, Tensor], Epoch]):
         world: World = ALONE,
     ) -> None:
         super().__init__(world)
+        if world.size > 1 and recipe.gater.gater == "two_stage":
+            raise ValueError("gater=two_stage: trains in one process only; its weights differ in several")
         share, more = recipe.augmentation.teacher_share, recipe.optimiser.more_training
         if bool(share) != (teacher is not None):
             raise ValueError(
