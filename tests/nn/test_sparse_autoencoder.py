@@ -370,6 +370,7 @@ def main(rank, folder):
     """What each of the two processes runs."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.save(steps(rank, 2), f"{folder}/{rank}.pt")
+    torch.distributed.barrier()  # a process that leaves while the other still talks to it can end that one
     torch.distributed.destroy_process_group()
 
 

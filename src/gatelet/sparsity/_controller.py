@@ -103,7 +103,6 @@ class _Owned(torch.autograd.Function):
 _traced: tuple[Any, set[int]] = (None, set())
 
 
-@torch.compiler.assume_constant_result
 def _first_in_graph(layer: int) -> bool:
     """Return, while a graph is traced, whether this layer has not been asked for in it before."""
     global _traced
@@ -113,6 +112,10 @@ def _first_in_graph(layer: int) -> bool:
     met = layer in _traced[1]
     _traced[1].add(layer)
     return not met
+
+
+# What torch.compiler.assume_constant_result does; calling it here would import the compiler, and triton, with gatelet.
+_first_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _spent(term: Tensor) -> bool:
