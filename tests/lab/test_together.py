@@ -140,9 +140,9 @@ def test_losses_of_one_two_and_four_processes_agree(ran, digits, name):
                 assert numbers[key] == pytest.approx(value, rel=near, abs=near, nan_ok=True), (size, rank, key)
             for key, value in weights.items():
                 if name == "best" and key in ("layer.gater.hidden.bias", "layer.gater.hidden.norm.running_mean"):
-                    continue  # batch normalisation takes the bias off again: its gradient is rounding, scaled up by Adam
+                    continue  # batch normalisation takes the bias off again: its gradient is rounding
                 torch.testing.assert_close(
-                    state[key], value, rtol=1e-3, atol=1e-5, equal_nan=True, msg=lambda s, at=key: f"{at}: {s}"
+                    state[key], value, rtol=1e-3, atol=1e-5, equal_nan=True, msg=lambda text, at=key: f"{at}: {text}"
                 )
 
 
