@@ -32,7 +32,7 @@ CASES = {
     "smooth times stochastic": recipe("smooth_times_stochastic", "quick").but(**SMALL, members=2, average=0.9),
     "rectifier": recipe("noisy_rectifier", "quick").but(**SMALL, layers=2),
     "best": recipe("best", "best").but(
-        **SMALL, teacher_share=0.0, more_training=0, adversarial_share=0.3, bfloat16=False
+        **SMALL, teacher_share=0.0, mixup_share=0.0, more_training=0, adversarial_share=0.3, bfloat16=False
     ),
     "mixture": recipe("sigmoid", "quick").but(**SMALL, kind="mixture", group_size=4, target_rate=0.3),
     "early stopping": recipe("sigmoid", "quick").but(**SMALL | {"epochs": 4}, patience=1, rate=0.0),

@@ -151,6 +151,38 @@ def test_the_adversary_moves_its_share_of_a_batch(digits):
     assert (seen[-1] != x).any(1).tolist() == [True] * 10 + [False] * 30
 
 
+def test_mixed_images_lie_between_two_of_the_batch_and_learn_what_the_teacher_says_of_them(digits):
+    taught = PaperTrainer(small("sigmoid"), 0, digits).model.eval()
+    settings = {"teacher_share": 1.0, "mixup_share": 0.5, "input_dropout": 0.0}
+    trainer = PaperTrainer(
+        small("sigmoid", **settings, adversarial=0.1, adversarial_share=0.25), 0, digits, teacher=taught
+    )
+    seen = []
+    trainer.model.layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    x, y = digits.train_images[:40], digits.train_labels[:40]
+    trainer.step((x, y))
+    assert (seen[-1] != x).any(1)[:20].tolist() == [True] * 10 + [False] * 10
+    for own, mixed in zip(x[20:], seen[-1][20:], strict=True):  # on the line from its own image to another's
+        along = x - own
+        share = ((mixed - own) * along).sum(1) / along.square().sum(1).clamp(min=1e-9)
+        off = torch.linalg.vector_norm(own + share[:, None] * along - mixed, dim=1)
+        assert off.min() < 1e-4
+        assert 0 < share[off.argmin()] < 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"mixup_share": 0.5}, "needs teacher_share=1"),
+        ({"mixup_share": 1.0, "teacher_share": 1.0}, r"mixup_share must lie in \[0, 1\)"),
+        ({"mixup_share": 0.6, "teacher_share": 1.0, "adversarial": 1.0, "adversarial_share": 0.5}, "exceed the batch"),
+    ],
+)
+def test_a_share_to_mix_that_cannot_be_is_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        small("sigmoid", **settings)
+
+
 def test_a_mixture_computes_the_share_and_balances_its_load(digits):
     recipe = small("straight_through", kind="mixture", group_size=6, target_rate=0.2, gate_bias=None)
     trainer = run(PaperTrainer(recipe, 0, digits), 1)

@@ -156,7 +156,7 @@ class PaperTrainer(Trainer[tuple[Tensor, Tensor], Epoch]):
         """Return the members' losses with what holds the gates' share, of this process's part of the batch."""
         count, changes, world = len(batch[1]), self.recipe.augmentation, self.world
         rows = world.part(count)
-        x, y = (each[rows] for each in batch)
+        x, y = self._mixed(batch[0])[rows], batch[1][rows]
         if changes.adversarial:
             moved = math.ceil(changes.adversarial_share * count)
             own = world.part(moved, count)
@@ -216,6 +216,19 @@ class PaperTrainer(Trainer[tuple[Tensor, Tensor], Epoch]):
                 average.lerp_(now, 1 - keep)
             else:
                 average.copy_(now)
+
+    def _mixed(self, x: Tensor) -> Tensor:
+        """Return a whole batch, the last images of which are averaged, each with the one before it.
+
+        Reference: H. Zhang, M. Cisse, Y. N. Dauphin, D. Lopez-Paz, "mixup: Beyond Empirical Risk Minimization", 2018,
+        arXiv:1710.09412; with a teacher's probabilities as the target: L. Beyer et al., "Knowledge distillation: A good
+        teacher is patient and consistent", 2022, arXiv:2106.05237.
+        """
+        count = round(self.recipe.augmentation.mixup_share * len(x))
+        if not count:
+            return x
+        own = x[-count:]
+        return torch.cat([x[:-count], own.roll(1, 0).lerp(own, torch.rand(count, 1).to(x))])
 
     def _adversary(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the images a step up their loss's gradient, of the same length for each; of an ensemble their sum's.

@@ -142,6 +142,8 @@ class Augmentation:
     """Length of a step that moves training images towards a higher loss, before they are trained on."""
     adversarial_share: float = 1.0
     """Share of every batch that is moved so."""
+    mixup_share: float = 0.0
+    """Share of every batch whose images are averaged with other images; what is learned of them is the teacher's."""
     input_dropout: float = 0.0
     hidden_dropout: float = 0.0
     label_smoothing: float = 0.0
@@ -152,11 +154,19 @@ class Augmentation:
     def __post_init__(self) -> None:
         """Check shares and lengths."""
         _at_least_zero(self, "input_noise", "adversarial")
-        _below_one(self, "input_dropout", "hidden_dropout", "label_smoothing")
+        _below_one(self, "mixup_share", "input_dropout", "hidden_dropout", "label_smoothing")
         if not 0 <= self.teacher_share <= 1:
             raise ValueError(f"teacher_share must lie in [0, 1], not {self.teacher_share!r}")
         if not 0 < self.adversarial_share <= 1:
             raise ValueError(f"adversarial_share must lie in (0, 1], not {self.adversarial_share!r}")
+        if self.mixup_share and self.teacher_share < 1:
+            raise ValueError(
+                f"mixup_share: a mixed image has no label; it needs teacher_share=1, not {self.teacher_share!r}"
+            )
+        if self.adversarial and self.mixup_share and self.adversarial_share + self.mixup_share > 1:
+            raise ValueError(
+                f"mixup_share={self.mixup_share!r} and adversarial_share={self.adversarial_share!r} exceed the batch"
+            )
 
 
 @dataclass(frozen=True)
