@@ -177,7 +177,7 @@ class Tape:
             )
 
 
-_COMPARED = 4096  # about so many logits of each replica are compared
+_COMPARED = 4096  # about this many logits of each replica are compared
 
 
 def _equal_replicas(logits: Tensor) -> bool:

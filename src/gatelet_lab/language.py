@@ -115,7 +115,7 @@ class Decoder:
 
     @torch.no_grad()
     def turn(self, new: int) -> None:
-        """Take in the prompt, then decode so many tokens."""
+        """Take in the prompt, then decode this many tokens."""
         out = self.model(self.prompt, use_cache=True)
         for _ in range(new):
             token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values

@@ -131,7 +131,7 @@ def test_refused():
         decode_ffn(given._replace(down=torch.ones(3, 5)))
     with pytest.raises(ValueError, match=r"third must have shape \(70, 8\)"):
         decode_ffn(given._replace(third=torch.ones(70, 9)))
-    with pytest.raises(TypeError, match="must be kept alike"):
+    with pytest.raises(TypeError, match="must have one type"):
         decode_ffn(given._replace(third=torch.ones(70, 8).bfloat16()))
     with pytest.raises(ValueError, match="near_first and near_third"):
         decode_ffn(given._replace(near_first=int8_rows(torch.ones(70, 8))))

@@ -229,9 +229,9 @@ def test_errors_name_the_argument():
         OpenPattern.from_indices(p.wide(p.values).to_sparse_csr(), N + 1)
     with pytest.raises(ValueError, match=r"gate must have a number for each of pattern's pairs, \(7, 4\)"):
         linear(p.x, p.w1, None, p.values[:, 1:], pattern=p.pattern)
-    with pytest.raises(ValueError, match=r"pattern is one of gates \(7, 30\)"):
+    with pytest.raises(ValueError, match=r"pattern is for gates \(7, 30\)"):
         linear(p.x[1:], p.w1, None, p.values, pattern=p.pattern)
-    with pytest.raises(ValueError, match=r"pattern is one of gates \(7, 30\), but hidden and weight ask for \(7, 29\)"):
+    with pytest.raises(ValueError, match=r"pattern is for gates \(7, 30\), but hidden and weight need \(7, 29\)"):
         after(p.values, p.pattern, p.rows2[1:], by_unit=True)
     with pytest.raises(ValueError, match="hidden must have a number"):
         after(p.values[1:], p.pattern, p.rows2, by_unit=True)
@@ -245,7 +245,7 @@ def test_errors_name_the_argument():
         linear(p.x, p.w1, None, None)
     with pytest.raises(TypeError, match="pattern must be an OpenPattern"):
         ffn(p.x, p.w1, None, p.values, "relu", p.rows2.t(), None, pattern=[1])
-    with pytest.raises(NotImplementedError, match="sparse_grad=True has no form"):
+    with pytest.raises(NotImplementedError, match="sparse_grad=True does not work under"):
         torch.func.grad(lambda w: linear(p.x.detach(), w, None, None, pattern=p.pattern, sparse_grad=True).sum())(p.w1)
     with pytest.raises(TypeError, match="has no bits"):
         _ = p.pattern.rows

@@ -171,7 +171,7 @@ def _bad(change: str, p: dict[str, Any]) -> dict[str, Any]:
     ("change", "error", "words"),
     [
         ("scales", ValueError, "w1 must have a scale for each of its 12 rows, not 11"),
-        ("alike", TypeError, "w1, w2 and w3 must be kept alike"),
+        ("alike", TypeError, "w1, w2 and w3 must have one type"),
         ("w2 rows", ValueError, "w2 must have a row for each of w1's 12 units"),
         ("w3 rows", ValueError, "w3 must have a row for each of w1's 12 units"),
         ("width", ValueError, "x must have 7 features"),

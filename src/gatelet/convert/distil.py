@@ -93,10 +93,10 @@ def distil(
         steps: the most steps; the learning rates fall to 0 along a cosine over them.
         weights: fit the blocks' weights too.
         lr, weights_lr: Adam's learning rates of gaters and of weights.
-        held_out: so many of the loader's first batches are not trained on.
+        held_out: this many of the loader's first batches are not trained on.
         every: steps between two looks at the held-out error.
-        patience: stop after so many looks without a better one.
-        calibration: so many of the loader's first batches serve to calibrate the thresholds, in a few passes.
+        patience: stop after this many looks without a better one.
+        calibration: this many of the loader's first batches serve to calibrate the thresholds, in a few passes.
         checkpoint: file to write the state to at every look, atomically, and to continue from if it exists.
         forward: runs a model on a batch; by default ``model(**batch)`` for a mapping, ``model(batch[0])`` for a tuple
             or list, otherwise ``model(batch)``.

@@ -18,7 +18,7 @@ TOKENS = 64
 
 @dataclass(frozen=True)
 class Promise:
-    """Milliseconds of a block for so many tokens, dense and with its gates at random."""
+    """Milliseconds of a block for this many tokens, dense and with its gates at random."""
 
     tokens: int
     dense_ms: float

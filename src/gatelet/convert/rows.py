@@ -32,7 +32,7 @@ KEPT = ("float32", "bf16", "int8")
 SAMPLE = 1 << 15
 """So many inputs of a batch tell a map's threshold."""
 ALIGNED = 64
-"""Weights begin at multiples of so many bytes."""
+"""Weights begin at multiples of this many bytes."""
 NEVER = -1.0
 """A limit that every size is above."""
 

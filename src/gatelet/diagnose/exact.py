@@ -27,7 +27,7 @@ def exact_gradient(
         objective: maps gates (K, B, N), of the logits' dtype, to losses (K, B).
         logits: (B, N), any leading shape, at most 2^20 outcomes; (B, N, C) for categorical units.
         kind: ``"bernoulli"``, ``"categorical"`` or ``"subset"``.
-        k: of subset units, how many are open.
+        k: for subset units, how many are open.
 
     Returns:
         of the logits' shape, float64: row b is the gradient of example b's expected loss.

@@ -76,7 +76,7 @@ def diagnose(
         reference: ∇E[L], of the logits' shape, where it is known.
         exact: ``False``: measure also where the noise could be enumerated.
         kind: what units the names stand for, ``"bernoulli"``, ``"categorical"`` or ``"subset"``.
-        k: of subset units, how many are open.
+        k: for subset units, how many are open.
         seed: of the noise; torch's global generator is left alone.
 
     Returns:
@@ -220,7 +220,7 @@ class _Problem:
         return _Target(mean, math.sqrt(self.norm(error)), how)
 
     def row(self, name: str, chosen: _Chosen, replicas: int, target: _Target, exact: bool, stream: int) -> Row:
-        """Measure one estimator, with at least so many replicas."""
+        """Measure one estimator, with at least this many replicas."""
         method = chosen.method
         assert method is not None
         replicas = max(replicas, method.replicas)

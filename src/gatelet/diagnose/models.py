@@ -1,6 +1,6 @@
 """Bias, variance and cost of estimators at every stochastic layer of a network.
 
-Of this package it alone knows units and tapes; the rest knows estimators and objectives.
+Only this file of the package knows units and tapes; the others know estimators and objectives.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -82,8 +82,8 @@ def diagnose_model(
 
     A layer's objective is the network above its gates: h ↦ L(h), as :func:`gatelet.diagnose` takes it, at the logits
     that one forward pass of the batch gave. Layers below keep the gates of that pass. Layers above draw theirs anew at
-    every call, with the estimators they have, under a Tape; their noise is part of the layer's variance. One whose
-    estimator needs several replicas has the same gates from the score function.
+    every call, with the estimators they have, under a Tape; their noise is part of the layer's variance. Where such a
+    layer's estimator needs several replicas, the score function draws the same gates instead.
 
     The model runs in the mode it is in, but its units draw their gates in ``eval()`` too. In ``train()`` the noise of
     dropout is part of every estimator's variance, and can hide that of the gates; ``model.eval()`` leaves it out.

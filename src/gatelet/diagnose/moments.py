@@ -50,12 +50,12 @@ def moments(
     Gaussian and 1e-10 for logistic noise at the default order, for an objective as smooth as tanh. Cost: Q
     calls of the surrogate, Q = (nodes per variable)^(K·N), vectorised by ``torch.func.vmap``.
 
-    Each of the Q calls sees the estimator in its present state, and leaves it unchanged. All examples of the batch
-    take the same node's index at a time, so the estimate of an example must not depend on the noise of
-    another; one whose batch shares a baseline that contains the present losses is exact for a batch of one.
+    Each of the Q calls sees the estimator in its present state, and leaves it unchanged. In each call all examples of
+    the batch take the node of the same index, so the estimate of an example must not depend on the noise of another. An
+    estimator whose baseline contains the losses of the whole batch is exact for a batch of one only.
 
     Args:
-        objective: maps gates (K, B, N), of the logits' dtype, to losses (K, B); of operations that ``vmap`` knows.
+        objective: maps gates (K, B, N), of the logits' dtype, to losses (K, B), with operations that ``vmap`` supports.
         logits: (B, N), any leading shape; (B, N, C) for categorical units.
         estimator: a name of ``gatelet.estimators.ALL`` or an instance.
         samples: K, the number of replicas; by default the least that the estimator works with, mostly 1.
@@ -154,7 +154,7 @@ def _estimates(
     leaves = logits.expand(noise.shape[0], *logits.shape).clone().requires_grad_()
     with torch.enable_grad():
         value = torch.func.vmap(surrogate, randomness="different")(leaves, noise)
-        # The zero gives a loss that ignores its gates the gradient it has.
+        # Adding zero gives a loss that ignores its gates a gradient, which is zero.
         (gradient,) = torch.autograd.grad(value.sum() + 0 * leaves.sum(), leaves)
     return value.detach(), gradient
 

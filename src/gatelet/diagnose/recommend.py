@@ -53,7 +53,7 @@ def _with_unbiased(unbiased: Sequence[Row], biased: Sequence[Row], budget: Budge
         reason += f"; next is {others[0].name} with {number(product(others[0]))}"
 
     def error(row: Row) -> float:
-        # A bias that is not known well is taken for as large as it may be.
+        # An uncertain bias counts as large as it may be.
         return row.bias**2 + row.bias_error**2 + product(row) / best.cost(budget)
 
     if not biased:

@@ -17,7 +17,7 @@ class Row:
 
     name: str
     unbiased: bool
-    """Whether it claims to be unbiased, of gates of 0 and 1, and the bias found here does not contradict."""
+    """Whether it claims to be unbiased for gates of 0 and 1, and the bias found here does not contradict that."""
     replicas: int
     """Replicas K of one call."""
     left_out: str | None = None
@@ -27,8 +27,8 @@ class Row:
     bias: float = math.nan
     """‖E[ĝ] − ∇E[L]‖; where it was measured, what remains of it after ``bias_error`` is taken off in squares."""
     bias_error: float = math.nan
-    """Standard error of the difference, in the same norm: how far off ‖E[ĝ] − ∇E[L]‖ is. A bias well under it is not
-    seen."""
+    """Standard error of the difference, in the same norm: how far off ‖E[ĝ] − ∇E[L]‖ may be. A bias well under it
+    cannot be seen."""
     variance: float = math.nan
     """E‖ĝ − E[ĝ]‖² of one call with K replicas."""
     variance_error: float = math.nan

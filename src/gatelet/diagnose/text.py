@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from gatelet.diagnose.row import Budget, Row
 
 UNITS = {"evaluations": "evaluations", "time": "ms"}
-"""Of the budgets."""
+"""What each budget is counted in."""
 
 
 def table(rows: Sequence[Row], budget: Budget | None) -> list[str]:

@@ -26,7 +26,7 @@ class Concrete(Estimator):
         kind: ``"bernoulli"``, ``"categorical"`` or ``"subset"``: k successive softmaxes of a + g, each without what
             the earlier ones took (S. M. Xie, S. Ermon, "Reparameterizable Subset Sampling via Continuous Relaxations",
             2019, arXiv:1901.10517). The hard gates are then the k largest a + g.
-        k: of subset units, how many are open.
+        k: for subset units, how many are open.
 
     Raises:
         ValueError: for a temperature that is not above 0.
@@ -74,7 +74,7 @@ class StraightThroughGumbel(Concrete):
         kind: ``"bernoulli"``, ``"categorical"`` or ``"subset"``: k successive softmaxes of a + g, each without what
             the earlier ones took (S. M. Xie, S. Ermon, "Reparameterizable Subset Sampling via Continuous Relaxations",
             2019, arXiv:1901.10517). The hard gates are then the k largest a + g.
-        k: of subset units, how many are open.
+        k: for subset units, how many are open.
 
     Raises:
         ValueError: for a temperature that is not above 0.

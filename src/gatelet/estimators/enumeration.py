@@ -20,7 +20,7 @@ class Enumeration(Evaluating):
 
     Args:
         kind: ``"bernoulli"``, ``"categorical"`` or ``"subset"``: the sum is over the C(N, k) sets.
-        k: of subset units, how many are open.
+        k: for subset units, how many are open.
 
     Raises:
         ValueError: for more than 65536 outcomes (16 binary units).

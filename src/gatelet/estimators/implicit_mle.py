@@ -29,7 +29,7 @@ class IMLE(Estimator):
     Args:
         step: λ, in the logits' unit per unit of the loss's slope.
         kind: ``"bernoulli"`` or ``"subset"``.
-        k: of subset units, how many are open.
+        k: for subset units, how many are open.
 
     Raises:
         ValueError: for a step that is not above 0.
@@ -84,7 +84,7 @@ class AIMLE(IMLE):
         rate: what β moves by.
         decay: of the moving average.
         kind: ``"bernoulli"`` or ``"subset"``.
-        k: of subset units, how many are open.
+        k: for subset units, how many are open.
 
     Raises:
         ValueError: for a β or a rate that is not above 0, or a decay outside (0, 1).

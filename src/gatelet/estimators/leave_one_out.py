@@ -18,7 +18,7 @@ class LeaveOneOut(Sampled):
     Args:
         kind: ``"bernoulli"``, or ``"categorical"``: h one-hot, softmax(a) in place of σ(a); or ``"subset"``: the
             marginals P(h_i = 1) in place of σ(a).
-        k: of subset units, how many are open.
+        k: for subset units, how many are open.
 
     >>> import torch
     >>> unit = LeaveOneOut()

@@ -27,7 +27,7 @@ class ScoreFunction(Sampled):
         decay: the moving averages' coefficient (paper's code: 0.9).
         kind: ``"bernoulli"``, or ``"categorical"``: h one-hot, ĝ = (h − softmax(a))·(L − L̄), L̄ per class; or
             ``"subset"``: the marginals P(h_i = 1) in place of σ(a).
-        k: of subset units, how many are open.
+        k: for subset units, how many are open.
 
     Raises:
         ValueError: for an unknown baseline, or a decay outside (0, 1); when units of another number share

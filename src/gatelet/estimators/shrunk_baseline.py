@@ -1,4 +1,4 @@
-"""Leave-one-out whose baseline leans on the other examples of the batch, as far as they agree."""
+"""Leave-one-out whose baseline also uses the other examples of the batch, the more the better they agree."""
 
 import torch
 from jaxtyping import Float
@@ -19,11 +19,11 @@ class ShrunkBaseline(Sampled):
     λ is a little smaller.)
 
     Bias: none: neither λ nor m depends on this example's gates, given that examples are drawn independently.
-    Variance: below leave-one-out's with few replicas and examples of like losses; near it otherwise. No state.
+    Variance: below leave-one-out's with few replicas and examples with similar losses; near it otherwise. No state.
 
     Args:
         kind: ``"bernoulli"``, ``"categorical"`` or ``"subset"``.
-        k: of subset units, how many are open.
+        k: for subset units, how many are open.
 
     >>> import torch
     >>> unit = ShrunkBaseline()

@@ -13,7 +13,7 @@ class SIMPLE(Estimator):
     ∂μ/∂a = Cov(h). Marginals and samples take log₂ N steps.
 
     Bias: E[ĝ] = Cov(h)·E_h[∂L/∂h]: exact for linear losses.
-    Variance: that of ∂L/∂h, through a matrix of at most ¼; the lowest of the estimators for subsets.
+    Variance: that of ∂L/∂h, times a matrix with entries of at most ¼; the lowest of the estimators for subsets.
 
     Args:
         k: how many of the units are open, in training and in ``eval()``.

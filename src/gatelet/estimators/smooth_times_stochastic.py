@@ -17,10 +17,10 @@ class SmoothTimesStochastic(Estimator):
 
     Bias: E[ĝ] = E_b[∂L/∂h_i · b_i] · √p(1 − p)/2, half of the derivative of E[h] for a linear loss, since
     the dependence of P(b = 1) on a is ignored.
-    Variance: that of the path. A closed unit receives no gradient.
+    Variance: that of the pathwise derivative. A closed unit receives no gradient.
 
-    A unit at p = 0.1 fires 32 % of the time: :meth:`fire_probability` is √p, and a budget constrains that.
-    In deterministic mode an open gate has the value E[h] = p.
+    A unit at p = 0.1 fires 32 % of the time: :meth:`fire_probability` is √p, and that is what a penalty holds at its
+    target. In deterministic mode an open gate has the value E[h] = p.
 
     >>> import torch
     >>> unit = SmoothTimesStochastic()

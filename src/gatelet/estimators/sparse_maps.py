@@ -1,7 +1,7 @@
 """Deterministic maps onto the simplex that close most units exactly: sparsemax and 1.5-entmax.
 
-The package entmax (1.3) has both. It is not used: its autograd functions are of the old kind, which neither torch.func
-nor a whole graph of torch.compile takes, and the second derivative of its 1.5-entmax is wrong (docs/peers.md).
+The package entmax (1.3) has both. It is not used: torch.func and torch.compile with ``fullgraph=True`` do not accept
+the older style of its autograd functions, and the second derivative of its 1.5-entmax is wrong (docs/peers.md).
 """
 
 import torch
@@ -13,7 +13,7 @@ from gatelet.estimators._noise import NONE
 
 
 class Sparsemax(Estimator):
-    """The point of the simplex nearest to the logits: gates of sum 1, most of them exactly 0.
+    """The point of the simplex nearest to the logits: gates that sum to 1, most of them exactly 0.
 
     h = argmin over the simplex of |h − a|² = max(0, a − t), t such that the gates sum to 1. All units of an
     example together are one distribution.
@@ -63,7 +63,7 @@ class Sparsemax(Estimator):
 
 
 class Entmax(Sparsemax):
-    """Between softmax and sparsemax: gates of sum 1, exactly 0 where the logit is far below the largest.
+    """Between softmax and sparsemax: gates that sum to 1, exactly 0 where the logit is far below the largest.
 
     h = max(0, a/2 − t)², t such that the gates sum to 1: α-entmax with α = 1.5.
 
@@ -85,7 +85,7 @@ class Entmax(Sparsemax):
 
 
 def sparsemax(logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
-    """Return max(0, a − t) with sum 1; written so that autograd has its derivative.
+    """Return max(0, a − t) with sum 1; autograd can differentiate it.
 
     >>> import torch
     >>> sparsemax(torch.zeros(4))
@@ -103,7 +103,7 @@ def sparsemax(logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
 
 
 def entmax15(logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
-    """Return max(0, a/2 − t)² with sum 1; written so that autograd has its derivative.
+    """Return max(0, a/2 − t)² with sum 1; autograd can differentiate it.
 
     >>> import torch
     >>> entmax15(torch.zeros(4))

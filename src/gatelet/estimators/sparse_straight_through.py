@@ -1,4 +1,4 @@
-"""Straight-through for training that skips closed units: only open, or open and a sampled share of the closed."""
+"""Straight-through for training that skips closed units: all of them, or all but a random share."""
 
 import torch
 from jaxtyping import Float

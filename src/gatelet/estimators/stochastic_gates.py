@@ -16,9 +16,9 @@ class StochasticGates(Estimator):
 
     h = max(0, min(1, a + s·z)), z ~ N(0, 1). P(h ≠ 0) = Φ(a/s), the regulariser of the source.
 
-    Bias: none; h is continuous in a, so the path derivative 1[0 < h < 1] is the gradient of the expected loss of its
-    own law. Variance: that of the path. A unit at 0, and one at 1, receives no gradient.
-    (The logit is the source's μ; its code starts μ at ½ by adding it in the forward pass, which is left to the user.)
+    Bias: none; h is continuous in a, so the pathwise derivative 1[0 < h < 1] is unbiased for the expected loss of these
+    gates. Variance: that of the pathwise derivative. A unit at 0 or at 1 receives no gradient.
+    (The logit is the source's μ. The source's code adds ½ to it in the forward pass; here the caller does that.)
 
     Args:
         std: s.

@@ -12,13 +12,13 @@ from gatelet.estimators._noise import NONE
 
 
 class StraightThrough(Estimator):
-    """Binary unit whose backward pass pretends that it was the identity (or the sigmoid).
+    """Binary unit whose backward pass treats it as the identity (or the sigmoid).
 
     h ~ Bernoulli(σ(a)), or h = 1[a > 0] on a hard unit; ∂L/∂a ≈ ∂L/∂h, or ∂L/∂h · σ(a)(1 − σ(a)) (section 4).
 
-    Bias: E[ĝ_i] = E_h[∂L/∂h_i] · slope(a_i), with ∂L/∂h taken at the sample. For a loss linear in h_i and
-    the sigmoid slope that is exact; with the identity slope it has the right sign for a single layer of
-    one unit and a monotone loss, not in general with more layers.
+    Bias: E[ĝ_i] = E_h[∂L/∂h_i] · slope(a_i), with ∂L/∂h taken at the sample. With the sigmoid slope that is exact for a
+    loss linear in h_i. With the identity slope it has the right sign for a single layer of one unit and a monotone
+    loss, but not in general with more layers.
     Variance: that of ∂L/∂h; the lowest of the paper's estimators. Every gate, closed ones too, needs ∂L/∂h.
 
     Args:
@@ -26,7 +26,7 @@ class StraightThrough(Estimator):
         unit: ``"sampled"`` or ``"hard"``, which ignores the noise.
         kind: ``"bernoulli"``, or ``"categorical"``: h one-hot, the sigmoid replaced by the softmax; or ``"subset"``:
             k ones, the sigmoid replaced by the marginals P(h_i = 1), which is SIMPLE's gradient.
-        k: of subset units, how many are open.
+        k: for subset units, how many are open.
 
     >>> import torch
     >>> a = torch.tensor([0.0, 0.0], requires_grad=True)
@@ -76,12 +76,12 @@ class StraightThrough(Estimator):
 
 
 class ClippedStraightThrough(StraightThrough):
-    """Straight-through that stops where the logit has left [−1, 1]: the derivative of the hard tanh.
+    """Straight-through without gradient where the logit is outside [−1, 1]: the derivative of the hard tanh.
 
     h ~ Bernoulli(σ(a)), or h = 1[a > 0] on a hard unit; ∂L/∂a ≈ ∂L/∂h · 1[|a| ≤ 1] (Hubara et al., eq. 4).
 
     Bias: E[ĝ_i] = E_h[∂L/∂h_i]·1[|a_i| ≤ 1], with ∂L/∂h taken at the sample: that of straight-through inside, and no
-    gradient at all outside, so that logits do not run away; a unit outside stays there unless its input moves.
+    gradient outside, so that logits do not run away. A unit outside stays there unless its input moves.
     Variance: that of ∂L/∂h inside, 0 outside.
 
     Args:

@@ -72,8 +72,8 @@ class TopK(Estimator):
 def top_k(logits: Float[Tensor, "*lead N"], k: int) -> Float[Tensor, "*lead N"]:
     """Return the logits where they are among the k largest of the last dimension, else 0.
 
-    Of the size of ``logits``, forward holds its result alone, and backward the gradient: between them only the k
-    positions are kept.
+    The forward pass allocates one tensor of the size of ``logits``, its result, and the backward pass one, the
+    gradient. In between only the k positions are kept.
 
     >>> import torch
     >>> top_k(torch.tensor([[1.0, 1.0, 3.0]]), 2).count_nonzero()     # a tie: still two

@@ -24,9 +24,9 @@ class UnorderedSet(Evaluating):
     The surrogate's value is Σ_{s∈S} p(s)R(S, s)·L(s): its weights sum to 1 and its expectation is E[L], which
     the plain mean of different classes would miss. The rest of the objective receives the gradient of that value.
 
-    Bias: none, with K ≥ 2, neither of the gradient nor of the value.
-    Variance: at most that of any estimator that draws without replacement and looks at the order (it is the conditional
-    expectation, given the set) with the same baseline; zero with K = C.
+    Bias: none for K ≥ 2, of the gradient and of the value.
+    Variance: at most that of any estimator with the same baseline that draws without replacement and uses the order
+    (this one is its conditional expectation, given the set); zero with K = C.
 
     One variable per example: logits (B, 1, C). The k-th replica is the argmax of a + g_k among the classes not yet
     drawn, which has the law of the k-th largest of one a + g (the Gumbel top-k). Cost: K evaluations, and
@@ -99,7 +99,7 @@ def ratios(
     """
     samples = range(drawn.shape[0])
     one_less = [[j for j in samples if j != s] for s in samples]
-    # Of the diagonal, s' = s, any K − 2 classes will do: it is overwritten.
+    # On the diagonal, s' = s, any K − 2 classes will do: these entries are overwritten.
     two_less = [[[j for j in samples if j not in (s, t)][: len(samples) - 2] for t in samples] for s in samples]
     without = _log_probability(_choose(drawn, one_less), outside)  # (K, *batch)
     without_both = _log_probability(_choose(drawn, two_less), outside)  # (K, K, *batch)
@@ -119,8 +119,8 @@ def _choose(drawn: Float[Tensor, "K *batch"], members: object) -> Float[Tensor, 
 def _log_probability(members: Float[Tensor, "n *sets"], outside: Float[Tensor, "*batch"]) -> Float[Tensor, "*sets"]:
     """Return log P(S) of drawing exactly these n classes, in any order, out of themselves and the mass outside.
 
-    P(T) = Σ_{t∈T} P(T∖t)·p(t)/(1 − p(T∖t)), subset by subset. 1 − p(T∖t) is the sum of what is left: as a difference
-    it would be 0 where one class has all the mass.
+    P(T) = Σ_{t∈T} P(T∖t)·p(t)/(1 − p(T∖t)), subset by subset. 1 − p(T∖t) is computed as the sum of what is left, since
+    the difference would be 0 where one class has all the mass.
     """
     count, device = members.shape[0], members.device
     index = range(1 << count)

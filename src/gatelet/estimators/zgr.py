@@ -8,14 +8,14 @@ from gatelet.estimators._base import AnyKind, Estimator, straight_through
 
 
 class DARN(Estimator):
-    """Score function of the loss's first-order expansion at the sample: what L(h) is above L at the mean gates.
+    """Score function whose learning signal is L(h) − L(mean gates), expanded to first order at the sample.
 
-    h ~ Bernoulli(p), p = σ(a); ∂L/∂a ≈ ∂L/∂h·(h − p)². Categorical: (h − p)·(∂L/∂h·(h − p)), p = softmax(a), of each
-    variable by itself: its own expansion alone, which leaves out terms of mean zero where ∂L/∂h is constant.
+    h ~ Bernoulli(p), p = σ(a); ∂L/∂a ≈ ∂L/∂h·(h − p)². Categorical: (h − p)·(∂L/∂h·(h − p)), p = softmax(a). Each
+    variable uses only its own part of the expansion; what that leaves out has mean zero where ∂L/∂h is constant.
 
     Bias: E[ĝ_i] = Σ_h P(h)·∂L/∂h_i(h)·(h_i − p_i)²: exact for a loss linear in each gate; for h_i² it is
     2·p(1 − p)² against the exact p(1 − p).
-    Variance: that of ∂L/∂h times the factor; no noise but that of the gates.
+    Variance: that of ∂L/∂h times the factor; the gates are the only noise.
 
     Args:
         kind: ``"bernoulli"`` or ``"categorical"``.
@@ -60,7 +60,7 @@ class ZGR(DARN):
 
     Bias: E[ĝ_c] = Σ_c' p_c p_c'·½(g(c) + g(c'))·(e_c − e_c'), g(c) the gradient at class c: the trapezoid rule for
     every difference L(c) − L(c'), exact for quadratic losses, of third order in general.
-    Variance: that of ∂L/∂h times the factor; no noise but that of the gates, and no temperature.
+    Variance: that of ∂L/∂h times the factor; the gates are the only noise, and there is no temperature.
 
     Args:
         kind: ``"bernoulli"`` or ``"categorical"``.

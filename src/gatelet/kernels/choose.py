@@ -1,4 +1,4 @@
-"""Which backend runs, and why. What :func:`explain` says is what the ops ask."""
+"""Which backend runs, and why. :func:`explain` reports what the ops themselves ask."""
 
 import functools
 import warnings
@@ -43,13 +43,13 @@ class Choice:
         """Say why."""
         if self.why or self.active_fraction is None:
             return self.why
-        # Put into words when asked, for that takes longer than to decide.
+        # Put into words only when read, since that takes longer than deciding.
         side = "over" if self.backend == "dense" else "under"
         return f"{self.active_fraction:.1%} of the gates are open, {side} break-even at {self.limit:.0%}"
 
 
 _known = functools.cache(Choice)
-"""The choices that involve no measured number. They are kept: to make one anew takes as long as a small layer."""
+"""The choices that involve no measured number, kept because making one takes as long as a small layer."""
 
 
 @functools.cache
@@ -63,10 +63,10 @@ def _announce(why: str) -> None:
 
 @functools.cache
 def compiles() -> bool:
-    """Return whether there are CPU kernels for lists of rows, which no backend is chosen for; say once if not."""
+    """Return whether the CPU kernels for lists of rows can run (no backend is chosen for them); warn once if not."""
     why = BACKENDS["numba"].missing()
     if why:
-        warnings.warn(f"gatelet: lists of rows go by PyTorch's own operators, because {why}", UserWarning, stacklevel=3)
+        warnings.warn(f"gatelet: lists of rows use PyTorch's own operators, because {why}", UserWarning, stacklevel=3)
     return why is None
 
 
@@ -77,12 +77,12 @@ def share_open(gate: Tensor) -> float:
 
 
 def step_of(numbers: int, batch: int) -> int:
-    """Return n, where a sample takes every n-th of ``batch`` rows with so many numbers."""
+    """Return n such that a sample is every n-th of ``batch`` rows, of this many numbers in all."""
     return min(max(1, numbers // SAMPLE), max(batch, 1))
 
 
 def check_backend(backend: str) -> str:
-    """Return the backend's name if it is known and there."""
+    """Return the backend's name; raise unless it is known and available."""
     if backend == "auto":
         return backend
     check_choice(backend, NAMES, "backend")
@@ -116,7 +116,8 @@ def choose(backend: str, layer: Layer, look: Callable[[], float], announce: bool
 
 
 def choose_for_lists(backend: str, layer: Layer) -> str:
-    """Return the backend for given lists of open units, whose products cost what is open: no share is weighed."""
+    """Return the backend for given lists of open units. Its products cost only what is open, so no share is
+    measured."""
     if backend != "auto":
         _refuse_unable(backend, layer)
         return backend
@@ -143,14 +144,14 @@ def _weigh(candidate: Backend, layer: Layer, look: Callable[[], float]) -> Choic
 
 
 def measure_costs(enabled: bool = True) -> None:
-    """Let ``backend="auto"`` go by times of this machine, in this process and from now on.
+    """Make ``backend="auto"`` use costs timed on this machine, in this process and from now on.
 
-    By itself it goes by the processor's kind, so that a seed gives the same numbers in every process of a machine:
-    another choice means another order of summation, and that other last digits. Where the kind's costs do not fit, a
-    measurement (some 30 ms for each dtype and kernel, when it is first needed) may choose better.
+    By default it uses costs stored for the kind of processor, so that a seed gives the same numbers in every process:
+    another backend sums in another order, which changes the last digits. Where the stored costs do not fit, timing
+    (some 30 ms for each dtype and kernel, at first use) may choose better.
 
     Args:
-        enabled: False to go by the processor's kind again.
+        enabled: False to use the stored costs again.
 
     >>> measure_costs()
     >>> measure_costs(False)
@@ -166,7 +167,7 @@ _measured = False
 
 @contextmanager
 def by_kind() -> Iterator[None]:
-    """Go by the processor's kind inside the block or function, whatever :func:`measure_costs` was called with."""
+    """Use the stored costs inside the block or function, whatever :func:`measure_costs` was called with."""
     before = _measured
     measure_costs(False)
     try:

@@ -17,7 +17,7 @@ class Bits:
     Attributes:
         rows: by example, (B, ⌈N/64⌉) int64; bit i of word w is unit 64·w + i.
         cols: by unit, (N, ⌈B/64⌉) int64; bit i of word w is example 64·w + i.
-        group: so many consecutive units open together.
+        group: how many consecutive units open together.
         pending: gates (B, N / group) whose bits are still to be written: the first product that reads them does it.
         write: writes them, from gates to rows and cols; None where a product has always read them before they are given
             to an op of torch.
@@ -59,8 +59,8 @@ class Lists:
     Attributes:
         starts: (B + 1,) int64.
         units: (P,) int64.
-        count: N, the number of units there are.
-        by_unit: the same pairs unit by unit, None until a product wants them so.
+        count: N, the number of units.
+        by_unit: the same pairs unit by unit, None until a product needs them.
         notes: what a backend derives from the lists and reads again.
     """
 
@@ -77,7 +77,7 @@ class Lists:
 
     def tensors(self) -> list[Tensor]:
         """Return what an op of torch takes instead; :func:`form_of` is the way back."""
-        # One number that a tensor's size tells without being read: N.
+        # N, told by a tensor's size, so that no value need be read.
         return [self.starts, self.units, self.starts.new_empty((0, self.count))]
 
 
@@ -150,7 +150,7 @@ class OpenPattern:
     def values_shape(self) -> torch.Size:
         """The shape of what belongs to the open pairs, where the pattern was given as lists."""
         if not isinstance(self.form, Lists):
-            raise TypeError("this pattern is one of bits: what belongs to its pairs is (..., N)")
+            raise TypeError("this pattern is one of bits; values for its pairs have shape (..., N)")
         return torch.Size((len(self.form.units),) if self.most is None else (*self.lead, self.most))
 
     @property

@@ -33,7 +33,7 @@ SPARSITY = {"top_k": 0.0, "batch_top_k": 0.0, "jump_relu": 100.0, "relu": 5.0, "
 FOLLOWS = 0.1
 """The share of the way by which the threshold of "batch_top_k" moves to a batch's smallest open value in each step."""
 THRESHOLDS = 10.0
-"""The thresholds of "jump_relu" learn so many times faster than the weights."""
+"""The thresholds of "jump_relu" learn this many times faster than the weights."""
 FEW = 0.05
 """Up to this share of open latents their products are formed from lists, above it densely."""
 
@@ -91,7 +91,7 @@ class SparseAutoencoder(nn.Module):
         bandwidth: ε of "jump_relu", in the units of z.
         auxiliary_weight: of the auxiliary loss: the ``auxiliary_k`` strongest dead latents reconstruct what is left.
         auxiliary_k: by default D / 2.
-        dead_after: a latent that none of so many examples opened counts as dead.
+        dead_after: a latent that none of this many examples opened counts as dead.
         groups: E. More than one: a router opens ``open_groups`` groups of N / E latents per example, computes only
             these, and scales their values by its probability ("top_k" only; Switch SAE).
         open_groups: e.

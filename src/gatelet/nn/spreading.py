@@ -71,7 +71,7 @@ def spread(module: nn.Module, mesh: "DeviceMesh") -> nn.Module:
 
 
 def _refusal(layer: ConditionalFFN | SparseAutoencoder, processes: int) -> str | None:
-    """Return why a layer cannot be spread over so many processes, None if it can."""
+    """Return why a layer cannot be spread over this many processes, None if it can."""
     if layer.split is not ALL_HERE:
         return "is spread already"
     if isinstance(layer, SparseAutoencoder):

@@ -15,8 +15,8 @@ from gatelet.tape import Tape
 class Controller(nn.Module):
     """Holds a conditional layer's share of open gates at a target. Subclasses override one of two hooks.
 
-    Keep what changes from batch to batch in buffers: a layer whose forward pass activation checkpointing
-    repeats, or that runs without gradients, puts these back.
+    Keep what changes from batch to batch in buffers: the layer restores them after activation checkpointing has
+    repeated its forward pass, and after a pass without gradients.
     """
 
     def for_gates(self, count: int) -> None:
@@ -38,9 +38,9 @@ class Controller(nn.Module):
 def penalty(model: nn.Module) -> Float[Tensor, ""]:
     """Sum of the sparsity penalties of the model's conditional layers, of the last forward pass.
 
-    A layer that the pass used several times counts each time, as long as what it returned is part of something; one
-    that the pass skipped counts nothing. In compiled code the uses in one graph count; of two graphs it is not known
-    whether they belong to one pass, which is refused.
+    A layer that the pass used several times counts each time, as long as its output is still in use; one that the pass
+    skipped does not count. In compiled code all uses within one graph count. Whether two graphs belong to one pass
+    cannot be known, so that is an error.
 
     Args:
         model: any module that holds conditional layers.
@@ -75,7 +75,8 @@ def penalty(model: nn.Module) -> Float[Tensor, ""]:
 
 
 class _Use:
-    """One use of a layer: its penalty, alive as long as what the layer returned, and whether it was gone back through.
+    """One use of a layer: its penalty, which lives as long as what the layer returned, and whether a backward pass has
+    used it.
 
     (A penalty that is never taken must not keep a forward pass's whole graph alive.)
     """
@@ -87,7 +88,7 @@ class _Use:
 
 
 class _Owned(torch.autograd.Function):
-    """The identity, whose node in the graph owns a use."""
+    """The identity; its node in the graph keeps a use alive."""
 
     @staticmethod
     def forward(ctx: Any, gates: Tensor, use: _Use) -> Tensor:
@@ -104,7 +105,7 @@ _traced: tuple[Any, set[int]] = (None, set())
 
 
 def _first_in_graph(layer: int) -> bool:
-    """Return, while a graph is traced, whether this layer has not been asked for in it before."""
+    """Return whether this is the layer's first use in the graph that is being traced."""
     global _traced
     graph = torch._guards.CompileContext.current_trace_id()
     if graph is None or graph != _traced[0]:
@@ -176,8 +177,8 @@ class Penalised(nn.Module):
     def _keep_traced(self, term: Tensor) -> None:
         """Keep the penalty of a use in compiled code: the sum over the uses in one graph, and that of the graph before.
 
-        Whether this is the first use in its graph is known while that is traced; a question at run time would compile
-        it anew for every answer.
+        Whether this is the first use in its graph is decided while the graph is traced; a test at run time would
+        compile it again for every answer.
         """
         if _first_in_graph(id(self)):
             self._before, self._penalty = self._penalty, term
@@ -196,15 +197,15 @@ class Penalised(nn.Module):
         if before is not None and before.requires_grad and not _spent(before):
             raise RuntimeError(
                 "sparsity.penalty(model): a conditional layer ran in two compiled graphs since its penalty was last "
-                "taken, and only the last one is known to be of this forward pass; take the penalty after each, or "
-                "compile what holds both uses as one (fullgraph=True shows what splits it)"
+                "taken, and only the last one is known to be of this forward pass; take the penalty after each graph, "
+                "or compile both uses as one graph (fullgraph=True shows what splits it)"
             )
         if terms:
             return torch.stack([term.to(terms[0]) for term in terms]).sum() if len(terms) > 1 else terms[0]
         if looked is not None and torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
             raise RuntimeError(
-                "sparsity.penalty(model): a conditional layer ran without gradients, so its penalty could have none: "
-                "under torch.no_grad(), or under activation checkpointing of the old kind; call "
+                "sparsity.penalty(model): a conditional layer ran without gradients, so its penalty has none. It ran "
+                "under torch.no_grad(), or under activation checkpointing with use_reentrant=True; call "
                 "checkpoint(..., use_reentrant=False), or in transformers "
                 'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
             )

@@ -12,9 +12,9 @@ from gatelet.sparsity._controller import Controller
 
 
 class AdaptiveL1(Controller):
-    """Penalises the gates' sizes, with a weight that rises while too many are open and falls while too few.
+    """Penalises the gates' sizes, with a weight that rises while too many are open and falls while too few are.
 
-    λ Σ_i |h_i|, averaged over the batch, that of all processes together (A.1). After every batch λ ← λ(1 + step) if
+    λ Σ_i |h_i|, averaged over the batch of all processes together (A.1). After every batch λ ← λ(1 + step) if
     the share of gates ≠ 0 exceeded s + band, λ ← λ(1 − step) if it was under s − band; λ is clipped to [1e-13, 1].
 
     Args:
@@ -23,7 +23,7 @@ class AdaptiveL1(Controller):
         step: relative change of λ per batch (original: 0.1).
         band: half the width of the dead zone (original: 0.01).
 
-    λ is the buffer ``weight``: in ``state_dict``.
+    λ is the buffer ``weight``, so it is part of ``state_dict``.
 
     Raises:
         ValueError: for a rate or a step outside (0, 1), or a weight or band that is not above 0.
@@ -57,7 +57,7 @@ class AdaptiveL1(Controller):
         size = batch_mean(gates.to(wide(gates)).abs().sum(-1, keepdim=True))
         if size is None:
             return gates.new_zeros(())
-        term = self.weight.clone() * size.squeeze(-1)  # a clone: the graph keeps what λ is now
+        term = self.weight.clone() * size.squeeze(-1)  # a clone, so that the graph keeps the present λ
         with torch.no_grad():
             share = batch_mean((gates != 0).float())
             assert share is not None, "some process has an example"

@@ -44,7 +44,7 @@ class BetaNoise(Controller):
         self.beta = beta
         self.alpha = (s * (beta - 2) + 1) / (1 - s)
         self.scale = abs(math.log(1 / s**2 - 1))
-        # No buffer: it follows from the arguments, and to_empty() would leave rubbish in it.
+        # Not a buffer: it follows from the arguments, and to_empty() would leave it undefined.
         self._quantiles = beta_quantiles(self.alpha, beta)
 
     def shift(
@@ -69,7 +69,7 @@ class BetaNoise(Controller):
         if self._quantiles.device != logits.device:
             self._quantiles = self._quantiles.to(logits.device)
         position = uniform * (self._quantiles.numel() - 1)
-        # A uniform number may round up to 1 times the last index.
+        # The product may round up to the last index.
         below = position.long().clamp_(max=self._quantiles.numel() - 2)
         quantiles = self._quantiles.to(dtype)
         return torch.lerp(quantiles[below], quantiles[below + 1], position - below)
@@ -83,7 +83,7 @@ def beta_quantiles(alpha: float, beta: float, size: int = 1 << 14) -> Float[Tens
     """Return the quantiles of Beta(α, β) at ``size`` equally spaced probabilities from 0 to 1.
 
     The density is summed on a fine grid and its running sum inverted, to within 1e-6 of the
-    true quantiles. Drawing by table is several times faster than drawing two gamma variables per gate.
+    true quantiles. Drawing from the table is several times faster than drawing two gamma variables per gate.
     """
     edges = torch.linspace(0, 1, 1 << 17, dtype=torch.float64, device="cpu")  # whatever the default device is
     middle = (edges[1:] + edges[:-1]) / 2

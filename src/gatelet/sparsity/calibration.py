@@ -33,18 +33,18 @@ def calibrate_thresholds(
     """Set each unit's test-time threshold so that the target share of its gates is open on ``loader``.
 
     Gates open iff their logit exceeds the threshold, so it is the (1 − s)-quantile of the logits (A.3).
-    A unit's logits depend on which gates were open before it. In a first sweep over ``loader`` each unit's threshold is
-    set, by all its logits so far, before its output goes on. Further sweeps take the quantile anew, behind units that
-    stand still, until no share moves, but at most four sweeps in all. As many as there are units are enough, and one
-    for a single batch. A bounded random sample of each unit's logits is kept.
+    A unit's logits depend on which gates are open in the layers before it. The first sweep over ``loader`` therefore
+    sets a unit's threshold, from all its logits so far, before the unit's output goes on. Further sweeps compute the
+    quantiles again with all thresholds held, until no share changes; at most four sweeps are made. As many sweeps as
+    units are always enough, and for a single batch one is. A bounded random sample of each unit's logits is kept.
 
     Args:
-        model: holds stochastic units with a ``target_rate`` (every conditional layer does). It is run in
-            ``eval()`` and left in the mode in which it was.
+        model: holds stochastic units with a ``target_rate`` (every conditional layer does). It runs in ``eval()`` and
+            returns to its own mode afterwards.
         loader: yields batches; must allow several passes (a list or a DataLoader, no generator).
         target_rate: s for all units, instead of their own.
         forward: runs the model on a batch; by default ``model(batch)``, or ``model(batch[0])`` for a tuple or list.
-        local: of several processes (torch.distributed), go by this one's loader alone. Otherwise all processes call
+        local: with several processes (torch.distributed), use this process's loader alone. Otherwise all processes call
             this, each with its part of the data, of any size, and the quantile is that of all logits together.
         timeout: seconds to wait for the other processes to call this too.
 
@@ -109,7 +109,8 @@ def _settle(
     """Sweep until the thresholds stand still; return the shares that they open, in the order of running.
 
     Each sweep settles one more unit of a chain for good, so as many sweeps as units are exact: then all processes
-    together find what one would with all of the data. Of more units than sweeps, they stop at small moves.
+    together find what one would with all of the data. With more units than sweeps, they stop once the shares hardly
+    change.
     """
     shares: dict[str, float] = {}
     for sweep in range(_SWEEPS):
@@ -152,7 +153,7 @@ def _swept(
 
 
 def _needed(order: list[str], once: bool) -> int:
-    """Return how many sweeps are exact for these units: one for each of a chain, too many for what runs in a circle."""
+    """Return how many sweeps are exact: one for each unit of a chain; more than are made where a unit runs twice."""
     return len(order) if once or len(order) == 1 else _SWEEPS + 1
 
 
@@ -215,9 +216,9 @@ class _Sample:
         return self.share()
 
     def move(self) -> None:
-        """Set the threshold by what was seen so far; to 0 if that is nothing."""
+        """Set the threshold from the logits seen so far; to 0 if there are none."""
         values = self.logits()
-        values = values[:: max(1, values.numel() // _MOVING) | 1]  # an odd step keeps to no unit
+        values = values[:: max(1, values.numel() // _MOVING) | 1]  # an odd step, so that no unit is picked every time
         self.unit.threshold.copy_(_quantile(values, self.rate) if values.numel() else torch.tensor(0.0))
 
 

@@ -1,4 +1,4 @@
-"""Section 2.1: the cure of dead units, a bias that is pushed up while a unit fires too seldom."""
+"""Section 2.1: a cure for dead units, a bias that is pushed up while a unit fires too seldom."""
 
 from typing import Any
 
@@ -22,8 +22,8 @@ class FiringRateBias(Controller):
     Args:
         target_rate: the firing rate under which a unit counts as dead.
         step: what a batch adds to the bias, in units of the logits.
-        decay: of the moving average; it starts at the target.
-        units: N; a layer that has this controller says it by itself, otherwise it may come with the first call.
+        decay: of the moving average, which starts at the target.
+        units: N. A layer that has this controller sets it; otherwise the first call does.
 
     The buffers ``rate`` and ``bias``, (N,), are in ``state_dict``.
 

@@ -56,8 +56,9 @@ class KLRate(Controller):
         rate = batch_mean(probability)
         if rate is None:
             return logits.new_zeros(())
-        # The penalty stays finite where a rate rounds to 0 or 1. The bounds are the last numbers before these:
-        # a unit beyond them gets no gradient, and the one it should get, s − p per logit, is not small.
+        # This keeps the penalty finite where a rate rounds to 0 or 1. The bounds are the nearest numbers that are
+        # neither, because a unit beyond them gets no gradient, and the gradient it should get, s − p per logit, is not
+        # small.
         rate = rate.clamp(torch.finfo(rate.dtype).tiny, 1 - torch.finfo(rate.dtype).eps / 2)
         s = self.target_rate
         entropy = s * math.log(s) + (1 - s) * math.log1p(-s)

@@ -15,8 +15,8 @@ class StatisticalTopK(Controller):
 
     Of N logits with mean m and standard deviation s, about k exceed θ = m + s·Φ⁻¹(1 − k/N); the gates are drawn from
     a − θ. One pass over the logits, where the k-th largest would need a sort. Exact in the limit of many Gaussian
-    logits; what other laws differ by on average, :func:`gatelet.sparsity.calibrate_thresholds` takes up. The gradient
-    passes through m and s, so what raises all logits of a token alike opens nothing.
+    logits; for other distributions :func:`gatelet.sparsity.calibrate_thresholds` corrects the average share. The
+    gradient passes through m and s, so raising all logits of a token alike opens nothing.
 
     Args:
         target_rate: k/N.

@@ -24,7 +24,7 @@ def _spin(parent: int) -> None:
 
 @contextmanager
 def busy(count: int) -> Iterator[None]:
-    """Keep so many processes running that never wait; they end with the block, or with this process."""
+    """Keep this many processes running that never wait; they end with the block, or with this process."""
     spawn = multiprocessing.get_context("spawn")
     processes = [spawn.Process(target=_spin, args=(os.getpid(),), daemon=True) for _ in range(count)]
     for process in processes:

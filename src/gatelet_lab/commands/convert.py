@@ -53,7 +53,7 @@ class Convert:
     length: int = 256
     """Tokens in a window of text."""
     batch: int = 1
-    """The report gives expected times for so many tokens at once."""
+    """The report gives expected times for this many tokens at once."""
     resume: bool = False
     """Continue from the checkpoint in OUT."""
 

@@ -31,7 +31,7 @@ class Reproduce(jobs.Run):
     seeds: int = 1
     """How many runs of each row, with seeds 0, 1, ..."""
     epochs: int | None = None
-    """Train at most so many epochs, instead of the recipe's number."""
+    """Train at most this many epochs, instead of the recipe's number."""
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE"), tyro.conf.UseAppendAction] = ()
     """Override a field of the recipe of every named row, as gater_rate=0 or options.slope=sigmoid; may be repeated."""
     out: Location = Path("runs/reproduce")

@@ -53,7 +53,7 @@ class Sweep:
     trials: int = 30
     """Finished trials (complete or pruned) that the study is to hold in the end, those of other processes included."""
     epochs: int | None = None
-    """Train each trial for at most so many epochs, instead of the recipe's number."""
+    """Train each trial for at most this many epochs, instead of the recipe's number."""
     space: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=RANGE"), tyro.conf.UseAppendAction] = ()
     """What to search, instead of the row's own space: rate=0.03:1:log, gate_bias=-6:0, batch=32,64; may be repeated."""
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE"), tyro.conf.UseAppendAction] = ()

@@ -49,7 +49,7 @@ class TrainSAE:
     tokens: int = 4_000_000
     """Tokens to train on; the text is read again where it has fewer."""
     collect: int = 1_000_000
-    """Collect the activations of at most so many tokens."""
+    """Collect the activations of at most this many tokens."""
     context: int = 256
     """Tokens that the model reads at once."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -61,7 +61,7 @@ class TrainSAE:
     warm_up: int = 100
     """Steps over which the learning rate and the sparsity penalty grow to their values."""
     dead_after: int = 500_000
-    """A latent counts as dead if none of the last so many tokens opened it."""
+    """A latent counts as dead if none of the last this many tokens opened it."""
     seed: int = 0
     """Seed of the autoencoder's first weights and of the order of the text."""
     every: int = 50

@@ -41,7 +41,7 @@ class Diagnose:
     latents: int = 128
     """polynomial: the number of binary latents."""
     steps: int = 1000
-    """polynomial: evaluations of the objective in training; one that needs one per step makes so many steps."""
+    """polynomial: evaluations of the objective in training; one that needs one per step makes this many steps."""
     rate: float = 0.05
     """polynomial: Adam's learning rate."""
 

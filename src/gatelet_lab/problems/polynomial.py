@@ -41,7 +41,7 @@ def value_of(power: float, logits: Tensor) -> float:
 
 
 class Curve(NamedTuple):
-    """A training run: the exact expected loss after so many evaluations."""
+    """A training run: the exact expected loss after this many evaluations."""
 
     evaluations: list[float]
     losses: list[float]

@@ -28,7 +28,7 @@ VERSION = 1
 SKIPPED = 1
 """First tokens of a context that give no row."""
 LONG = 10.0
-"""Rows longer than so many medians are left out."""
+"""Rows longer than this many medians are left out."""
 _BLOCK = 32
 _SHUFFLED = 256
 """Neighbouring rows that are read together; a buffer mixes many such runs."""

@@ -12,6 +12,7 @@ from gatelet.kernels.backends.numba import Numba
 from gatelet.kernels.backends.triton import Triton
 
 BACKENDS: dict[str, Backend] = {each.name: each for each in (Dense(), Numba(), Triton())}
-"""By name. ``"auto"`` asks those of the tensors' device in this order, and takes dense where none is worth it."""
+"""By name. ``"auto"`` asks those of the tensors' device in this order, and takes dense where none is expected to be
+faster."""
 
 NAMES = ("auto", *BACKENDS)

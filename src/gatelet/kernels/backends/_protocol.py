@@ -54,7 +54,7 @@ class Products(Protocol):
 
     A number per pair, such as C, is (B, N) where the pattern is :class:`~gatelet.kernels.pattern.Bits` or None, and
     (P,) in the pattern's order where it is :class:`~gatelet.kernels.pattern.Lists`. Without a pattern the pairs are
-    those whose gate is not zero. Closed pairs count as zero, whatever stands there. A weight may have any strides.
+    those whose gate is not zero. Closed pairs count as zero, whatever is stored there. A weight may have any strides.
 
     A backend may also have ``ffn(x, w1, b1, gate, activation, w2, b2)``, W2 by unit, which gives both layers of
     ``gated_ffn`` in one pass without gradients, or None where it has no such way.
@@ -171,7 +171,7 @@ class Backend(ABC):
         """Return which of its kernels runs."""
 
     def measure(self, enabled: bool) -> None:  # noqa: B027 (few backends have anything to time)
-        """Let ``worth`` go by times of this machine, or again by what does not change from process to process."""
+        """Make ``worth`` use costs timed on this machine, or again those that are the same in every process."""
 
     @property
     @abstractmethod

@@ -24,19 +24,19 @@ class Dense(Backend):
     spares = None
 
     def missing(self) -> str | None:
-        """Nothing is."""
+        """Return None: nothing is missing."""
         return None
 
     def cannot(self, layer: Layer) -> str | None:
-        """There is nothing it cannot."""
+        """Return None: every layer can run."""
         return None
 
     def worth(self, layer: Layer) -> Worth:
-        """What the others are measured by."""
+        """Return that it is always worth running: it is what others are compared to."""
         return Worth(1.0)
 
     def kernel(self, layer: Layer) -> Kernel:
-        """There is one."""
+        """Return the only one."""
         return "dense"
 
     @property
@@ -66,7 +66,7 @@ def dots(
     activation: str = "identity",
     fill: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """Return act(x Wᵀ + b) ∘ gate at open pairs and, to ``keep``, x Wᵀ + b at all."""
+    """Return act(x Wᵀ + b) ∘ gate at open pairs and, to ``keep``, x Wᵀ + b at all pairs."""
     if isinstance(pattern, Lists):
         pre = _pairs.dots(x, weight, bias, pattern)
         return _pairs.finish(pre, gate, activation), pre if keep else x.new_empty(0)
@@ -166,8 +166,8 @@ def _fused(tensor: Tensor) -> Any:
 def closed(product: Tensor, gate: Tensor) -> Tensor:
     """Return the product with the gate, where NaN and infinity times a closed gate are zero too.
 
-    One sum tells whether there are any; looking at every number would cost as much as the product. But waiting for
-    the sum would cost a GPU more than that.
+    One sum tells whether there are any; testing every number would cost as much as the product. On a GPU, waiting for
+    the sum would cost more than that.
     """
     if product.device.type != "cpu":
         return torch.where(gate != 0, product, 0)

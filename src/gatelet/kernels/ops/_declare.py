@@ -1,4 +1,4 @@
-"""From one declaration of an op, all that torch asks of it: schema, fake, autograd, and what runs without them.
+"""Makes from one declaration of an op what torch needs: schema, fake, autograd, and the direct call without them.
 
 An op is declared by four things: the names and types of its arguments (a NamedTuple, ``Given``), ``forward`` and
 ``backward`` over a backend's products, and ``naive``, a few lines that autograd differentiates. The naive version says
@@ -44,7 +44,7 @@ def recording(*tensors: Tensor | None) -> bool:
 
 
 def transformed(*tensors: Tensor | None) -> bool:
-    """Whether a ``torch.func`` transform or forward-mode differentiation is at work, which no kernel can follow."""
+    """Whether a ``torch.func`` transform or forward-mode differentiation is active, which no kernel supports."""
     if torch.compiler.is_compiling():
         return False
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -66,10 +66,10 @@ class Op:
     Args:
         name: gatelet::name.
         given: the NamedTuple of its arguments, among them ``backend`` and ``keep`` (whether a backward pass follows).
-        forward: of a Given, to the output and the tensors that the backward pass reads besides the arguments.
-        backward: of the output's gradient, a Given, those tensors and which gradients are needed, to the gradients.
-        naive: of a Given, to the output, in operations of torch that autograd differentiates.
-        shapes: of a Given, to the shapes of what ``forward`` returns.
+        forward: maps a Given to the output and the tensors that the backward pass reads besides the arguments.
+        backward: maps the output's gradient, a Given, those tensors and which gradients are needed to the gradients.
+        naive: maps a Given to the output, in operations of torch that autograd differentiates.
+        shapes: maps a Given to the shapes of what ``forward`` returns.
         differentiable: the arguments that have a gradient.
     """
 
@@ -123,7 +123,7 @@ class Op:
     @staticmethod
     def _declare(name: str, arguments: str, results: int, run: Any, fake: Any) -> Any:
         def whole(call: Any) -> Any:
-            # torch knows no tuples of one.
+            # A schema has no tuples of one.
             return (lambda *args: call(*args)[0]) if results == 1 else call
 
         schema = f"({arguments}) -> ({', '.join(['Tensor'] * results)})"
@@ -155,7 +155,7 @@ class Op:
     def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         kept = () if isinstance(output, Tensor) else output[1:]
         ctx.mark_non_differentiable(*kept)
-        ctx.set_materialize_grads(False)  # zeros for the gradient of what has none would cost as much as the output
+        ctx.set_materialize_grads(False)  # zeros in place of missing gradients would be as large as the output
         _save(ctx, self, inputs, kept)
 
     def _traced_backprop(self, ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
@@ -167,7 +167,7 @@ class Op:
         else:
             found = self._traced_backward(grad, *given, list(kept), list(need))
         placed = self._placed(found, need)
-        # To a list of tensors goes a list of gradients.
+        # The gradient of a list of tensors is a list.
         return tuple([None] * len(given[index]) if index in self.forms else each for index, each in enumerate(placed))
 
     def _placed(self, found: tuple[Tensor | None, ...], need: tuple[bool, ...]) -> tuple[Any, ...]:
@@ -180,7 +180,7 @@ class Op:
     def second_order(self, grad: Tensor, given: Any, need: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
         """Return the gradients as functions that autograd differentiates again: those of the naive version."""
         with torch.enable_grad():
-            # Views stand for the arguments, so that one which depends on another is differentiated in its place only.
+            # Views stand for the arguments, so that an argument that was computed from another counts only as itself.
             fields = list(given)
             views: list[Tensor | None] = []
             for place, wanted in zip(self.places, need, strict=True):

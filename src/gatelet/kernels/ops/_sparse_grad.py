@@ -18,7 +18,7 @@ def refuse_sparse(sparse_grad: bool, ordinary: bool) -> None:
     """Raise where torch cannot pass a sparse gradient on."""
     if sparse_grad and not ordinary:
         raise NotImplementedError(
-            "sparse_grad=True has no form that torch.compile, torch.export and torch.func transforms know"
+            "sparse_grad=True does not work under torch.compile, torch.export and torch.func transforms"
         )
 
 

@@ -1,4 +1,5 @@
-"""Inference for one token over weights that stay: what can be found out beforehand is, and a call does the rest."""
+"""Inference for one token at a time over fixed weights: what can be settled beforehand is, so that a call does
+little."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from gatelet.kernels.ops._checks import check_tensor
 from gatelet.kernels.ops._declare import plain
 
 FEW = 4
-"""Up to so many tokens are taken one by one."""
+"""Up to this many tokens run one by one."""
 KINDS = (torch.float32, torch.bfloat16)
 
 
@@ -24,12 +25,12 @@ class Decode:
 
     Args:
         width: D.
-        prepare: of the module of kernels, returns what maps x (D,), float32; its weights must be contiguous.
+        prepare: takes the module of kernels and returns the map of x (D,), float32; its weights must be contiguous.
         dense: maps x (..., D).
 
     Raises:
         ValueError, TypeError: at the call, for an input of another width, dtype or device.
-        RuntimeError: at the call, where autograd records what happens to x: there is no gradient.
+        RuntimeError: at the call, where autograd records what happens to x, since there is no gradient.
     """
 
     def __init__(self, width: int, prepare: Callable[[Any], Callable[[Tensor], Tensor]], dense: Any) -> None:
@@ -64,8 +65,8 @@ def decode_linear(weight: Rows, bias: Float32[Tensor, " N"] | None = None) -> De
     """Return the map x Wᵀ + b for inference, W in few bytes, float32 sums.
 
     Args:
-        weight: (N, D), float32 or bfloat16, or from :func:`gatelet.kernels.int8_rows`. What is read is this tensor, not
-            a copy: change it in place at will, but keep it contiguous.
+        weight: (N, D), float32 or bfloat16, or from :func:`gatelet.kernels.int8_rows`. This tensor is read, not a copy:
+            it may be changed in place, but must stay contiguous.
         bias: (N,) float32, or None.
 
     Raises:
@@ -120,10 +121,10 @@ def decode_input_linear(
 def decode_ffn(given: Decided) -> Decode:
     """Return the map of a feed-forward block that decides by itself which units are open (:class:`Decided`).
 
-    Rows of closed units are not read: of W1 and W2 where W_g x decides, of all three where int8 copies do.
+    Rows of closed units are not read: those of W1 and W2 where W_g x decides, those of all three where int8 copies do.
 
     Args:
-        given: the block's weights, all kept alike, and what decides; tensors are read, not copied.
+        given: the block's weights, all stored in one type, and what decides; tensors are read, not copied.
 
     Raises:
         ValueError, TypeError: for shapes or dtypes that do not fit, or an unknown activation.
@@ -142,9 +143,9 @@ def decode_ffn(given: Decided) -> Decode:
             raise ValueError(f"{name} must have shape {(units, width)}, as first has, not {tuple(each.shape)}")
     kinds = {_kind(each) for each in (given.first, given.third, given.down) if each is not None}
     if len(kinds) > 1:
-        raise TypeError(f"first, third and down must be kept alike, not as {' and '.join(sorted(map(str, kinds)))}")
+        raise TypeError(f"first, third and down must have one type, not {' and '.join(sorted(map(str, kinds)))}")
     if (given.near_third is not None) != (given.near_first is not None and given.third is not None):
-        raise ValueError("near_first and near_third: copies are wanted of all maps into the units, or of none")
+        raise ValueError("near_first and near_third: give copies of all maps into the units, or of none")
     check_choice(given.activation, ACTIVATIONS, "activation")
     for name in ("first_bias", "third_bias", "scale", "norm"):
         _check_vector(getattr(given, name), name, units)

@@ -40,16 +40,17 @@ def gated_ffn(
     forward-mode derivatives and ``torch.func`` transforms are computed densely.
 
     Args:
-        x: (..., D), float32 or float64 (on a CPU others run dense, which is announced once).
+        x: (..., D), float32 or float64 (other types run dense on a CPU, with a warning once).
         w1: (N, D).
         b1: (N,) or None.
         gate: (..., G), one number per hidden unit (G = N) or per group of N / G consecutive ones. With a pattern: one
             number per index, in their shape, or None for ones.
         activation: ``"identity"``, ``"relu"``, ``"gelu"`` (exact, with the error function) or ``"silu"``.
-        w2: (O, N). Fastest as the transposed view of a contiguous (N, O) matrix; any other is copied so.
+        w2: (O, N). Fastest as the transposed view of a contiguous (N, O) matrix; any other layout is copied into that
+        one.
         b2: (O,) or None.
         pattern: given open units: :meth:`gatelet.kernels.OpenPattern.from_indices`, indices (..., K) or a sparse CSR
-            tensor. A pattern of bits is not taken, for the gates say the same.
+            tensor. A pattern of bits is not accepted, since the gates say the same.
         by_unit: w2 is given as (N, O), a row per hidden unit.
         sparse_grad: with given indices and ``by_unit``, give w1 and w2 sparse gradients of the rows that are open for
             any example, as ``torch.nn.Embedding`` does.
@@ -62,7 +63,7 @@ def gated_ffn(
     Raises:
         ValueError, TypeError: for shapes, dtypes or devices that do not fit, an unknown activation, an unknown backend
             or one that cannot run the layer.
-        RuntimeError: for a backend that is not there.
+        RuntimeError: for a backend that is not available.
         NotImplementedError: for a transform of ``torch.func`` with a backend of kernels asked for by name.
 
     >>> x, gate = torch.ones(1, 2), torch.tensor([[0.0, 1.0, 1.0]])
@@ -80,7 +81,7 @@ def gated_ffn(
     if pattern is not None:
         pattern = checked(pattern, units, x.shape[:-1], "x and w1")
         if not isinstance(pattern.form, Lists):
-            raise ValueError("pattern must be one of given indices: of bits the gates say the same")
+            raise ValueError("pattern must be one of given indices; a pattern of bits would only repeat the gates")
         if sparse_grad and not by_unit:
             raise ValueError("sparse_grad=True goes with by_unit=True, w2 given as (N, O)")
         weights = (w1, b1, w2, b2)
@@ -88,7 +89,7 @@ def gated_ffn(
     if sparse_grad:
         raise ValueError("sparse_grad=True goes with given indices: pattern=OpenPattern.from_indices(...)")
     if gate is None:
-        raise TypeError("gate must be a torch.Tensor: only with given indices may it be None")
+        raise TypeError("gate must be a torch.Tensor; it may be None only with given indices")
     check_gate(gate, x, w1.shape[0])
     flat_x, flat_gate = flat(x), flat(gate)
     if flat_gate.dtype != x.dtype:

@@ -33,11 +33,12 @@ def gated_input_linear(
     second order, forward-mode derivatives and ``torch.func`` transforms are computed densely.
 
     Args:
-        hidden: (..., N), float32 or float64 (on a CPU others run dense, which is announced once). With a pattern of
+        hidden: (..., N), float32 or float64 (other types run dense on a CPU, with a warning once). With a pattern of
             given indices: the values of these alone, in their shape.
         pattern: the open units, from :func:`gatelet.kernels.open_pattern`; or given ones:
             :meth:`gatelet.kernels.OpenPattern.from_indices`, indices (..., K) or a sparse CSR tensor.
-        weight: (O, N). Fastest as the transposed view of a contiguous (N, O) matrix; any other is copied so.
+        weight: (O, N). Fastest as the transposed view of a contiguous (N, O) matrix; any other layout is copied into
+            that one.
         bias: (O,) or None.
         by_unit: the weight is given as (N, O), a row per hidden unit.
         sparse_grad: with given indices and ``by_unit``, give the weight a sparse gradient of the rows that are open
@@ -50,7 +51,7 @@ def gated_input_linear(
     Raises:
         ValueError, TypeError: for shapes, dtypes or devices that do not fit, an unknown backend or one that cannot
             run the layer.
-        RuntimeError: for a backend that is not there.
+        RuntimeError: for a backend that is not available.
         NotImplementedError: for a transform of ``torch.func`` with a backend of kernels asked for by name.
 
     >>> from gatelet.kernels import open_pattern
@@ -99,7 +100,7 @@ class Given(NamedTuple):
 
     @property
     def rows(self) -> Tensor:
-        """The weight, a row per unit: free if it is kept so, or if it is the transposed view of what is."""
+        """The weight, a row per unit: without a copy if it is stored so, or is the transposed view of what is."""
         return self.weight if self.by_unit else self.weight.t()
 
 

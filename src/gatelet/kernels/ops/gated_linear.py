@@ -36,7 +36,7 @@ def gated_linear(
     second order, forward-mode derivatives and ``torch.func`` transforms are computed densely.
 
     Args:
-        x: (..., D), float32 or float64 (on a CPU others run dense, which is announced once).
+        x: (..., D), float32 or float64 (other types run dense on a CPU, with a warning once).
         weight: (N, D).
         bias: (N,) or None.
         gate: (..., G), one number per unit (G = N) or per group of N / G consecutive units. With a pattern of given
@@ -56,7 +56,7 @@ def gated_linear(
     Raises:
         ValueError, TypeError: for shapes, dtypes or devices that do not fit, an unknown backend or one that cannot
             run the layer.
-        RuntimeError: for a backend that is not there.
+        RuntimeError: for a backend that is not available.
         NotImplementedError: for a transform of ``torch.func`` with a backend of kernels asked for by name.
 
     >>> x, weight = torch.ones(2, 3), torch.ones(4, 3)
@@ -79,7 +79,7 @@ def gated_linear(
     if sparse_grad:
         raise ValueError("sparse_grad=True goes with given indices: pattern=OpenPattern.from_indices(...)")
     if gate is None:
-        raise TypeError("gate must be a torch.Tensor: only with given indices may it be None")
+        raise TypeError("gate must be a torch.Tensor; it may be None only with given indices")
     check_gate(gate, x, units)
     if support is not None and support.shape != gate.shape:
         raise ValueError(f"support must have gate's shape {tuple(gate.shape)}, not {tuple(support.shape)}")
@@ -176,7 +176,7 @@ def backward(grad: Tensor, given: Given, kept: tuple[Tensor, ...], need: tuple[b
     need_x, need_weight, need_bias, need_gate = need
     products = need_x or need_weight or need_bias
     slopes = partial(run.pointwise, grad, kept[0], given.gate, pattern, given.wide)
-    # The gate's gradient takes the place of the coefficients after them, where another such matrix would weigh.
+    # Where another large matrix would cost memory, the gate's gradient is formed last and overwrites the coefficients.
     spares = backend.spares is not None and grad.nbytes > backend.spares
     later = need_gate and products and spares and given.gate.shape == grad.shape
     coefficient, from_gate = slopes(need_gate=need_gate and not later, need_coefficient=products)

@@ -29,10 +29,11 @@ def narrow_linear(
     *,
     backend: str = "auto",
 ) -> Float[Tensor, "*lead N"]:
-    """act(x Wᵀ + b) ∘ gate for inference, W in few bytes: of it only the rows of open units are read.
+    """act(x Wᵀ + b) ∘ gate for inference, W stored in few bytes; only its rows of open units are read.
 
     Numbers are multiplied and added as float32. With more than 16 examples, while tracing, and where Numba's kernels do
-    not run, everything is computed from the weight as float32, which is slower than keeping it so.
+    not run, the weight is converted to float32 at every call and everything is computed, which is slower than a float32
+    weight.
 
     Args:
         x: (..., D), float32 or bfloat16.
@@ -70,7 +71,7 @@ def narrow_input_linear(
     *,
     backend: str = "auto",
 ) -> Float[Tensor, "*lead O"]:
-    """Hidden W + b for inference, W in few bytes: of it only the rows of units that are not zero are read.
+    """Hidden W + b for inference, W stored in few bytes; only its rows of units that are not zero are read.
 
     As :func:`narrow_linear` otherwise.
 
@@ -117,7 +118,7 @@ def narrow_ffn(
 
     Args:
         x: (..., D), float32 or bfloat16.
-        w1: (N, D), as in :func:`narrow_linear`; all weights are kept alike.
+        w1: (N, D), as in :func:`narrow_linear`; all weights have one type.
         b1: (N,) or None.
         gate: (..., G), one number per unit (G = N) or per group of N / G consecutive units.
         activation: ``"identity"``, ``"relu"``, ``"gelu"`` or ``"silu"``.
@@ -151,7 +152,7 @@ def narrow_ffn(
             raise ValueError(f"w3 must have a row for each of w1's {units} units, not {w3.shape[0]}")
     kinds = {_kind(each) for each in (w1, w2, w3) if each is not None}
     if len(kinds) > 1:
-        raise TypeError(f"w1, w2 and w3 must be kept alike, not as {' and '.join(sorted(map(str, kinds)))}")
+        raise TypeError(f"w1, w2 and w3 must have one type, not {' and '.join(sorted(map(str, kinds)))}")
     check_gate(gate, x, units)
     _refuse_gradients("narrow_ffn", x, w1, b1, gate, w2, b2, w3, b3)
     own = flat(x)

@@ -50,7 +50,7 @@ def promised(gate: Tensor, units: int, backend: str) -> Form | None:
 
 
 def checked(pattern: Any, units: int, lead: torch.Size | None, what: str) -> OpenPattern:
-    """Return the pattern, made of indices if these were given; raise unless it is one of so many units.
+    """Return the pattern, made from indices if these were given; raise unless it has this many units.
 
     ``lead`` is the leading shape to have, None for any; ``what`` says what asks for it.
     """
@@ -63,7 +63,7 @@ def checked(pattern: Any, units: int, lead: torch.Size | None, what: str) -> Ope
         )
     if pattern.units != units or (lead is not None and pattern.lead != lead):
         wanted = (*(pattern.lead if lead is None else lead), units)
-        raise ValueError(f"pattern is one of gates {(*pattern.lead, pattern.units)}, but {what} ask for {wanted}")
+        raise ValueError(f"pattern is for gates {(*pattern.lead, pattern.units)}, but {what} need {wanted}")
     return pattern
 
 

@@ -39,7 +39,7 @@ def sample_gates(
     """Draw gates h = 1[u < σ(a)] (eq. 3 of the paper, corrected), with their pattern and counts.
 
     The uniform noise u is given, or drawn where it is used and never written: number i of the gates, in order, gets
-    the i-th number of Philox 4×32-10 under a seed that is taken of the generator. So a generator gives the same noise
+    the i-th number of Philox 4×32-10 under a seed that is taken from the generator. So a generator gives the same noise
     with every backend and on every device of its kind. Gates carry no gradient; NaN in the logits closes a gate.
 
     Args:
@@ -55,7 +55,7 @@ def sample_gates(
     Raises:
         ValueError, TypeError: for noise of another shape or dtype, a group size under 1, an unknown backend or a device
             that it does not run on.
-        RuntimeError: for a backend that is not there.
+        RuntimeError: for a backend that is not available.
 
     >>> found = sample_gates(torch.tensor([[-9.0, 0.0, 9.0]]), noise=torch.tensor([[0.5, 0.4, 0.5]]))
     >>> found.gates, found.pattern.rows, found.counts

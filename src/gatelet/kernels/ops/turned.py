@@ -7,7 +7,7 @@ from gatelet.kernels.backends import BACKENDS
 from gatelet.kernels.ops._declare import plain
 
 LARGE = 1 << 16
-"""Numbers from which a copy is compiled code's: whole cache lines on all threads, where torch's is on one."""
+"""From this many numbers on, compiled code copies: whole cache lines on all threads, where torch's copy uses one."""
 
 
 def turned(matrix: Tensor, into: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from gatelet.kernels.backends._protocol import Backend, Kernel, Layer, Worth
 
 DTYPES = (torch.float32, torch.float64)
 SMALLEST_GROUP = 4
-"""Groups of at least so many units go through the group kernel, which multiplies four units at a time."""
+"""Groups of at least this many units go through the group kernel, which multiplies four units at a time."""
 SMALL = 1 << 16
 """Layers of fewer multiply-adds than this run dense: they are over before it matters, and nothing needs compiling."""
 PAIR, PLACE = 90, 50
@@ -24,7 +24,8 @@ its sum, bias and gate, for the second its bit in the pattern and the zero in it
 FEW = 8
 """For so few examples the kernels win at any active fraction: dense products are then bound by reading weights too."""
 NEAR = 1 << 22
-"""Bytes of weights that stay in the near caches: dense products do not wait for them, so few examples are no excuse."""
+"""Bytes of weights that stay in the near caches: dense products with them do not wait for memory, so :data:`FEW` does
+not apply."""
 
 
 class Costs(NamedTuple):
@@ -80,7 +81,7 @@ class Numba(Backend):
         return Worth(below, "the kernel is faster at any active fraction" if below == 1.0 else "")
 
     def measure(self, enabled: bool) -> None:
-        """Go by times of this machine, or by its processor's kind."""
+        """Use costs timed on this machine, or those stored for its kind of processor."""
         global _timed
         _timed = enabled
 
@@ -105,7 +106,7 @@ def limit(layer: Layer) -> float:
     return min(1.0, left / (cost.slope * (1 + PAIR / each)) + few / layer.batch)
 
 
-# What the kernels cost, by what dense products make of a processor: its vectors, and whose library fits it best.
+# What the kernels cost beside dense products, by maker and vector width: these decide how fast dense products run.
 # AMD: timed by ``timing.costs`` on Zen 5 (512 bits) and Zen 3 (256). Intel: from one Xeon with 512 bits, on which
 # products at 10 % open took 0.4 to 0.5 of dense. Processors not named here get the highest costs.
 _COSTS: dict[tuple[str, str], dict[str, Costs]] = {

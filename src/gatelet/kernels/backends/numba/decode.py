@@ -12,9 +12,9 @@ from gatelet.kernels.backends.numba.narrow_kernels import NEAR
 from gatelet.kernels.backends.rows import Decided, Int8Rows, Rows
 
 PARTS = 8
-"""Parts of the units, each with sums of its own, whatever the number of threads: so that this changes no bit."""
+"""Units are split into this many parts, each with its own sums, so that the number of threads changes no bit."""
 BYTES = 32
-"""So many bytes to read count as one number to pass over, for the choice of threads."""
+"""For the choice of threads, reading this many bytes counts as passing over one number."""
 Run = Callable[[Tensor], Tensor]
 
 

@@ -1,7 +1,7 @@
 """Vector microkernels over rows that a list of indices names, and what such kernels begin with.
 
 Like :mod:`vector`'s, but rows may lie anywhere in a table: each is addressed by an int64 of the list, and the rows that
-the list names later are asked for meanwhile, for no processor foresees them.
+the list names later are prefetched meanwhile, since no processor can predict them.
 """
 
 import ctypes
@@ -49,7 +49,7 @@ def gather_dots(
     """Write ⟨row, table[i]⟩ to ``result`` for the ``size`` indices i (at most MOST) at an address.
 
     Rows of the table are ``pitch`` bytes apart: ``length`` bytes of whole vectors, then ``rest`` numbers. The rows that
-    the indices at ``later`` name are asked for.
+    the indices at ``later`` name are prefetched.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:

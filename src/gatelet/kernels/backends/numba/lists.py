@@ -20,7 +20,7 @@ from gatelet.kernels.backends.numba import memory, team
 from gatelet.kernels.backends.numba.list_kernels import PAIR, products, turning
 
 TASK = 256
-"""About so many pairs make a task."""
+"""About this many pairs make a task."""
 DIGIT = 11
 """Bits of a unit's number that one pass of the sort looks at, at most: 2048 counters stay near."""
 

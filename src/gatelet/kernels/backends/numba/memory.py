@@ -1,4 +1,4 @@
-"""Memory for large results, in pages of megabytes where the system gives them when asked."""
+"""Memory for large results, in huge pages where the system has them."""
 
 import ctypes
 import functools

@@ -13,7 +13,7 @@ from gatelet.kernels.backends.numba.narrow_kernels import NEAR, narrow
 from gatelet.kernels.backends.rows import Int8Rows, Rows
 
 PARTS = 8
-"""Parts of the units, each with sums of its own, whatever the number of threads: so that this changes no bit."""
+"""Units are split into this many parts, each with its own sums, so that the number of threads changes no bit."""
 
 
 def linear(x: Tensor, weight: Rows, bias: Tensor | None, gate: Tensor, activation: str = "identity") -> Tensor:

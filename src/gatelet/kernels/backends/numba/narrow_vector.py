@@ -77,7 +77,7 @@ def _examples(builder: Any, base: Any, pitch: Any, places: Any, k: int) -> list[
 def row_dots(
     typing: Any, size: Any, row: Any, x: Any, pitch: Any, places: Any, width: Any, later: Any, result: Any, kind: Any
 ) -> Any:
-    """Write ⟨row, x[b]⟩ to ``result`` for ``size`` examples b, at most MOST; the row at ``later`` is asked for.
+    """Write ⟨row, x[b]⟩ to ``result`` for ``size`` examples b, at most MOST; the row at ``later`` is prefetched.
 
     x is float32, its rows ``pitch`` bytes apart; the bytes of ``places`` number the examples.
     """
@@ -180,7 +180,8 @@ def _listed(builder: Any, base: Any, pitch: Any, units: Any, k: int) -> list[Any
 def rows_dots(
     typing: Any, size: Any, units: Any, later: Any, base: Any, x: Any, width: Any, result: Any, kind: Any
 ) -> Any:
-    """Write ⟨row of a unit, x⟩ to ``result`` for ``size`` listed units, at most ROWS; those at ``later`` are asked for.
+    """Write ⟨row of a unit, x⟩ to ``result`` for ``size`` listed units, at most ROWS; those at ``later`` are
+    prefetched.
 
     Rows begin at ``base``, one behind the other: as many are read at once as the processor has streams for.
     """

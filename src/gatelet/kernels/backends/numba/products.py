@@ -11,7 +11,7 @@ from gatelet.kernels.backends.numba.kernels import MOST, RECORD, RUNS, SLICE, VE
 from gatelet.kernels.pattern import Bits, Form, Lists, words
 
 FEW_EXAMPLES = 8
-"""At most so many go through the kernels that read a unit's row once for all of them, whatever is open."""
+"""At most this many go through the kernels that read a unit's row once for all of them, whatever is open."""
 
 
 def _bits(tensor: Tensor) -> int:
@@ -83,7 +83,7 @@ def _span(units: int, team: int) -> int:
 
 
 def _records(words: int, bits: int, size: int) -> int:
-    """Return the bytes of the records of so many words of ``bits`` bits, with a number for each of their pairs."""
+    """Return the bytes of the records of this many words of ``bits`` bits, with a number for each of their pairs."""
     most = words * -(-min(bits, 64) // MOST)
     return -(-most * RECORD // 64) * 64 + most * MOST * size + 64 * RECORD
 

@@ -19,9 +19,9 @@ SUMS = 2.0**-12
 LEAST = 256
 """Fewer examples are not worth the rounding of the weights."""
 FIRST = 8
-"""One of so many examples shows whether the bound tells latents apart."""
+"""One in this many examples tests whether the bound tells latents apart."""
 FAILING = 0.3
-"""If it fails for more of these, the others are computed without it."""
+"""If it fails for more than this share of them, the other examples are computed without it."""
 
 
 def worth(x: Tensor, weight: Tensor) -> bool:

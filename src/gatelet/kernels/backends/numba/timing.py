@@ -35,5 +35,5 @@ def costs(kernel: Kernel, dtype: torch.dtype) -> Costs:
     full, low, high = best
     slope = (high - low) / (rates[1] - rates[0]) / full
     fixed = low / full - slope * rates[0]
-    # Within what machines can be: other processes may have disturbed every one of these short measurements.
+    # Limited to plausible values, since other processes may have disturbed each of these short measurements.
     return Costs(min(max(fixed - PLACE / width, 0.0), 0.4), min(max(slope / (1 + PAIR / width), 0.5), 3.0))

@@ -27,7 +27,7 @@ RECORD, MOST = 16, 8
 the weights they share they fit in 16 registers."""
 
 AHEAD = 4
-"""So many records ahead, more where they are small, a weight's slice is asked for: no processor foresees slices of
+"""A weight's slice is prefetched this many records ahead, more where they are small: no processor predicts slices of
 rows."""
 
 _I32, _I64, _BIT = ir.IntType(32), ir.IntType(64), ir.IntType(1)
@@ -115,7 +115,7 @@ def _folded(builder: Any, value: Any, count: int) -> Any:
 
 
 def _prefetch(builder: Any, address: Any) -> None:
-    """Ask for a line of 64 bytes. Any address may be given."""
+    """Prefetch a line of 64 bytes. Any address may be given."""
     pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
     _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _I32(0), _I32(3), _I32(1)])
 
@@ -569,7 +569,7 @@ def copy(typing: Any, target: Any, source: Any, size: Any) -> Any:
 
 @intrinsic
 def prefetch(typing: Any, address: Any) -> Any:
-    """Ask for a line of 64 bytes to be brought near. Any address may be given."""
+    """Prefetch a line of 64 bytes. Any address may be given."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _prefetch(builder, args[0])

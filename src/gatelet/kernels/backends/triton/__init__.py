@@ -13,9 +13,9 @@ from gatelet.kernels.backends._protocol import Backend, Kernel, Layer, Worth
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SMALLEST_GROUP = 4
 FEW = 16
-"""At most so many examples: programs read only the rows of open units, and the time is that of reading them."""
+"""For at most this many examples, programs read only the rows of open units, and the time is that of reading them."""
 SMALLEST_LIST = 16
-"""Groups of at least so many units are multiplied by lists of their examples; a tile of tensor cores is no smaller."""
+"""Groups of at least this many units are multiplied by lists of their examples; tensor cores have no smaller tiles."""
 # The rule of ``worth``, from what was measured on an H100 (docs/gpu.md).
 BYTES = {False: 1 << 23, True: 1 << 25}
 """Few examples read smaller weights in about the time of starting a kernel; without and with a backward pass."""

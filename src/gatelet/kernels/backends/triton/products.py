@@ -18,13 +18,13 @@ from gatelet.kernels.pattern import Bits, ByUnit, Form, Lists, words
 
 INTERPRETED = not isinstance(kernels.pattern, triton.runtime.JITFunction)
 WARPS = 8
-"""For tiles of products: with four, their accumulators and addresses do not fit into the registers."""
+"""For tiles of products: with four warps, their accumulators and addresses do not fit into the registers."""
 PROGRAMS = 264
 """About as many programs as a large GPU (132 multiprocessors) runs at a time, if they are large."""
 FEW_PROGRAMS = 2048
 """About as many as keep it busy with reading a few rows."""
 SPAN = 128
-"""Units that such a program looks at at a time."""
+"""Units that such a program reads at a time."""
 LIST_WORDS = 16
 """Words of examples that are made into a list at a time."""
 CHUNK = 1 << 24
@@ -192,7 +192,7 @@ def dots(
     product = F.linear(x, weight, bias)
     if gate is None and not fill:
         return product, product if keep else x.new_empty(0)
-    # What is open the gates say, where there are any: they are read anyway.
+    # Where there are gates, these say what is open: they are read anyway.
     rows = _rows(pattern) if gate is None else None
     out = finish(product, gate, rows, activation, in_place=not keep)
     return out, product if keep else x.new_empty(0)
@@ -201,7 +201,8 @@ def dots(
 def finish(
     product: Tensor, gate: Tensor | None, rows: Tensor | None, activation: str = "identity", in_place: bool = False
 ) -> Tensor:
-    """Return act(z) ∘ gate at open pairs, zero elsewhere, from z (B, N); open is what bits or else gates say."""
+    """Return act(z) ∘ gate at open pairs, zero elsewhere, from z (B, N); the bits or else the gates say what is
+    open."""
     batch, units = product.shape
     out = product if in_place else torch.empty_like(product)
     gates = units if gate is None else gate.shape[1]
