@@ -7,7 +7,7 @@ Writes gpu.json and gpu.md: the card, the versions, each cell's parity and media
 cell whose parity fails is not timed.
 
 How it is timed: by device events around each call, which are queued behind a kernel that keeps the GPU busy, so that
-the host's part of a call does not count (a CUDA graph hides it just so; ``host_us`` says what it is). All ways of a
+the host's part of a call does not count (a CUDA graph hides it in the same way; ``host_us`` reports it). All ways of a
 cell take turns in shuffled order. Inputs rotate through copies that together exceed the caches. While parity is
 checked, memory is poisoned with NaN, so that a result which was never written is seen.
 """
@@ -297,7 +297,7 @@ def parity(ways: dict[str, Way], backends: tuple[str, ...], open_gates: Tensor, 
 
 
 class Clock:
-    """Times by device events; without a GPU by the host's clock, which says nothing about one."""
+    """Times by device events; without a GPU by the host's clock, which says nothing about a GPU."""
 
     def __init__(self, gpu: bool, samples: int, seconds: float) -> None:
         self.gpu, self.samples, self.seconds = gpu, samples, seconds
@@ -362,7 +362,7 @@ def cells(tiny: bool) -> Iterator[dict[str, Any]]:
     if tiny:
         grid = itertools.product(((48, 256),), (1, 20), RATES[:1], GROUPS[:2])
     else:
-        # All at the first rate; at the others what shows from which on dense is faster.
+        # All cells at the first rate; at the others those that show where dense becomes faster.
         grid = itertools.chain(
             itertools.product(SHAPES, BATCHES, RATES[:1], GROUPS),
             itertools.product(SHAPES[:1], (1, 4096), RATES[1:], GROUPS[:2]),
@@ -531,7 +531,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
 
     def keep() -> None:
-        # After every cell: what was measured is kept if the rest is not.
+        # Written after every cell, so that an interrupted run keeps what it measured.
         (options.out / "gpu.json").write_text(json.dumps(report, indent=1))
         (options.out / "gpu.md").write_text(markdown(report))
 

@@ -8,8 +8,8 @@ torch at import.
 
 The problems: E[(w·h − t)²] for three gates with logits a, P(h) ∝ exp(a·h): all gates free (Bernoulli units), exactly
 one open (classes), exactly two open (a subset). The exact gradient is enumerated here. A case is a function of a that
-does all that its user has to write, up to backward(); its lines are counted. Where a method draws several samples it
-draws two. And sparse maps, which draw nothing: against a bisection, in float64.
+does all that its user has to write, up to backward(); its lines are counted. A method that draws several samples draws
+two. Sparse maps, which draw nothing, are compared with a bisection in float64.
 """
 
 import argparse
@@ -62,7 +62,7 @@ class Case:
 
     name: str
     unbiased: bool
-    """Whether it declares to be unbiased for the problem."""
+    """Whether its library declares it unbiased for the problem."""
     call: Callable[[torch.Tensor], None]
     problem: str = "gates"
 
@@ -227,7 +227,7 @@ def _storchastic() -> Cases:
         classes("GumbelSoftmax(0.5)", False, GumbelSoftmax("h", **relaxed)),
         classes("GumbelSoftmax(0.5, straight_through)", False, GumbelSoftmax("h", straight_through=True, **relaxed)),
         classes("UnorderedSetEstimator", True, UnorderedSetEstimator("h", k=2)),
-        # Last: an error leaves something behind in storchastic.
+        # Last, because an error leaves storchastic in a changed state.
         classes("RELAX", True, RELAX("h", in_dim=3)),
         classes("REBAR", True, REBAR("h")),
     ]
@@ -533,7 +533,7 @@ def measure(library: str, draws: int) -> list[dict[str, object]]:
 
 
 def sample(call: Callable[[torch.Tensor], None], draws: int) -> tuple[torch.Tensor, float]:
-    """Return so many gradients, and the median milliseconds of one."""
+    """Return this many gradients, and the median milliseconds of one."""
     torch.manual_seed(0)
     gradients, times = torch.empty(draws, 3, dtype=torch.float64), []
     for i in range(-20, draws):

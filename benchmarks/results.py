@@ -1,4 +1,4 @@
-"""Takes finished runs into the repository: their JSON into results/, their tables and pictures into docs/.
+"""Copies finished runs into the repository: their JSON to results/, their tables and pictures to docs/.
 
     python benchmarks/results.py runs/paper runs/best runs/claims runs/frontier
 
@@ -21,7 +21,7 @@ PICTURES = {
 
 
 def take(run: Path, root: Path = ROOT) -> None:
-    """Take one finished run."""
+    """Copy one finished run."""
     kind = next((kind for kind in PICTURES if (run / f"{kind}.json").is_file()), None)
     if kind is None:
         sys.exit(f"{run}: holds none of {', '.join(f'{kind}.json' for kind in PICTURES)}")

@@ -34,9 +34,9 @@ from gatelet_lab.sae.activations import SKIPPED, Cache
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # its Triton decoder is for GPUs
 SHAPES = ((576, 16384, 32, 1024), (576, 32768, 32, 2048))
 RATE = 2e-3
-"""Of Adam, everywhere but where METHODS says otherwise."""
+"""Adam's learning rate, except where METHODS says otherwise."""
 DEAD = 200_000
-"""A latent that so many tokens did not open counts as dead."""
+"""A latent that this many tokens did not open counts as dead."""
 
 
 class Dense(nn.Module):

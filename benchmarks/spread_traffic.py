@@ -1,4 +1,5 @@
-"""What each GPU sends per token when a layer's units are spread over P of them, on paper: a table of docs/machines.md.
+"""What each GPU sends per token when a layer's units are spread over P GPUs, computed and not measured: a table of
+docs/machines.md.
 
 A ring sends 2(P − 1)/P · n numbers per GPU to sum n of them, and (P − 1)/P · n to gather n. So a step of training sends
 

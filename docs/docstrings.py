@@ -9,7 +9,7 @@ DOCTEST = re.compile(r"^( *)(>>> .*(?:\n.*\S.*)*)", re.MULTILINE)
 
 
 def link(role: re.Match[str]) -> str:
-    """`~package.name` is shown as `name`; what the site has no page for stays code."""
+    """`~package.name` is shown as `name`; names without a page stay code."""
     shown = role[2].rpartition(".")[2] if role[1] else role[2]
     return f'<autoref identifier="{role[2]}" optional><code>{shown}</code></autoref>'
 

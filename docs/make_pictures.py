@@ -84,7 +84,7 @@ def network(path: Path) -> None:
 
 
 def badge(path: Path) -> None:
-    """A badge without a service behind it: how many estimators the certificate holds."""
+    """The badge, made without a web service: how many estimators are certified."""
     from gatelet.estimators import ALL
 
     left, right = "estimators certified", str(len(ALL))
@@ -103,7 +103,7 @@ def badge(path: Path) -> None:
 
 
 def gallery(model: Path, runs: Path) -> None:
-    """What the commands draw, from runs that are as small as they may be."""
+    """What the commands draw, from the smallest runs that show something."""
     import torch
 
     import gatelet

@@ -5,8 +5,8 @@ medians of single steps, the models taking turns, measured at the end; training 
 
     python examples/byte_gpt.py [--steps 1000] [--dir runs/byte_gpt] [--only train]
 
-Called again it continues where it was. Prints a table in Markdown; ``table.json`` and, where matplotlib is installed,
-``curves.png`` go to the folder.
+Called again, it continues where it stopped. Prints a table in Markdown; ``table.json`` and, where matplotlib is
+installed, ``curves.png`` go to the folder.
 """
 
 import argparse
@@ -32,11 +32,11 @@ ESTIMATORS = ("straight_through", "straight_through_open", "noisy_rectifier")
 
 
 def text() -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the bytes to train on and held-out ones: of other files, none of which has a twin in training."""
+    """Return the bytes to train on and held-out ones, of other files, none of which equals a training file."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [p for p in sorted(root.glob("*.py")) + sorted(root.glob("[a-z]*/*.py")) if "site-packages" not in p.parts]
     random.Random(0).shuffle(files)
-    data = list(dict.fromkeys(p.read_bytes() for p in files))  # a file that stands there twice counts once
+    data = list(dict.fromkeys(p.read_bytes() for p in files))  # a file that occurs twice counts once
     parts = b"".join(data[20:]), b"".join(data[:20])
     train, held = (torch.frombuffer(bytearray(each), dtype=torch.uint8).long() for each in parts)
     return train, held

@@ -36,7 +36,7 @@ STEPS = 60
 
 @dataclass(frozen=True)
 class Line:
-    """A setting of the table: what opens units, how many, how the weights are kept to decode, whether they learnt."""
+    """A setting of the table: what opens units, how many, how weights are stored, whether they were trained."""
 
     gater: str
     rate: float
@@ -93,7 +93,7 @@ def standard_library(tokenizer):
 
 @torch.no_grad()
 def cost_of_units(model, windows):
-    """What each unit adds to its block's output on average, a tensor per block: what pruning goes by."""
+    """What each unit adds to its block's output on average, a tensor per block; pruning keeps the largest."""
     parts, costs, hooks = [layer.mlp.down_proj for layer in model.model.layers], [], []
     for down in parts:
         costs.append(torch.zeros(down.in_features))
@@ -178,7 +178,7 @@ class Compiled(nn.Module):
 
 
 def all_open(model, weights):
-    """The dense model through the kernels of the gates: what of the speed is theirs alone."""
+    """The dense model through the gates' kernels: the part of the speed that is theirs alone."""
     gatelet.convert(model, 0.5, gater="self")
     for _, gating in blocks(model).values():
         gating.unit.threshold.fill_(-1.0)

@@ -6,7 +6,7 @@ units open is a smaller step from there than from the dense model. Prints tables
 
     python examples/sentence_encoder.py [--steps 40] [--finetune 160] [--rates 0.5 0.25 0.1] [--dir DIR]
 
-Called again it continues where it was; ``table.json`` goes to the folder.
+Called again, it continues where it stopped; ``table.json`` goes to the folder.
 """
 
 import argparse
@@ -65,7 +65,7 @@ def load() -> tuple[AutoTokenizer, nn.Module]:
 
 
 def batches(tokenizer: AutoTokenizer, texts: list[str], size: int) -> list[dict[str, torch.Tensor]]:
-    """Return batches of texts of like length, padded, in random order."""
+    """Return batches of texts of similar length, padded, in random order."""
     ordered = sorted(texts, key=len)
     groups = [ordered[i : i + size] for i in range(0, len(ordered), size)]
     random.Random(1).shuffle(groups)

@@ -1,1 +1,1 @@
-"""The command line of gatelet: reproduces the paper's table."""
+"""The command line of gatelet: the paper's table, training, conversion, diagnosis and benchmarks."""

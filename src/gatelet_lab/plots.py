@@ -149,7 +149,7 @@ def vae(results: Sequence[Mapping[str, Any]], title: str, path: Path) -> None:
     for index, spec in enumerate(specs):
         histories = [result["history"] for result in results if result["estimator"] == spec]
         style = {"color": plt.get_cmap("tab20" if len(specs) > 10 else "tab10")(index), "marker": ".", "label": spec}
-        # The first evaluation of all is the same untrained model: it would only squeeze the axis.
+        # The first evaluation is of the untrained model in every run; it would only stretch the axis.
         rows = [[row for row in history if row["step"] > 0] for history in histories]
         steps = [row["step"] for row in rows[0]]
         for axes, key in ((left, "valid_elbo"), (right, "variance")):

@@ -30,7 +30,7 @@ AUTO_SHOWN = 12
 
 @dataclass(frozen=True)
 class Decision:
-    """What auto chose for a layer, and how much slower that was than the faster backend (0: it was the faster)."""
+    """What auto chose for a layer, and how much slower that was than the faster backend (0 if it was the faster)."""
 
     layer: str
     choice: Choice

@@ -1,4 +1,4 @@
-"""`gatelet bench kernels --busy N`: one call at a time beside processes that never wait."""
+"""`gatelet bench kernels --busy N`: single calls while other processes keep the cores busy."""
 
 import multiprocessing
 import os
@@ -24,7 +24,7 @@ def _spin(parent: int) -> None:
 
 @contextmanager
 def busy(count: int) -> Iterator[None]:
-    """Keep this many processes running that never wait; they end with the block, or with this process."""
+    """Run this many processes that always compute; they end with the block, or with this process."""
     spawn = multiprocessing.get_context("spawn")
     processes = [spawn.Process(target=_spin, args=(os.getpid(),), daemon=True) for _ in range(count)]
     for process in processes:

@@ -87,7 +87,7 @@ def prepare(row: Row, batch: int, rate: float, peers: bool) -> dict[str, Callabl
     if row.op == "ffn":
         by_unit = (torch.randn(row.units, row.width, generator=draw) / row.units**0.5).requires_grad_(grad)
         shift = torch.randn(row.width, generator=draw).requires_grad_(grad)
-        # Each side gets the layout that it likes.
+        # Each side gets the layout that suits it.
         plain = by_unit.detach().t().contiguous().requires_grad_(grad)
         pair: dict[str, tuple[Callable[[], Tensor], Sequence[Tensor]]] = {
             "dense": (

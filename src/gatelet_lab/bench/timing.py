@@ -60,7 +60,7 @@ def _once(ways: Ways, budget: float) -> tuple[dict[Any, float], float]:
             start = time.perf_counter()
             ways[name]()
             times[name].append(time.perf_counter() - start)
-        # What ran before leaves its weights in the caches: everyone follows everyone.
+        # Whatever ran before leaves its weights in the caches, so the order is shuffled.
         random.shuffle(order)
     wall = time.perf_counter() - begin
     others = max(0.0, _busy() - busy - (time.process_time() - own)) / wall
@@ -68,7 +68,7 @@ def _once(ways: Ways, budget: float) -> tuple[dict[Any, float], float]:
 
 
 def _busy() -> float:
-    """Return the CPU seconds of the whole machine so far, 0 where they are not told."""
+    """Return the CPU seconds of the whole machine so far, 0 where the system does not say."""
     with suppress(OSError, ValueError):
         fields = [int(each) for each in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
         return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")

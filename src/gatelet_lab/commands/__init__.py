@@ -22,7 +22,7 @@ NAMES = (
     "bench_kernels",
     "bench_ffn",
 )
-"""Of the files; an underscore stands between a group's name and the command's."""
+"""The names of the files; an underscore separates the name of a group from the command's."""
 
 GROUPS: Mapping[str, str] = MappingProxyType(
     {
@@ -30,7 +30,7 @@ GROUPS: Mapping[str, str] = MappingProxyType(
         "bench": "Time estimators, the kernels that skip closed units, or a conditional feed-forward layer.",
     }
 )
-"""What the help says of the groups."""
+"""The groups' help texts."""
 
 
 class Command(NamedTuple):

@@ -61,13 +61,13 @@ class Row:
     module_ms: float | None
     """StochasticUnit (with a Tape where the estimator needs the loss); None where the objective is needed."""
     hand_ms: float | None
-    """None: three lines do not make this estimator."""
+    """None where there is no short hand-written form."""
     surrogate_ratio: float | None
     """Over the hand-written one: the median of the rounds' ratios."""
     module_ratio: float | None
     goal: float | None
     check_ms: float
-    """What of both ways is the check of the logits for NaN and infinity, which every call makes on the CPU."""
+    """The part of both times that checks the logits for NaN and infinity, as every call does on the CPU."""
 
     @property
     def missed(self) -> bool:
@@ -179,7 +179,7 @@ def _log_prob(a: Tensor, gates: Tensor) -> Tensor:
 
 
 class _ScoreFunction:
-    """With the library's default baseline, two moving averages per unit; the one that keeps a state."""
+    """With the library's default baseline, two moving averages per unit; the only one here with a state."""
 
     def __init__(self) -> None:
         self.numerator, self.denominator = torch.zeros(()), torch.zeros(())

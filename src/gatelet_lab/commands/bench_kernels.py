@@ -38,7 +38,7 @@ class BenchKernels:
     rows: bool = False
     """Instead of the table: inference over bfloat16 and int8 weights, beside dense layers of the same format."""
     busy: int | None = None
-    """Instead of the table: how long single calls take beside this many processes that never wait."""
+    """Instead of the table: how long single calls take while this many other processes keep the cores busy."""
     plot: Path | None = None
     """Directory for the sweeps' plot and the numbers as JSON."""
     patience: float = 10.0

@@ -39,13 +39,13 @@ class Variant(NamedTuple):
     settings: tuple[str, ...] = ()
 
 
-# A rate of 1 and a weak penalty close most gates of a network a quarter as wide for good (12.7 % error).
+# With a learning rate of 1 and a weak penalty, most gates of a network a quarter as wide close for good (12.7 % error).
 _CALM = ("rate=0.3", "gater_rate=1", "kl_weight=0.1", "gate_scale=4", "gate_bias=0")
 
-# The same for all, whatever the table's rows have found best: two runs are to differ in one thing.
+# The same for all, whatever is best for the table's rows, so that two runs differ in one thing.
 _ALIKE = ("input_dropout=0.2", "hidden_dropout=0", "rate_decay=0.88")
 
-# What a claim is about is set on both sides, whatever the table's recipes have.
+# What a claim is about is set on both sides, whatever the table's recipes say.
 VARIANTS: Mapping[str, Variant] = MappingProxyType(
     {
         "noisy_rectifier": Variant("noisy_rectifier", ("gate_bias=-1.28",)),
@@ -69,7 +69,7 @@ FOUR = ("noisy_rectifier", "straight_through", "sts", "sbn")
 
 @dataclass(frozen=True)
 class Claim:
-    """That some variants have a smaller figure than others, or than a limit."""
+    """A claim that some variants have a smaller figure than others, or than a limit."""
 
     text: str
     better: tuple[str, ...]
@@ -292,7 +292,7 @@ def _variance(trainer: PaperTrainer, baseline: Any) -> float:
 
 
 def _draw(trainer: PaperTrainer, index: Tensor, noise: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits, gates and losses of a batch, with fresh noise and no trace in the model."""
+    """Return logits, gates and losses of a batch, with fresh noise, leaving the model unchanged."""
     x, y = trainer.train_images[index], trainer.train_labels[index]
     model, layer = trainer.model, trainer.model.layer
     assert isinstance(model, PaperNet)

@@ -31,7 +31,7 @@ DENSE = "dense"
 NARROW = "narrow"
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 METHODS = ("straight_through", "gapped_straight_through", "noisy_rectifier", "smooth_times_stochastic", MIXTURE, NARROW)
-_GROUPS = 100  # experts of a mixture; a hundredth of the units is the least share
+_GROUPS = 100  # experts of a mixture, so the least share is a hundredth
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ def markdown(options: Frontier, points: Sequence[Mapping[str, Any]], times: Mapp
     return (
         f"gatelet frontier --dataset {options.dataset} --epochs {options.epochs}{settings}: {seeds}.\n\n"
         f"{table.markdown(header, lines)}\n\n"
-        f"share: asked for; open: on the test set. s/epoch: training, the median. kMAC: thousand multiply-adds per "
+        f"share: the target; open: on the test set. s/epoch: training, the median. kMAC: thousand multiply-adds per "
         f"image, gater or router included (dense: {max(each['multiply_adds_dense'] for each in points) / 1e3:.0f}). "
         "narrow: a dense ReLU network with as many multiply-adds in all as the gates' network at this share, at 100 of "
         "its width. "

@@ -1,4 +1,4 @@
-"""`gatelet sweep`: search a recipe's numbers by validation error, with Optuna; the test set is not there."""
+"""`gatelet sweep`: search a recipe's numbers by validation error, with Optuna; trials get no test set."""
 
 import json
 import queue
@@ -35,10 +35,10 @@ from gatelet_lab.training.together import TogetherWorkers, check, led, started, 
 from gatelet_lab.training.workers import Link, Workers, check_device, failure
 
 STORAGE = "sqlite:///runs/sweep.db"
-HEARTBEAT, GRACE = 30, 300  # seconds; a trial that is silent for longer than GRACE was killed
+HEARTBEAT, GRACE = 30, 300  # seconds; a trial that reports nothing for longer than GRACE counts as killed
 RETRIES = 3  # of a trial that was killed
 Show = Callable[[int, Epoch | None], None]
-"""Takes an epoch of a trial, by its number; or None: it has ended."""
+"""Takes a trial's number and an epoch of it, or None when it has ended."""
 Space = Mapping[str, BaseDistribution]
 
 
@@ -51,7 +51,7 @@ class Sweep:
     preset: Preset = "quick"
     """Whose recipe to start from: its epochs, its schedule."""
     trials: int = 30
-    """Finished trials (complete or pruned) that the study is to hold in the end, those of other processes included."""
+    """Finished trials (complete or pruned) that the study shall hold in the end, including those of other processes."""
     epochs: int | None = None
     """Train each trial for at most this many epochs, instead of the recipe's number."""
     space: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=RANGE"), tyro.conf.UseAppendAction] = ()
@@ -69,9 +69,9 @@ class Sweep:
     storage: str = STORAGE
     """Database of the study, as an SQLAlchemy URL: processes and machines that share it share the search."""
     study: str | None = None
-    """The study's name in the database; by default made of row, preset and data set."""
+    """The study's name in the database; by default made from row, preset and data set."""
     out: Location = Path("runs/sweep")
-    """Directory (or fsspec URL) for the checkpoints of trials; machines that share it go on with each other's."""
+    """Directory (or fsspec URL) for the checkpoints of trials; machines that share it continue each other's trials."""
     scheduler: str | None = None
     """Train trials on the workers of this Dask scheduler (tcp://host:8786), which all see the output directory."""
 
@@ -141,11 +141,9 @@ class Search:
                     self.objective, n_trials=1, callbacks=[lambda _, trial: self.show(trial.number, None)]
                 )
             except ValueError as error:
-                if "Cannot tell a" not in str(error):  # Optuna's word for a trial that has another end already
+                if "Cannot tell a" not in str(error):  # Optuna's message for a trial that has already ended otherwise
                     raise
-                self.console.print(
-                    f"nothing was heard of this process for {GRACE} s: another one went on with its trial"
-                )
+                self.console.print(f"this process reported nothing for {GRACE} s, so another one continued its trial")
 
     def side_by_side(self, places: int) -> None:
         """Run as many trials at once, each followed by a thread."""
@@ -161,7 +159,7 @@ class Search:
                 self.halt.set()
 
     def objective(self, trial: optuna.Trial) -> float:
-        """Return the best validation error of a trial's settings; go on from its checkpoint if it was begun before."""
+        """Return the best validation error of a trial's settings; continue from its checkpoint if there is one."""
         settings = [f"{key}={_suggest(trial, key, each)}" for key, each in self.space.items()]
         trial.set_user_attr("settings", settings)
         recipe = override(self.base, settings)
@@ -177,7 +175,7 @@ class Search:
                 found = train(trainer, checkpoint, tell)
             else:
                 found = self.train_there(self.workers, f"{self.options.name}-{trial.number}", recipe, checkpoint, tell)
-        except FloatingPointError as error:  # diverged: as bad as it gets, and not to be tried again
+        except FloatingPointError as error:  # diverged: the worst error, so that it is not tried again
             trial.set_user_attr("diverged", str(error))
             checkpoint.unlink(missing_ok=True)
             raise optuna.TrialPruned(str(error)) from error
@@ -200,7 +198,7 @@ class Search:
     def train_there(
         self, workers: Workers, name: str, recipe: Recipe, checkpoint: Path, tell: Callable[[Epoch], None]
     ) -> float:
-        """Train one trial on a worker; a worker that takes it over from a lost one tells all epochs again."""
+        """Train one trial on a worker. A worker that takes it over from a lost one reports all epochs again."""
         rows: queue.Queue[Epoch | None] = queue.Queue()
         future = workers.submit(name, rows.put, _work, recipe, self.options, checkpoint)
         told = 0
@@ -278,7 +276,7 @@ def plan(options: Sweep) -> tuple[Recipe, Space]:
 
 
 def default_space(base: Recipe) -> list[str]:
-    """Return what decides a row most (and the paper leaves open), as ``--space`` takes it."""
+    """Return the fields that matter most to a row and that the paper leaves open, in the form of ``--space``."""
     if base.optimiser.optimizer == "adamw":
         space = ["rate=0.0003:0.01:log", "weight_decay=0:0.1", "adversarial=0:2", "hidden_dropout=0:0.5"]
     else:
@@ -317,7 +315,7 @@ def parse_range(text: str) -> tuple[str, BaseDistribution]:
         value(key, low, "--space")
     kind = float if option else number(key)
     if kind is None:
-        raise ValueError(f"{flag}: {key} is no number; name choices, as {key}=a,b")
+        raise ValueError(f"{flag}: {key} is not a number; list choices, as {key}=a,b")
     try:
         ends = kind(low), kind(high)
     except ValueError as error:
@@ -372,7 +370,7 @@ def open_study(options: Sweep, base: Recipe, space: Space, storage: optuna.stora
                     f"study {name}: its {key} was {found.get(key)!r}, is {now!r}; name another study with --study"
                 )
     study.set_user_attr("search", wanted)
-    if new:  # the recipe itself comes first, once: whatever is found is no worse
+    if new:  # the recipe itself comes first, so that the result is no worse
         study.enqueue_trial(
             {key: number for key, each in space.items() if (number := _own(base, key, each)) is not None}
         )
@@ -381,12 +379,12 @@ def open_study(options: Sweep, base: Recipe, space: Space, storage: optuna.stora
 
 @cache
 def retry() -> optuna.storages.RetryHeartbeatStaleTrialCallback:
-    """Return what queues a trial again that has not come to its end."""
+    """Return the callback that queues an unfinished trial again."""
     return optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
 
 
 def _storage(url: str) -> optuna.storages.RDBStorage:
-    """Open the study's database; whoever begins a trial looks for silent ones, and queues them again."""
+    """Open the study's database; a process that begins a trial first queues silent ones again."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if url == STORAGE:
         Path("runs").mkdir(exist_ok=True)
@@ -404,7 +402,7 @@ def _storage(url: str) -> optuna.storages.RDBStorage:
                     heartbeat_stale_trial_callback=retry(),
                 )
             except (SQLAlchemyError, ImportError, ValueError) as error:
-                # Another process makes the same tables, or rows, in this moment: they are there at the next look.
+                # Another process is making the same tables or rows; they will be there at the next attempt.
                 made = isinstance(error, IntegrityError) or "already exists" in str(error)
                 if not left or not made:
                     raise ValueError(f"--storage {url}: {str(error).splitlines()[0]}") from error

@@ -1,4 +1,4 @@
-"""`gatelet train sae`: its options, and its way from the text to the page."""
+"""`gatelet train sae`: its options, and the steps from text to page."""
 
 import math
 import time
@@ -41,7 +41,7 @@ class TrainSAE:
     activation: Literal["top_k", "batch_top_k", "jump_relu", "relu", "gated"] = "top_k"
     """Which latents open."""
     sparsity: float | None = None
-    """Weight of the sparsity penalty of the last three; by default the layer's own."""
+    """Weight of the sparsity penalty, for the last three activations; by default the layer's own."""
     groups: int = 1
     """Groups of latents, of which a router opens some (top_k only)."""
     open_groups: int = 1
@@ -75,7 +75,7 @@ class TrainSAE:
     out: Path = Path("runs/sae")
     """Directory for page, report, autoencoder, logs and checkpoints."""
     resume: bool = False
-    """Continue what is in the output directory; more tokens may be asked for."""
+    """Continue what is in the output directory; --tokens may be larger."""
 
 
 FREE = ("tokens", "every", "test", "shown", "cache", "out", "resume")
@@ -171,12 +171,12 @@ def told(row: Row) -> str:
 
 
 def tensorboard(options: TrainSAE, trainer: SAETrainer) -> Any:
-    """Return a writer of TensorBoard's logs; None of the processes but the first has one."""
+    """Return a writer of TensorBoard's logs, in the first process only."""
     if not trainer.world.first:
         return nullcontext()
     from torch.utils.tensorboard.writer import SummaryWriter
 
-    # the rows of a checkpoint are told anew
+    # the rows of a checkpoint are reported again
     return SummaryWriter(options.out / "tensorboard", purge_step=0)
 
 

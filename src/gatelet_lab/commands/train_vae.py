@@ -48,10 +48,10 @@ class TrainVAE(Settings):
     out: Path = Path("runs/vae")
     """Directory for the table, the plot and the checkpoints."""
     resume: bool = False
-    """Continue what is in the output directory; more steps, seeds or estimators may be asked for."""
+    """Continue what is in the output directory; --steps, --seeds and --estimators may have grown."""
 
     def identity(self) -> dict[str, Any]:
-        """Return what all runs of one directory share; steps, seeds and estimators may grow."""
+        """Return what all runs of one directory share; steps, seeds and estimators may differ."""
         shared = ("latents", "layers", "evaluations", "batch", "rate", "draws", "dataset")
         return {"command": "train vae", "version": version("gatelet"), **{key: getattr(self, key) for key in shared}}
 
@@ -146,12 +146,12 @@ def suitable(spec: str) -> Estimator:
 
 
 def affordable(spec: str, options: TrainVAE) -> int:
-    """Return the largest number of samples whose objective evaluations stay within the budget."""
+    """Return the largest number of samples whose evaluations of the objective stay within the budget."""
     method = suitable(spec)
     if options.layers > 1 and (method.needs == "objective" or not method.several_layers):
         fit = [name for name, each in ALL.items() if each.needs != "objective" and each.several_layers]
         raise ValueError(
-            f"--layers 2: {spec} is for a single stochastic layer; of several are capable: {', '.join(fit)}"
+            f"--layers 2: {spec} is for a single stochastic layer; for several take one of {', '.join(fit)}"
         )
     stride = 2 if method.antithetic else 1
     best, least = 0, 0
@@ -170,7 +170,7 @@ def affordable(spec: str, options: TrainVAE) -> int:
 
 
 def evaluations(spec: str, latents: int, samples: int) -> int:
-    """Count at how many gate vectors per image an estimator evaluates the objective."""
+    """Return how many evaluations of the objective per image an estimator makes."""
     spent = 0
 
     def objective(gates: Tensor) -> Tensor:
@@ -226,7 +226,7 @@ def collect(options: TrainVAE, trainers: Sequence[VAETrainer]) -> list[Result]:
             "history": [asdict(row) for row in trainer.history],
         }
         if exact is not None:
-            # |mean − exact|² is too large by the noise of the mean: its expectation is taken off.
+            # |mean − exact|² is too large by the variance of the mean, which is subtracted.
             noise = variance.sum().item() / options.draws
             excess = (mean - exact).square().sum().item() - noise
             size = exact.norm().item()

@@ -1,1 +1,1 @@
-"""The problems of `gatelet diagnose`, a file each; every one prints what it found and returns it as Markdown."""
+"""The problems of `gatelet diagnose`, one per file. Each prints its results and returns them as Markdown."""

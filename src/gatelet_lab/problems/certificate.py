@@ -60,7 +60,7 @@ class Certified(NamedTuple):
 
     name: str
     declared: str
-    """What its expectation is said to be."""
+    """What it declares its expectation to be."""
     bias: float
     """max |E[ĝ] − ∇E[L]| over objectives and units."""
     variances: dict[str, float]
@@ -96,7 +96,7 @@ def certify(name: str, method: Estimator, units: int, samples: int = 10_000, see
         found, how, error = _expect(objective, logits, method, samples, seed)
         truth = exact_gradient(objective, logits, method.form)
         if method.unbiased and how != _SAMPLED:
-            # What an unbiased estimator is unbiased for is the expectation of its own value.
+            # An unbiased estimator is compared with the gradient of the expectation of its own value.
             plain = moments(objective, logits, ScoreFunction(baseline="none", kind=method.form)).value
             # The tolerance is for the quadrature's error; VIMCO's bound differs by far more.
             if not method.binary or not torch.allclose(found.value, plain, rtol=0, atol=1e-3):

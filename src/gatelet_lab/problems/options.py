@@ -1,4 +1,4 @@
-"""What the problems are told, and how they show what they found."""
+"""The problems' options, and how results are shown."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class Diagnose:
     latents: int = 128
     """polynomial: the number of binary latents."""
     steps: int = 1000
-    """polynomial: evaluations of the objective in training; one that needs one per step makes this many steps."""
+    """polynomial: evaluations of the objective in training; with one evaluation per step, this many steps."""
     rate: float = 0.05
     """polynomial: Adam's learning rate."""
 

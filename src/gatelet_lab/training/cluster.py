@@ -24,14 +24,14 @@ PATIENCE = 10.0  # seconds to wait for the scheduler's answer, and for a first w
 class ClusterWorkers(Workers):
     """The workers of a Dask cluster. A job whose worker is lost runs again on another, from its last checkpoint.
 
-    Epochs come as events of a topic of this run; a job learns from its own worker that nobody wants it any more, so
-    that it ends when the one who wanted it has ended, however that came.
+    Epochs arrive as events of a topic of this run. A job asks its own worker whether it is still wanted, so it ends
+    when the process that wanted it has ended, for whatever reason.
 
     Args:
-        url: of the scheduler, as tcp://host:8786.
+        url: the scheduler's, such as tcp://host:8786.
         out: the directory of the run, which every worker must be able to read and write.
         device: of torch, which every worker must have.
-        data: tells which data set it is, by its content; called on every worker.
+        data: describes the data set by its content; called on every worker.
 
     Raises:
         ValueError: if the scheduler is not reachable, has no workers, or one of them has another version of gatelet,
@@ -46,7 +46,7 @@ class ClusterWorkers(Workers):
             self._places = len(check_versions(self._client, url))
             _everywhere(self._client, url, check_device, device)
             check_data(self._client, url, data)
-            check_out(self._client, url, out)  # the last, for it writes
+            check_out(self._client, url, out)  # last, because it writes
         except BaseException:
             self._client.close()
             raise
@@ -71,13 +71,13 @@ class ClusterWorkers(Workers):
         return future
 
     def lost(self, error: BaseException) -> str | None:
-        """Say so if the scheduler is gone; another worker takes the place of one that is."""
+        """Return a message if the scheduler is gone. A lost worker needs none: another takes its place."""
         if isinstance(error, CancelledError):
             return "--scheduler: the scheduler is gone; --resume continues"
         return None
 
     def trouble(self) -> str | None:
-        """Say so when the last worker is gone; asked often, it asks the scheduler seldom."""
+        """Return a message when the last worker is gone. However often it is called, it seldom asks the scheduler."""
         if time.monotonic() < self._look_again:
             return None
         self._look_again = time.monotonic() + PATIENCE
@@ -123,7 +123,7 @@ def check_versions(client: "Client", url: str) -> list[str]:
     """See that every worker has our versions and runs one job at a time; return their addresses."""
     workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
     for address, told in workers.items():
-        if told["nthreads"] != 1:  # jobs draw their noise from the process's random state
+        if told["nthreads"] != 1:  # jobs use the random state of the process
             raise ValueError(
                 f"--scheduler {url}: worker {address} runs {told['nthreads']} jobs in one process, which share its "
                 "random numbers; start it with --nthreads 1 (and --nworkers for several)"
@@ -179,7 +179,7 @@ def _read_probe(probe: Path) -> str:
         own = probe.with_name(f"{probe.name}-{uuid.uuid4().hex}")
         own.write_text(token)
         own.unlink()
-    except Exception as error:  # whatever the file system says
+    except Exception as error:  # whatever error the file system raises
         return f"{type(error).__name__}: {error}"
     return token
 

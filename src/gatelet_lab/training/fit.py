@@ -1,4 +1,4 @@
-"""The one loop of the laboratory: steps, a row of what they showed, a checkpoint; resumable to the bit."""
+"""The one training loop: steps, a row that reports them, a checkpoint. A resumed run is the same to the bit."""
 
 import json
 import math
@@ -36,8 +36,8 @@ def fit(
 
     Args:
         trainer: what is trained; see :class:`Trainer`.
-        checkpoint: file that the state is written to after every row; None: no file.
-        show: is told each row, those of the checkpoint included; an exception of it ends the training.
+        checkpoint: file to which the state is written after every row; None: no file.
+        show: called with each row, also those of the checkpoint; an exception in it ends the training.
         stop: asked before every step.
 
     Raises:
@@ -58,11 +58,11 @@ def fit(
 
 
 class Trainer(ABC, Generic[Batch, Row]):
-    """What :func:`fit` trains: a state, and what is special about its steps.
+    """What :func:`fit` trains: a state, and the steps that change it.
 
-    The state after a row is all that decides the rest, so that a resumed run gives the numbers of an uninterrupted one.
-    Of several processes each sees its part of every batch, and gradients are averaged. The noise is that of one
-    process, so that a checkpoint goes on in any number of them.
+    The state after a row decides all later steps, so that a resumed run gives the numbers of an uninterrupted one. With
+    several processes each sees its part of every batch, and gradients are averaged. The noise is that of one process,
+    so that a checkpoint can be continued by any number of them.
     """
 
     row_type: ClassVar[Callable[..., Any]]
@@ -74,7 +74,7 @@ class Trainer(ABC, Generic[Batch, Row]):
         self.steps, self.seconds = 0, 0.0
         self.history: list[Row] = []
 
-    # ---------------------------------------------------------------- what a trainer says
+    # ---------------------------------------------------------------- what a trainer defines
 
     @property
     @abstractmethod
@@ -98,7 +98,7 @@ class Trainer(ABC, Generic[Batch, Row]):
 
     @abstractmethod
     def look(self) -> Row:
-        """Return the row of the steps since the last one; it must not change what training depends on."""
+        """Return the row for the steps since the last row, without changing what training depends on."""
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
@@ -110,10 +110,10 @@ class Trainer(ABC, Generic[Batch, Row]):
 
     @abstractmethod
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take up what :meth:`state` returned."""
+        """Restore what :meth:`state` returned."""
 
     def of_older(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Return a checkpoint of an earlier version as one of today."""
+        """Return a checkpoint of an earlier version in the present form."""
         return state
 
     def place(self) -> str:
@@ -139,7 +139,7 @@ class Trainer(ABC, Generic[Batch, Row]):
         for group, rate in zip(self.optimizer.param_groups, self.rates(), strict=True):
             group["lr"] = rate
         loss = self.loss(batch)
-        (value,) = self.world.sums(loss.item())  # so that all hear of it
+        (value,) = self.world.sums(loss.item())  # so that every process raises
         if not math.isfinite(value):
             raise FloatingPointError(f"training diverged: the loss became {value} in {self.place()}")
         self.optimizer.zero_grad()

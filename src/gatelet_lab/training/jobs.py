@@ -82,10 +82,10 @@ def train(
     console: Console,
     finish: Callable[[list[dict[str, Any]]], None] = lambda results: None,
 ) -> list[dict[str, Any]]:
-    """Train what is missing and return all results, in the jobs' order; call ``finish`` with those there are so far."""
+    """Train what is missing and return all results, in the jobs' order; call ``finish`` with the results so far."""
     options = _checked(options)
     check_output(options.out, options.resume, options.identity())
-    split = options.load()  # fetched once, before the workers want it
+    split = options.load()  # fetched once, before the workers need it
     if options.scheduler is not None:
         with open_workers(options, 1):
             """Its checks come before anything is written."""
@@ -118,7 +118,7 @@ def _checked(options: Run) -> Run:
     if options.jobs is not None:
         check_count(options.jobs, "--jobs")
         if options.scheduler is not None:
-            raise ValueError("--jobs: with --scheduler its workers say how many runs there are at once; leave it out")
+            raise ValueError("--jobs: with --scheduler the number of runs at once is that of its workers; leave it out")
     together.check(options.scheduler, options.jobs)
     if options.scheduler is None or options.measures_here:
         check_device(options.device)
@@ -136,7 +136,7 @@ def read_result(out: Path, job: Job) -> dict[str, Any] | None:
     wanted = json.loads(json.dumps(job.recipe.flat()))
     if not isinstance(result.get("config"), dict):
         raise CheckpointError(f"{path}: holds no result of a run; remove the file")
-    found = DEFAULTS | result["config"]  # a field that an older result does not know had its default
+    found = DEFAULTS | result["config"]  # a field that an older result lacks had its default
     differing = [key for key in result["config"] | DEFAULTS if key in wanted and found[key] != wanted[key]]
     if differing:
         raise CheckpointError(
@@ -169,12 +169,12 @@ def _work(link: Link, job: Job, options: Run) -> dict[str, Any]:
     result["history"] = [asdict(row) for row in trainer.history]
     if world.first:
         _write(trainer, options, job, result)
-        checkpoint.unlink(missing_ok=True)  # 30 MB that nothing needs any more
+        checkpoint.unlink(missing_ok=True)  # 30 MB that nothing needs now
     return result
 
 
 def _write(trainer: PaperTrainer, options: Run, job: Job, result: dict[str, Any]) -> None:
-    """Write a job's files; the result is the last, which says that the job is finished."""
+    """Write a job's files; the result comes last, since it marks the job as finished."""
     if job.recipe.gated:
         by_class, result["probabilities"] = trainer.gates()
         plots.save_gates(by_class, options.out / "rows" / f"{job.name}.gates.npy")
@@ -237,7 +237,7 @@ def describe(options: Loads) -> str:
 
 
 def open_workers(options: Run, most: int) -> Workers:
-    """Return the workers that the options ask for, of this machine no more than ``most``."""
+    """Return the workers that the options ask for, at most ``most`` on this machine."""
     if together.started():
         return together.TogetherWorkers(together.world())
     if options.scheduler is not None:

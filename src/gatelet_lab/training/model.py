@@ -1,4 +1,4 @@
-"""Figure 1: the paper's network, built from a recipe; several that vote; a mixture of experts in the gates' place."""
+"""Figure 1: the paper's network, built from a recipe; several that vote; a mixture of experts in place of gates."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -33,7 +33,7 @@ class PaperNet(nn.Module):
 
     @property
     def networks(self) -> list["PaperNet"]:
-        """This one alone."""
+        """This network alone."""
         return [self]
 
     @property
@@ -96,7 +96,7 @@ class Ensemble(nn.Module):
 
 
 def build(recipe: Recipe, features: int, classes: int) -> PaperNet | Ensemble:
-    """Return the network of a recipe, or its several."""
+    """Return the network of a recipe, or several that vote."""
     return (Ensemble if recipe.model.members > 1 else PaperNet)(recipe, features, classes)
 
 
@@ -164,7 +164,7 @@ def controllers(recipe: Recipe) -> list[gatelet.sparsity.Controller]:
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch normalisation by the batch of all processes; torch's own of several processes is for CUDA alone."""
+    """Batch normalisation over the batch of all processes; torch's own for several processes needs CUDA."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return γ·(x − mean)/√(var + ε) + β."""
@@ -186,7 +186,7 @@ class BatchNorm(nn.BatchNorm1d):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over the processes, each of which has a loss of its own: gradients are summed too."""
+    """The sum over the processes. Each has its own loss, so gradients are summed too."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor) -> Tensor:
@@ -224,8 +224,8 @@ class Mixture(nn.Module):
     """Top-k mixture of experts, the peer of a conditional layer: k groups of units are computed per example.
 
     y = relu(W x + b) ∘ r, with r = k · softmax(router(x)) on the k groups where it is largest and 0 elsewhere.
-    To the loss comes E Σ_e f_e P_e, with f_e the share of examples that chose expert e and P_e the mean probability,
-    which is least where the load is balanced (Fedus, Zoph, Shazeer 2021, arXiv:2101.03961, eqs. 4–6).
+    The loss gets the term E Σ_e f_e P_e, with f_e the share of examples that chose expert e and P_e the mean
+    probability, which is least where the load is balanced (Fedus, Zoph, Shazeer 2021, arXiv:2101.03961, eqs. 4–6).
     """
 
     BALANCE = 0.01  # the balance term's weight in the source
@@ -307,7 +307,7 @@ def penalty(model: PaperNet | Ensemble) -> Tensor:
 
 
 def group_share(model: PaperNet | Ensemble, sums: Callable[..., list[float]] = lambda *own: list(own)) -> float | None:
-    """Return the share of groups into which gaters in two stages looked, since the mode last changed; None: no such.
+    """Return the share of groups that two-stage gaters looked into since the mode last changed; None if there are none.
 
     ``sums`` adds numbers up over processes.
     """
@@ -325,7 +325,7 @@ def group_share(model: PaperNet | Ensemble, sums: Callable[..., list[float]] = l
 def multiply_adds(
     recipe: Recipe, features: int, classes: int, open_share: float, group_share: float | None = None
 ) -> Mapping[str, int]:
-    """Return the multiply-adds per example at test time: of the gaters, the open experts, the output; and if dense.
+    """Return the multiply-adds per example at test time: of gaters, open experts and output; and of the dense network.
 
     A layer above the first reads open units only; so do its experts and its gater. All members' are counted. A gater
     in two stages computes the logits of ``group_share`` of its groups.

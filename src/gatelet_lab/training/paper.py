@@ -70,7 +70,7 @@ class PaperTrainer(Trainer[tuple[Tensor, Tensor], Epoch]):
         self.device = torch.device(device)
         torch.manual_seed(seed)
         self.model = build(recipe, split.train_images.shape[1], split.classes).to(self.device)
-        # What is validated and tested: the weights themselves, or their moving average.
+        # The model that is validated and tested: these weights, or their moving average.
         self.averaged = copy.deepcopy(self.model) if recipe.optimiser.average else self.model
         gated = [layer for layer in self.model.layers if not isinstance(layer, Dense)]
         gater = [parameter for layer in gated for parameter in layer.gater.parameters()]
@@ -123,11 +123,11 @@ class PaperTrainer(Trainer[tuple[Tensor, Tensor], Epoch]):
 
     @by_kind()
     def advance(self, stop: Callable[[], bool] = lambda: False) -> Epoch:
-        """Train one epoch, calibrate, validate, and remember the weights if they are the ones to keep so far."""
+        """Train one epoch, calibrate, validate, and keep the weights if they are the best so far."""
         self._begin_epoch()
         self.model.train()
         row = super().advance(stop)
-        # A cosine ends at zero, so that its last weights are the ones: there is no epoch to choose.
+        # A cosine schedule ends at zero, so the last weights are kept: there is no epoch to choose.
         if row.valid_error < self.best_error or self.recipe.optimiser.schedule == "cosine":
             self.best_error, self.best_epoch = row.valid_error, row.epoch
             self.best = copy.deepcopy(self.averaged.state_dict())
@@ -153,7 +153,7 @@ class PaperTrainer(Trainer[tuple[Tensor, Tensor], Epoch]):
         return f"epoch {len(self.history) + 1}"
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the members' losses with what holds the gates' share, of this process's part of the batch."""
+        """Return the members' losses and sparsity penalties, for this process's part of the batch."""
         count, changes, world = len(batch[1]), self.recipe.augmentation, self.world
         rows = world.part(count)
         x, y = self._mixed(batch[0])[rows], batch[1][rows]
@@ -165,7 +165,7 @@ class PaperTrainer(Trainer[tuple[Tensor, Tensor], Epoch]):
                 x = torch.cat([self._adversary(x[:here], y[:here]), x[here:]])
         total = torch.zeros((), device=self.device)
         target = self._target(x, y)
-        for network in self.model.networks:  # each learns by its own losses: they share no weight, and no tape
+        for network in self.model.networks:  # each learns from its own loss: they share neither weights nor a tape
             with world.noise(rows, count), self._products(), gatelet.Tape() as tape:
                 scores = network(x).float()
                 losses = F.cross_entropy(scores, target, reduction="none", label_smoothing=changes.label_smoothing)
@@ -175,7 +175,7 @@ class PaperTrainer(Trainer[tuple[Tensor, Tensor], Epoch]):
         return total + penalty(self.model)
 
     def after_step(self, batch: tuple[Tensor, Tensor]) -> None:
-        """Shorten weights to their max-norm, and take them into their moving average."""
+        """Limit weights to their max-norm, and update their moving average."""
         with torch.no_grad():
             for weight, limit in self.limits:
                 norms = torch.linalg.vector_norm(weight, dim=1, keepdim=True)
@@ -209,16 +209,16 @@ class PaperTrainer(Trainer[tuple[Tensor, Tensor], Epoch]):
 
     @torch.no_grad()
     def _average(self, step: int) -> None:
-        """Take the weights (and running statistics) after this step into their moving average."""
+        """Update the moving average of the weights (and running statistics) after a step."""
         keep = min(self.recipe.optimiser.average, step / (step + 10))
         for average, now in zip(self.averaged.state_dict().values(), self.model.state_dict().values(), strict=True):
-            if average.is_floating_point() and average.dim() > 0:  # a threshold may be infinite, and means nothing here
+            if average.is_floating_point() and average.dim() > 0:  # a threshold may be infinite, and is not averaged
                 average.lerp_(now, 1 - keep)
             else:
                 average.copy_(now)
 
     def _mixed(self, x: Tensor) -> Tensor:
-        """Return a whole batch, the last images of which are averaged, each with the one before it.
+        """Return the batch with each of its last images averaged with the one before it.
 
         Reference: H. Zhang, M. Cisse, Y. N. Dauphin, D. Lopez-Paz, "mixup: Beyond Empirical Risk Minimization", 2018,
         arXiv:1710.09412; with a teacher's probabilities as the target: L. Beyer et al., "Knowledge distillation: A good
@@ -231,7 +231,7 @@ class PaperTrainer(Trainer[tuple[Tensor, Tensor], Epoch]):
         return torch.cat([x[:-count], own.roll(1, 0).lerp(own, torch.rand(count, 1).to(x))])
 
     def _adversary(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return the images a step up their loss's gradient, of the same length for each; of an ensemble their sum's.
+        """Return the images, each moved by the same length up the gradient of its loss (an ensemble's summed loss).
 
         Reference: T. Miyato, A. M. Dai, I. Goodfellow, "Adversarial Training Methods for Semi-Supervised Text
         Classification", 2016, arXiv:1605.07725, eqs. 1 and 4; the idea: Goodfellow, Shlens, Szegedy 2014,
@@ -241,18 +241,18 @@ class PaperTrainer(Trainer[tuple[Tensor, Tensor], Epoch]):
         with (
             self._products(),
             gatelet.Tape(),
-        ):  # what needs a tape gives no gradient here: only what passes through the gates counts
+        ):  # without a tape only the gradient that passes through the gates counts
             each = [F.cross_entropy(network(moved), y, reduction="sum") for network in self.model.networks]
         (gradient,) = torch.autograd.grad(each, moved)
         return x + self.recipe.augmentation.adversarial * F.normalize(gradient, dim=1)
 
     def _products(self) -> torch.autocast:
-        """Return what makes matrix products be taken in bfloat16, or does nothing."""
+        """Return the context in which matrix products are taken in bfloat16, or one that does nothing."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.optimiser.bfloat16)
 
     @torch.no_grad()
     def _target(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return what is to be learned: labels, or class probabilities that are in part the teacher's.
+        """Return the targets: labels, or class probabilities that are partly the teacher's.
 
         Reference: G. Hinton, O. Vinyals, J. Dean, "Distilling the Knowledge in a Neural Network", 2015,
         arXiv:1503.02531.
@@ -279,8 +279,8 @@ class PaperTrainer(Trainer[tuple[Tensor, Tensor], Epoch]):
     ) -> tuple[float, float, float]:
         """Return error (per cent), NLL and share of open gates: deterministic, or the mean of some samples.
 
-        Of what is trained here, its moving average if there is one; or of another ``model``. Each process looks at its
-        part of every batch.
+        The network is the one trained here (its moving average if there is one), or another ``model``. Each process
+        takes its part of every batch.
         """
         model = (self.averaged if model is None else model).eval()
         wrong, nll, share = 0.0, 0.0, 0.0
@@ -318,7 +318,7 @@ class PaperTrainer(Trainer[tuple[Tensor, Tensor], Epoch]):
             _, train_nll, _ = self.evaluate(split.train_images, split.train_labels)
             valid_sampled, _, _ = self.evaluate(split.valid_images, split.valid_labels, samples=1)
             valid10, _, _ = self.evaluate(split.valid_images, split.valid_labels, samples=10)
-        # The median: a machine that was busy or asleep during an epoch must not be taken for a slow method.
+        # The median, so that an epoch during which the machine was busy or asleep does not count.
         seconds = statistics.median(row.seconds for row in self.history)
         return {
             "row": recipe.row,
@@ -354,7 +354,7 @@ class PaperTrainer(Trainer[tuple[Tensor, Tensor], Epoch]):
 
     @torch.no_grad()
     def gates(self) -> tuple[Tensor, list[float]]:
-        """Return what the first layer's gates do on the validation images; of an ensemble the first network's.
+        """Return what the first layer's gates do on the validation images; for an ensemble, those of its first network.
 
         How often each gate is open for each class, (classes, gates); and a histogram of the probabilities with which
         gates fire, as shares in ``PROBABILITY_BINS`` bins from 0 to 1.
@@ -399,7 +399,7 @@ class PaperTrainer(Trainer[tuple[Tensor, Tensor], Epoch]):
         return state
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take them up."""
+        """Restore them."""
         self.model.load_state_dict(state["model"])
         if self.recipe.optimiser.average:
             self.averaged.load_state_dict(state["averaged"])
@@ -416,7 +416,7 @@ class PaperTrainer(Trainer[tuple[Tensor, Tensor], Epoch]):
         return {**own, "content": self.split.content, **recipe}
 
     def of_older(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Return the checkpoint with what earlier ones did not hold: new fields, the data's content, steps."""
+        """Return the checkpoint with what earlier versions did not save: new fields, the data's content, steps."""
         known = {**DEFAULTS, "content": self.split.content, **json.loads(state["identity"])}
         epochs = state["history"]
         seconds = sum(row["seconds"] for row in epochs)
@@ -424,5 +424,5 @@ class PaperTrainer(Trainer[tuple[Tensor, Tensor], Epoch]):
 
 
 def _of(model: PaperNet | Ensemble, examples: int) -> float:
-    """Return the share of open gates times the examples it was counted over, which may be none."""
+    """Return the share of open gates times the number of examples that it was counted over (which may be 0)."""
     return model.active_fraction * examples if examples else 0.0

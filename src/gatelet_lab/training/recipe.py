@@ -1,4 +1,4 @@
-"""What decides a run: nested parts, each beside what it builds and each checking itself.
+"""What decides a run: nested parts, each of which checks itself.
 
 In files and on the command line a recipe is flat: the fields' names are unique over all parts.
 """
@@ -57,13 +57,13 @@ class Model:
 
     estimator: str
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of the estimator."""
+    """The estimator's options."""
     layers: int = 1
     """Conditional layers, one on top of the other."""
     experts: int = 2000
     """Units of each conditional layer."""
     members: int = 1
-    """Networks of this size, trained side by side; their mean class probabilities are what is tested."""
+    """Networks of this size, trained side by side; the mean of their class probabilities is tested."""
     group_size: int = 1
     """Consecutive units that share a gate."""
     kind: Literal["gates", "mixture", "dense"] = "gates"
@@ -91,14 +91,14 @@ class Gater:
     gater: Literal["mlp", "two_stage"] = "mlp"
     bottleneck: int = 400
     gater_groups: int | None = None
-    """Of a gater in two stages; None: about the square root of the gates' number."""
+    """Groups of a gater in two stages; None: about the square root of the number of gates."""
     gater_norm: bool = False
     """Batch normalisation before the gater's tanh."""
     gate_scale: float = 4.0
     gate_bias: float | None = 0.0
     """None: such that gates fire at the target rate."""
     sparse_gates: int | None = None
-    """So many bottleneck units are heard by each gate."""
+    """How many bottleneck units each gate is connected to at the start; None: all."""
 
     def __post_init__(self) -> None:
         """Check sizes and start."""
@@ -111,7 +111,7 @@ class Gater:
 
 @dataclass(frozen=True)
 class Sparsity:
-    """The share of open gates and what holds it (A.1, A.2); None: not by this."""
+    """The share of open gates and what holds it (A.1, A.2); None: not used."""
 
     target_rate: float | None = 0.1
     kl_weight: float | None = None
@@ -141,15 +141,14 @@ class Augmentation:
     adversarial: float = 0.0
     """Length of a step that moves training images towards a higher loss, before they are trained on."""
     adversarial_share: float = 1.0
-    """Share of every batch that is moved so."""
+    """Share of every batch that is moved in this way."""
     mixup_share: float = 0.0
-    """Share of every batch whose images are averaged with other images; what is learned of them is the teacher's."""
+    """Share of every batch whose images are averaged with other images; their targets are the teacher's."""
     input_dropout: float = 0.0
     hidden_dropout: float = 0.0
     label_smoothing: float = 0.0
     teacher_share: float = 0.0
-    """Share of the class probabilities that the row ``teacher`` gives an image among what is to be learned of it; the
-    rest is its label."""
+    """The targets are this share of the class probabilities of the row ``teacher``, and the label for the rest."""
 
     def __post_init__(self) -> None:
         """Check shares and lengths."""
@@ -171,12 +170,12 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Optimiser:
-    """The steps: by which rule, how large, how many, and what the weights may be."""
+    """The steps: by which rule, how large, how many, and the limits on the weights."""
 
     optimizer: Literal["sgd", "adamw"] = "sgd"
     weight_decay: float = 0.0
     schedule: Literal["exponential", "cosine"] = "exponential"
-    """cosine: to zero over ``epochs``, after an epoch of rising; ``rate_decay`` is then not used."""
+    """cosine: the learning rate rises for an epoch, then falls to zero over ``epochs``; ``rate_decay`` is not used."""
     batch: int = 32
     rate: float = 0.1
     rate_decay: float = 0.98
@@ -185,19 +184,20 @@ class Optimiser:
     """The gater's learning rate, in multiples of ``rate``."""
     momentum: float = 0.0
     max_norm: float | None = 2.0
-    """Of every unit's incoming weights; None: no limit."""
+    """Limit on the norm of every unit's incoming weights; None: no limit."""
     gater_max_norm: float | None = 2.0
     output_max_norm: float | None = 2.0
-    """Of every class's incoming weights, apart from ``max_norm``: a limit on them bounds the class scores."""
+    """The same for every class's incoming weights, set apart because it bounds the class scores."""
     average: float = 0.0
-    """Decay per step of a moving average of the weights, which is what is validated and tested; 0: none."""
+    """Decay per step of a moving average of the weights, which is validated and tested in their place; 0: none."""
     bfloat16: bool = False
     """Products in bfloat16 in training; weights, noise, validation and tests stay in float32."""
     epochs: int = 100
     patience: int = 20
-    """Stop after this many epochs without a better validation error; not with a cosine, whose last weights count."""
+    """Stop after this many epochs without a better validation error; ignored with a cosine, whose last weights
+    count."""
     more_training: int = 0
-    """So many of the validation images, at most nine in ten, are trained on as well: when all else has been chosen."""
+    """How many of the validation images (at most nine in ten) are trained on as well, once all else has been chosen."""
 
     def __post_init__(self) -> None:
         """Check every number."""
@@ -266,4 +266,4 @@ TYPES: Mapping[str, Any] = MappingProxyType(
 DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {name: each.default for name, each in _FIELDS.items() if each.default is not MISSING}
 )
-"""What a file says that was written before a field was there."""
+"""What a field is in a file that was written before the field existed."""

@@ -1,4 +1,4 @@
-"""The seven rows of the paper's table and our own two: each a function that returns a frozen recipe.
+"""The seven rows of the paper's table and two of our own: each a function that returns a frozen recipe.
 
 What the paper states (A.4) is taken from it. What it leaves open (epochs, schedule, penalty weights) or where its
 values do not train (noted at the row) was chosen by validation error.
@@ -151,11 +151,11 @@ _MODERN = Optimiser(
 def best() -> Recipe:
     """Ours, with the paper's share of open units and a quarter of the dense network's multiply-adds in all.
 
-    A gapped straight-through gate per pair of units, so that a gater of 134 costs 239,000 multiply-adds. Learned are
-    the class probabilities that a dense teacher gives images, half of which were moved by adversarial steps. Chosen by
-    validation error, trained on 50,000 images (``docs/results.md`` has the runs): after 15 epochs 1.45 % with a gate
-    per unit and a gater of 86, 1.36 % with pairs, 1.24 % without dropped units. Then nine tenths of the validation
-    images are trained on too.
+    A gapped straight-through gate per pair of units, so that a gater of 134 costs 239,000 multiply-adds. The targets
+    are a dense teacher's class probabilities; half of the images are moved by adversarial steps. Chosen by validation
+    error, trained on 50,000 images (``docs/results.md`` has the runs): after 15 epochs 1.45 % with a gate per unit and
+    a gater of 86, 1.36 % with pairs, 1.24 % without dropped units. Then nine tenths of the validation images are
+    trained on too.
     """
     return Recipe(
         row="best",

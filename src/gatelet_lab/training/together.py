@@ -1,4 +1,4 @@
-"""Commands under torchrun: the first process runs the command, the others do its jobs with it."""
+"""Commands under torchrun: the first process runs the command, and the others train its jobs with it."""
 
 import functools
 import os
@@ -38,7 +38,7 @@ def world() -> World:
 
 
 def check(scheduler: str | None, jobs: int | None = None) -> None:
-    """Raise for options that torchrun's processes leave no room for."""
+    """Raise for options that do not work under torchrun."""
     if started() and scheduler is not None:
         raise ValueError("--scheduler: under torchrun its processes train together; start the command without torchrun")
     if started() and jobs is not None:
@@ -105,24 +105,24 @@ def led(run: Command) -> Command:
 
 
 def several(run: Command) -> Command:
-    """Mark a command that knows what to do as one of several processes."""
+    """Mark a command that can run as one of several processes."""
     run.several = True  # type: ignore[attr-defined]
     return run
 
 
 def follow(joined: World) -> None:
-    """Do the first process's jobs with it, until it has no more."""
+    """Take part in the first process's jobs until there are no more."""
     while (job := joined.from_first(None)) is not None:
         work, args = job
         try:
             work(_Link(joined), *args)
         except Exception as error:
             if is_gone(error):
-                raise  # what else went wrong went wrong in all of them, and the first one tells it
+                raise  # any other error happened in all processes, and the first one reports it
 
 
 class _Link:
-    """What a job sees of its command; in all processes but the first nobody listens."""
+    """A job's link to its command; only the first process reports."""
 
     def __init__(
         self,
@@ -142,7 +142,7 @@ class _Link:
 
 
 class TogetherWorkers(Workers):
-    """All processes at one job after the other."""
+    """All processes together, one job after the other."""
 
     def __init__(self, joined: World) -> None:
         self._world, self._halted = joined, False
@@ -163,7 +163,7 @@ class TogetherWorkers(Workers):
         return work(_Link(self._world, lambda row: self._rows.put((name, row)), lambda: self._halted), *args)
 
     def lost(self, error: BaseException) -> str | None:
-        """Say so if another process has ended: this one cannot go on alone."""
+        """Return a message if another process has ended, since this one cannot continue alone."""
         return GONE if is_gone(error) else None
 
     def _stop(self) -> None:

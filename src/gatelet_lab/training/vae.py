@@ -6,15 +6,15 @@ The negative ELBO of an image x with latents h ~ q = Bernoulli(σ(a)), a the enc
 
 Only the first term goes through an estimator. Inside of it log q(h) would depend on the logits directly, not only
 through the gates: score-function estimators could ignore that (E_q[∂ log q/∂a] = 0, at the price of variance), but for
-estimators with a path log q at relaxed gates is not the log-density of what was drawn, and its path gradient is no
-estimate of anything. For Bernoulli latents it has a closed form, which every estimator gets alike:
+pathwise estimators log q at relaxed gates is not the log-density of what was drawn, and its gradient estimates nothing.
+For Bernoulli latents the second term has a closed form, which every estimator uses:
 
     one layer    KL(q ‖ p) = Σ_i σ(a_i)(a_i − c_i) − softplus(a_i) + softplus(c_i), c the prior's (learned) logits;
     two layers   q(h₁|x) q(h₂|h₁), p(h₂) p(h₁|h₂) p(x|h₁): the entropy of q(h₁|x) is analytic; what depends on gates is
                  −log p(x|h₁) − log p(h₁|h₂) + KL(q(h₂|h₁) ‖ p(h₂)), smooth in h₁, so defined for relaxed gates too.
 
-Whatever gates an estimator trains with, the ELBO that is reported is the one of Bernoulli latents.
-Pixels are binarised dynamically: every step draws them anew with the grey value as probability; images for evaluation
+Whatever gates an estimator trains with, the reported ELBO is that of Bernoulli latents.
+Pixels are binarised dynamically: every step draws them again with the grey value as probability. Images for evaluation
 are drawn once. All randomness follows from (seed, step): all estimators see the same images, and a resumed run repeats
 an uninterrupted one.
 """
@@ -40,7 +40,7 @@ PROBE = 20  # training images at which the gradient's variance is measured
 _CHUNK = 20  # draws of the gradient at once
 _EVAL_BATCH = 1000
 _EVAL_IMAGES = 10_000  # of the training images, for the training ELBO
-_WARM = 30  # steps that a moving-average baseline gets to settle at foreign weights
+_WARM = 30  # steps in which a moving-average baseline adapts to another run's weights
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class Settings:
     layers: Literal[1, 2] = 1
     """Stochastic layers, each linear in the one before."""
     evaluations: int = 4
-    """Objective evaluations per image and step that every estimator may spend: on as many samples as they allow."""
+    """Objective evaluations per image and step that every estimator may spend: it takes as many samples as they
+    allow."""
     steps: int = 1000
     """Optimiser steps."""
     batch: int = 100
@@ -260,7 +261,7 @@ class VAETrainer(Trainer[tuple[Tensor, torch.Generator], Report]):
         return gradients.mean(0), gradients.var(0)
 
     def moments_at(self, model: VAE) -> tuple[Tensor, Tensor]:
-        """Return mean and variance of the gradient at foreign weights, to which moving averages get used first.
+        """Return mean and variance of the gradient at another run's weights; moving averages first adapt to them.
 
         What an estimator has learned by gradient (NVIL's network, RELAX's control variate) stays as it is.
         """
@@ -276,7 +277,7 @@ class VAETrainer(Trainer[tuple[Tensor, torch.Generator], Report]):
     # ---------------------------------------------------------------- checkpoints
 
     def identity(self) -> dict[str, Any]:
-        """Return the job; what all jobs share is the output directory's to know."""
+        """Return the job; what all jobs share is checked with the output directory."""
         return asdict(self.job)
 
     def state(self) -> dict[str, Any]:
@@ -284,12 +285,12 @@ class VAETrainer(Trainer[tuple[Tensor, torch.Generator], Report]):
         return {"model": self.model.state_dict(), "units": self.units.state_dict()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take them up."""
+        """Restore them."""
         self.model.load_state_dict(state["model"])
         self.units.load_state_dict(state["units"])
 
     def of_older(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Return the checkpoint under today's names."""
+        """Return the checkpoint with the present names of its entries."""
         if "job" in state:
             return {**state, "identity": json.dumps(state["job"]), "steps": state["step"]}
         return state

@@ -1,4 +1,4 @@
-"""Where jobs are trained: worker processes of this machine, or of a Dask cluster; both answer alike."""
+"""Where jobs are trained: worker processes of this machine, or of a Dask cluster; both have the same interface."""
 
 import os
 import threading
@@ -21,7 +21,7 @@ Tell = Callable[[Epoch | None], None]
 
 
 class Link(Protocol):
-    """What a job sees of the one who wants it."""
+    """A job's link to the process that wants it."""
 
     @property
     def world(self) -> World:
@@ -39,7 +39,7 @@ Work = Callable[..., Any]
 
 
 class Workers(ABC):
-    """Jobs go in as to any executor; their epochs come out as they happen. Leaving the context stops what still runs.
+    """An executor of jobs that also reports their epochs as they happen. Leaving the context stops what still runs.
 
     ``events`` is a queue of (job's name, epoch), which a thread hands to the functions that wait for them.
     """
@@ -57,7 +57,7 @@ class Workers(ABC):
         """How many jobs run at once."""
 
     def submit(self, name: str, tell: Tell, work: Work, *args: Any) -> Future[Any]:
-        """Have ``work(link, *args)`` done; call ``tell`` with each epoch, in a thread of this process."""
+        """Run ``work(link, *args)``; call ``tell`` with each epoch, in a thread of this process."""
         self._tell[name] = tell
         return self._submit(name, work, *args)
 
@@ -66,10 +66,10 @@ class Workers(ABC):
 
     @abstractmethod
     def lost(self, error: BaseException) -> str | None:
-        """Return what to say if this error means that no worker is left; None if it is the job's own."""
+        """Return a message if this error means that no worker is left; None if it is the job's own."""
 
     def trouble(self) -> str | None:
-        """Return what the jobs wait for, if that is news."""
+        """Return what the jobs wait for, if that has changed."""
         return None
 
     @abstractmethod
@@ -126,7 +126,7 @@ class LocalWorkers(Workers):
         return self._pool.submit(_run, name, work, *args)
 
     def lost(self, error: BaseException) -> str | None:
-        """Say so if a process was killed: the pool ends with it."""
+        """Return a message if a process was killed, since the pool ends with it."""
         if isinstance(error, BrokenProcessPool):
             return "a worker process was killed (out of memory?); --resume continues"
         return None

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class World:
-    """Which of how many processes this one is. Alone, nothing is sent, and nothing is computed otherwise."""
+    """Which of how many processes this one is. A single process sends nothing and computes as usual."""
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
@@ -91,14 +91,14 @@ SHAPED = {
     *("aten::randn", "aten::randn.generator", "aten::randn_like", "aten::normal_"),
     *("aten::bernoulli_.float", "aten::native_dropout"),
 }
-"""The random operators of which a tensor's shape counts and not its numbers."""
+"""The random operators that use the shape of a tensor and not its numbers."""
 
 
 class WholeNoise(TorchDispatchMode):
-    """Inside the block every random tensor (..., rows, N) is these rows of the one that is drawn for the whole batch.
+    """Inside the block every random tensor (..., rows, N) consists of these rows of one drawn for the whole batch.
 
     All processes draw for the whole batch, from generators in the same state, and keep their rows; so a training has
-    the noise that it has in one process, and goes on with any other number of them. It costs the drawing. Replicas,
+    the same noise as in one process, and can be continued by any number of them. The price is the drawing. Replicas,
     (K·rows, N) one after the other, are known by their number of rows.
     """
 
