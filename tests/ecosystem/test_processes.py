@@ -18,6 +18,7 @@ from gatelet.estimators import _distributed
 from gatelet.nn import ConditionalFFN, ConditionalLinear
 from gatelet.sparsity import AdaptiveL1, FiringRateBias, KLRate, calibrate_thresholds, penalty
 
+CHAIN = (0.3, 0.1, 0.5, 0.2, 0.4, 0.3)
 PARTS = {"halves": [8, 8], "uneven": [11, 5], "empty": [16, 0]}
 
 
@@ -27,6 +28,8 @@ def data():
 
 def layer(control):
     torch.manual_seed(0)
+    if control == "two stages":
+        return ConditionalLinear(12, 40, 4, estimator="straight_through", target_rate=0.3, gater="two_stage").double()
     made = {"kl": KLRate(0.3), "l1": AdaptiveL1(0.3, weight=0.1), "bias": FiringRateBias(0.6, step=0.1)}[control]
     return ConditionalLinear(12, 40, 4, estimator="straight_through", sparsity=[made]).double()
 
@@ -54,6 +57,27 @@ def baseline(x, start):
     return net[1].state_dict()
 
 
+def adaptive_step(x, start):
+    """AIMLE's step size, which it learns from how many gates change in a backward pass."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 6), gatelet.StochasticUnit(gatelet.estimators.AIMLE(rate=0.1))).double()
+    for step in range(3):
+        noise = torch.rand(16, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        (net[1](net[0](x), noise=noise[start : start + len(x)]) * torch.arange(6.0)).sum().backward()
+    return net[1].state_dict()
+
+
+def shrunk(x, start):
+    """The gradient with a baseline that leans on the other examples, summed over the batch."""
+    torch.manual_seed(0)
+    weight = torch.randn(12, 6, dtype=torch.float64, requires_grad=True)
+    noise = torch.rand(2, 16, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    method = gatelet.estimators.ALL["shrunk_baseline"]()
+    losses = method.surrogate(lambda h: h.sum(-1) ** 2, x @ weight, noise[:, start : start + len(x)])
+    losses.sum().backward()
+    return {"sum": weight.grad}
+
+
 def calibrated(x):
     torch.manual_seed(0)
     net = ConditionalFFN(12, 200, 4, target_rate=0.3).double()
@@ -62,20 +86,22 @@ def calibrated(x):
 
 
 def chain(x):
-    """Thresholds of three layers, each of which sees what the others before it let through."""
+    """Thresholds of several layers, each of which sees what the others before it let through."""
     torch.manual_seed(0)
-    net = nn.Sequential(*[ConditionalFFN(12, 200, 4, target_rate=rate) for rate in (0.3, 0.1, 0.5)]).double()
+    net = nn.Sequential(*[ConditionalFFN(12, 200, 4, target_rate=rate) for rate in CHAIN]).double()
     shares = calibrate_thresholds(net, list(x.split(4)))
     return {f"{i}": layer.unit.threshold for i, layer in enumerate(net)} | {
-        f"share {i}": torch.tensor(shares[f"{i}.unit"]) for i in range(3)
+        f"share {i}": torch.tensor(shares[f"{i}.unit"]) for i in range(len(CHAIN))
     }
 
 
 def everything(rank, sizes):
     x, noise = data(), torch.rand(16, 40, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     x, noise = (each.split(sizes)[rank] for each in (x, noise))
-    found = {control: rates(x, noise, control) for control in ("kl", "l1", "bias")}
-    return {**found, "baseline": baseline(x, sum(sizes[:rank])), "calibration": calibrated(x), "chain": chain(x)}
+    found = {control: rates(x, noise, control) for control in ("kl", "l1", "bias", "two stages")}
+    first = sum(sizes[:rank])
+    found |= {"baseline": baseline(x, first), "step size": adaptive_step(x, first), "shrunk": shrunk(x, first)}
+    return {**found, "calibration": calibrated(x), "chain": chain(x)}
 
 
 def checkpointed(rank):
@@ -146,23 +172,78 @@ def reported(rank):
 def late(rank):
     """What the first process says while it waits for the second in a training step, which comes late."""
     net, x = layer("kl"), data().split([8, 8])[rank]
-    _distributed.PATIENCE = 0.2
+    os.environ["GATELET_PATIENCE"] = "6"
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         if rank:
-            time.sleep(2)
+            time.sleep(3)
         net(x)
         penalty(net).backward()
     return {"said": [str(each.message) for each in said], "gradient": net.gater.gates.weight.grad}
+
+
+def busy(rank):
+    """One process evaluates for longer than the other's patience with a training step."""
+    net, x = layer("kl"), data().split([8, 8])[rank]
+    calibrate_thresholds(net, [x], local=True)
+    os.environ["GATELET_PATIENCE"], _distributed._next_sign = "2", 0.0
+    if rank:
+        net.eval()
+        for _ in range(10):
+            time.sleep(0.4)
+            net(x)
+        net.train()
+    net(x)
+    penalty(net).backward()
+    return net.gater.gates.weight.grad
+
+
+def lone(rank, folder):
+    """What one process hears that takes a training step which the other does not take; ever after."""
+    net, found = layer("kl"), {}
+    os.environ["GATELET_PATIENCE"] = "1.5"
+    if rank == 0:
+        began = time.monotonic()
+        for attempt in range(2):
+            try:
+                net(data())
+            except RuntimeError as error:
+                found[f"said {attempt}"] = str(error)
+        found["seconds"] = time.monotonic() - began
+        with gatelet.sparsity.alone():
+            net(data())
+        Path(folder, "lone").touch()
+    deadline = time.monotonic() + 60
+    while not Path(folder, "lone").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    # What it sent by itself met no message of the program's own, of the same size.
+    ours = torch.full((41,), float(rank), dtype=torch.float64)
+    torch.distributed.all_reduce(ours)
+    return found | {"ours": ours}
+
+
+def first_alone(rank):
+    """The same where no step has been taken together before."""
+    os.environ["GATELET_PATIENCE"] = "1"
+    try:
+        if rank == 0:
+            layer("kl")(data())
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        torch.distributed.barrier()
+        del os.environ["GATELET_PATIENCE"]
 
 
 def main(rank, folder):
     """What each of the two processes runs."""
     where = {"init_method": f"file://{folder}/meet", "rank": rank, "world_size": 2}
     torch.distributed.init_process_group("gloo", **where, timeout=timedelta(seconds=60))
-    found = {name: everything(rank, sizes) for name, sizes in PARTS.items()}
+    found = {"first": first_alone(rank)}
+    found |= {name: everything(rank, sizes) for name, sizes in PARTS.items()}
     found |= {"checkpointed": checkpointed(rank), "ddp": ddp(rank), "alone": alone(rank)}
-    found |= {"reported": reported(rank), "late": late(rank)}
+    found |= {"reported": reported(rank), "late": late(rank), "busy": busy(rank)}
+    found |= {"lone": lone(rank, folder)}  # the last one: a process that gave up takes no further step
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -198,6 +279,8 @@ def test_together_as_one(ran, parts):
             have = [first[name][key], second[name][key]]
             if key == "gradient":  # DDP's mean
                 have = [(have[0] + have[1]) / 2] * 2
+            if key == "sum":
+                have = [have[0] + have[1]]
             for each in have:
                 torch.testing.assert_close(
                     each, value, rtol=1e-6, atol=1e-9, msg=lambda s, at=(name, key): f"{at}: {s}"
@@ -237,6 +320,33 @@ def test_a_report_is_of_all_processes(ran):
     assert first["local"] == first["alone"]
     assert "report: 1 of 2 processes" in first["said"]
     assert "local=True" in first["said"]
+
+
+def test_a_lone_training_step_fails_in_words(ran):
+    assert "a layer in training: 1 of 2 processes" in ran[0]["first"]
+    assert "alone()" in ran[0]["first"]
+    found = ran[0]["lone"]
+    assert "process 1 did not come to this one within 1.5 s" in found["said 0"]
+    assert "alone()" in found["said 0"]
+    assert "GATELET_PATIENCE" in found["said 0"]
+    assert "has given up waiting for the others in an earlier step" in found["said 1"]
+    assert found["seconds"] < 20
+    for each in ran:
+        assert each["lone"]["ours"].tolist() == [1.0] * 41
+
+
+def test_who_evaluates_is_waited_for(ran):
+    first, second = [each["busy"] for each in ran]
+    assert first.isfinite().all()
+    assert first.any()
+    assert second.any()
+
+
+@pytest.mark.parametrize("said", ["soon", "0", "-3", "nan"])
+def test_patience_is_a_number_of_seconds(said, monkeypatch):
+    monkeypatch.setenv("GATELET_PATIENCE", said)
+    with pytest.raises(ValueError, match=f"GATELET_PATIENCE: must be a number of seconds above 0, not '{said}'"):
+        _distributed.patience()
 
 
 def test_who_waits_in_a_training_step_says_so(ran):

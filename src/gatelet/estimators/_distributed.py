@@ -1,12 +1,13 @@
 """Statistics over the batches of all processes of torch.distributed."""
 
+import os
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -31,7 +32,8 @@ _exchange = _Exchange()
 def alone(on: bool = True) -> Iterator[None]:
     """Exchange nothing with other processes of torch.distributed inside the block: each goes by its own batch.
 
-    Where one process runs a layer that the others do not run (to look at something), the exchange would wait for them.
+    Where one process runs a layer that the others do not run (to look at something), the exchange would wait for them,
+    and then fail. Forward and backward pass both belong into the block.
 
     Args:
         on: False: exchange as usual.
@@ -96,52 +98,179 @@ def mean_of_sums(sums: Float[Tensor, "*s"], count: int) -> Float[Tensor, "*s"] |
     return (total / everyone).to(sums) if everyone else None
 
 
+def sums_of_all(sums: Float[Tensor, "*s"], count: int) -> tuple[Float[Tensor, "*s"], int]:
+    """Return the sums over this process's ``count`` examples, and their number, as those over all processes."""
+    if not is_distributed():
+        return sums, count
+    total, everyone = _sums(sums, count)
+    return total.to(sums), everyone
+
+
 def _sums(sums: Tensor, count: int) -> tuple[Tensor, int]:
     """Return the sums and counts of all processes together, in double precision."""
     if _exchange.repeated is not None:
         packed = next(_exchange.repeated)
     else:
-        packed = torch.cat([sums.flatten().double(), sums.new_full((1,), count, dtype=torch.float64)])
-        try:
-            _sum_in_place(packed)
-        except RuntimeError as error:
-            raise RuntimeError(f"{_MISSING} ({str(error).splitlines()[0]})") from error
+        packed = exchanged(torch.cat([sums.flatten().double(), sums.new_full((1,), count, dtype=torch.float64)]))
         if _exchange.noted is not None:
             _exchange.noted.append(packed)
     return packed[:-1].reshape(sums.shape), int(packed[-1])
 
 
-PATIENCE = 10.0
-"""Seconds after which a process that waits for the others in a training step says so."""
-_MISSING = (
-    "gatelet: the processes of torch.distributed agree on the share of open gates and on baselines in every training "
-    "step, and not all of them came to this one; a process that runs a layer by itself does so under "
-    "`with gatelet.sparsity.alone():`"
+# ---------------------------------------------------------------- exchanges, and waiting for those that are late
+
+_AGREE = (
+    "gatelet: the processes of torch.distributed agree on rates of open gates, baselines and statistics in every "
+    "training step"
 )
+_LATE = "where one is late for good reasons, the environment variable GATELET_PATIENCE gives it more seconds"
+_ALONE = f"a process that runs a layer by itself does so under `with gatelet.sparsity.alone():`; {_LATE}"
+_PIECE = 1.0
+"""Seconds after which one who waits looks how long it has waited."""
 
 
-def _sum_in_place(values: Tensor) -> None:
-    """Add up all processes' values. Late ones are waited for as long as the group does, but not without a word.
+class _Group:
+    """A process group of gatelet's own.
+
+    What a process sends in it by itself meets no message of the program, and a backward pass may exchange while
+    DistributedDataParallel sends gradients.
+    """
+
+    def __init__(self) -> None:
+        meet("a layer in training", patience(), f"does so under `with gatelet.sparsity.alone():`; {_LATE}")
+        # Who waits decides for how long; the group itself must not decide before.
+        self.group = torch.distributed.new_group(timeout=timedelta(days=1))
+        self.count, self.given_up = 0, False
+
+
+_groups: dict[Any, _Group] = {}
+
+
+def exchanged(values: Tensor, how: Literal["sum", "min", "gather"] = "sum") -> Tensor:
+    """Return the sum of all processes' values, their minimum, or all of them one after the other.
 
     Raises:
-        RuntimeError: when the group's own timeout is over.
+        RuntimeError: if a process does not come within :func:`patience` seconds, or has ended.
     """
-    work = torch.distributed.all_reduce(values, async_op=True)
-    if torch.distributed.get_backend() == "gloo":  # others take a timeout for the end of the group
+    world = torch.distributed.group.WORLD
+    if world not in _groups:
+        _groups[world] = _Group()
+    ours = _groups[world]
+    if ours.given_up:
+        raise RuntimeError(f"{_AGREE}, and this one has given up waiting for the others in an earlier step")
+    ours.count += 1
+    if how == "gather":
+        parts = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
+        work = torch.distributed.all_gather(parts, values.contiguous(), group=ours.group, async_op=True)
+    else:
+        parts = [values.clone()]
+        op = torch.distributed.ReduceOp.SUM if how == "sum" else torch.distributed.ReduceOp.MIN
+        work = torch.distributed.all_reduce(parts[0], op, group=ours.group, async_op=True)
+    try:
+        _wait(work, values.device.type, f"gatelet/step/{ours.count}")
+    except RuntimeError as error:
+        ours.given_up = True
+        if str(error).startswith(_AGREE):
+            raise
+        raise RuntimeError(f"{_AGREE}, and not all of them came to this one ({str(error).splitlines()[0]})") from error
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def patience() -> float:
+    """Return for how many seconds a training step waits for the other processes: ``GATELET_PATIENCE``, or 30.
+
+    Raises:
+        ValueError: if that is no number above 0.
+    """
+    said = os.environ.get("GATELET_PATIENCE", "30")
+    try:
+        seconds = float(said)
+    except ValueError:
+        seconds = 0.0
+    if not seconds > 0:
+        raise ValueError(f"GATELET_PATIENCE: must be a number of seconds above 0, not {said!r}")
+    return seconds
+
+
+class _Patience:
+    """The seconds of a wait. They count anew when a process that does not wait gives a sign of life.
+
+    Only seconds in which this process ran are counted: one that was stopped does not put the blame on others.
+    """
+
+    def __init__(self, key: str, seconds: float) -> None:
+        self.key, self.seconds, self.spent, self.store = key, seconds, 0.0, _store()
+        self.store.add(f"{key}/{torch.distributed.get_rank()}", 1)
+        self.signs = self.store.add("gatelet/alive", 0)
+
+    def over(self, seconds: float) -> bool:
+        """Return whether none are left after so many more."""
+        self.spent += seconds
+        if self.spent >= self.seconds and (signs := self.store.add("gatelet/alive", 0)) != self.signs:
+            self.spent, self.signs = 0.0, signs
+        return self.spent >= self.seconds
+
+    def leave(self) -> list[int]:
+        """Wait no longer; return the processes that did not come."""
+        missing = [r for r in range(torch.distributed.get_world_size()) if not self.store.add(f"{self.key}/{r}", 0)]
+        self.store.add(f"{self.key}/{torch.distributed.get_rank()}", -1)
+        return missing
+
+
+def _wait(work: Any, device: str, key: str) -> None:
+    """Wait until an exchange is over. After a third of the patience say so, after all of it raise."""
+    seconds, limit, warned = patience(), None, False
+    piece = min(_PIECE, seconds / 10)
+    while not _over(work, device, piece):
+        limit = _Patience(key, seconds) if limit is None else limit  # an exchange that is soon over asks no store
+        if limit.over(piece):
+            who = ", ".join(map(str, limit.leave()))
+            raise RuntimeError(f"{_AGREE}; process {who} did not come to this one within {seconds:g} s; {_ALONE}")
+        if limit.spent > seconds / 3 and not warned:
+            warned = True
+            told = f"{_AGREE}, and not all of them came to this one; after {limit.spent:.0f} s it still waits; {_ALONE}"
+            warnings.warn(told, UserWarning, stacklevel=2)
+
+
+def _over(work: Any, device: str, seconds: float) -> bool:
+    """Wait for so many seconds at most, and return whether it is over."""
+    if device == "cpu":
         try:
-            work.wait(timedelta(seconds=PATIENCE))
-            return
+            work.wait(timedelta(seconds=seconds))
         except RuntimeError:
             if work.is_completed():
                 raise
-        warnings.warn(f"{_MISSING}; after {PATIENCE:g} s it still waits", UserWarning, stacklevel=2)
+            return False
+        return True
+    until = time.monotonic() + seconds  # a wait of NCCL that has a limit ends its group with it
+    while not work.is_completed():
+        if time.monotonic() > until:
+            return False
+        time.sleep(1e-5)
     work.wait()
+    return True
+
+
+_next_sign = 0.0
+
+
+def sign_of_life() -> None:
+    """Let others that wait in a training step know that this process does something else: it evaluates, say."""
+    global _next_sign
+    now = time.monotonic()
+    if now > _next_sign and _has_others():
+        _next_sign = now + patience() / 6
+        _store().add("gatelet/alive", 1)
+
+
+def _store() -> Any:
+    return torch.distributed.distributed_c10d._get_default_store()
 
 
 _meetings = 0
 
 
-def meet(what: str, timeout: float) -> None:
+def meet(what: str, timeout: float, by_itself: str = "says local=True") -> None:
     """Wait until all processes are here.
 
     Nothing is sent through the process group before: one that came alone leaves it as it was.
@@ -150,15 +279,16 @@ def meet(what: str, timeout: float) -> None:
         RuntimeError: if some process does not come within ``timeout`` seconds.
     """
     global _meetings
-    world, store = torch.distributed.get_world_size(), torch.distributed.distributed_c10d._get_default_store()
-    key, until = f"gatelet/meeting/{_meetings}", time.monotonic() + timeout
-    store.add(key, 1)
-    while (there := store.add(key, 0)) < world:
-        if time.monotonic() > until:
-            store.add(key, -1)
+    world, key = torch.distributed.get_world_size(), f"gatelet/meeting/{_meetings}"
+    limit = _Patience(key, timeout)
+    limit.store.add(key, 1)
+    while (there := limit.store.add(key, 0)) < world:
+        if limit.over(0.01):
+            limit.store.add(key, -1)
+            limit.leave()
             raise RuntimeError(
                 f"{what}: {there} of {world} processes of torch.distributed called it within {timeout:g} s; all have "
-                "to, for they pool what they see; one that calls it by itself says local=True"
+                f"to, for they pool what they see; one that calls it by itself {by_itself}"
             )
         time.sleep(0.01)
     _meetings += 1
@@ -200,5 +330,8 @@ def pooled_quantile(values: Float[Tensor, " n"], rate: float, kept: float) -> Fl
 
 def is_distributed() -> bool:
     """Return whether there are other processes to agree with."""
-    there = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return there and not _exchange.alone
+    return not _exchange.alone and _has_others()
+
+
+def _has_others() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gatelet._checks import check_positive, check_rate, is_transformed
 from gatelet.estimators._base import AnyKind, Estimator
+from gatelet.estimators._distributed import batch_mean
 from gatelet.estimators._noise import LOGISTIC
 
 
@@ -127,11 +128,16 @@ class AIMLE(IMLE):
         step = self.scale.to(slope.dtype) * logits.norm(dim=-1, keepdim=True) / length.clamp_min(tiny)
         z = logits + noise
         moved = self.form.harden(z + step * slope) - self.form.harden(z - step * slope)
-        if not torch.compiler.is_compiling() and not is_transformed(moved) and moved.numel():
-            seen = moved.ne(0).sum(-1).to(self.changed.dtype).mean()
-            self.changed.lerp_(seen.to(self.changed), 1 - self.decay)
-            self.scale.add_(torch.where(self.changed < 1, self.rate, -self.rate)).clamp_min_(0.0)
+        if not torch.compiler.is_compiling() and not is_transformed(moved):
+            self._adapt(moved.ne(0).sum(-1, keepdim=True).to(self.changed.dtype))
         return torch.where(step > 0, moved / (2 * step).clamp_min(tiny), 0.0)
+
+    def _adapt(self, changes: Float[Tensor, "*lead 1"]) -> None:
+        """Take the number of gates that changed, over the examples of all processes, into β."""
+        seen = batch_mean(changes)
+        if seen is not None:
+            self.changed.lerp_(seen.squeeze(0).to(self.changed), 1 - self.decay)
+            self.scale.add_(torch.where(self.changed < 1, self.rate, -self.rate)).clamp_min_(0.0)
 
 
 class _Difference(torch.autograd.Function):

@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gatelet.estimators._base import Sampled
+from gatelet.estimators._distributed import sums_of_all
 from gatelet.estimators.double_control import others_mean
 
 
@@ -51,22 +52,28 @@ class ShrunkBaseline(Sampled):
     ) -> Float[Tensor, "K *lead N"]:
         """Return (h − σ(a))·(L − b)."""
         baseline = others_mean(losses)
-        if losses.dim() > 1 and losses.shape[1] > 2:
-            # An example is a row of the batch; what it does in further dimensions shares its loss.
-            each = losses.flatten(2).mean(-1) if losses.dim() > 2 else losses
-            weight, centre = _towards_others(each)
+        # An example is a row of the batch; what it does in further dimensions shares its loss.
+        found = None if losses.dim() < 2 else _towards_others(losses.unsqueeze(-1).flatten(2).mean(-1))
+        if found is not None:
+            weight, centre = found
             shape = (-1, *(1,) * (losses.dim() - 2))
             baseline = torch.lerp(baseline, centre.reshape(shape).expand(baseline.shape), weight.reshape(shape))
         return self.score(logits, gates, losses) * (losses - baseline).unsqueeze(-1)
 
 
-def _towards_others(losses: Float[Tensor, "K B"]) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-    """Return for each example λ and the other examples' mean loss."""
-    means, spread = losses.mean(0), losses.var(0) / (len(losses) - 1)
-    centre = others_mean(means)
-    off = others_mean(spread)
-    count = len(means) - 1
+def _towards_others(losses: Float[Tensor, "K B"]) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]] | None:
+    """Return for each example λ and the other examples' mean loss; None if there are fewer than two others.
+
+    The others are those of all processes.
+    """
+    means = losses.mean(0)
+    spread = (losses - means).square().sum(0) / (len(losses) - 1) ** 2
+    own = torch.stack([means, spread, means.square()])
+    total, examples = sums_of_all(own.sum(1), own.shape[1])
+    count = examples - 1
+    if count < 2:
+        return None
+    centre, off, square = (total.unsqueeze(1) - own) / count
     # The variance of the other examples' means, each time without one.
-    square = others_mean(means.square()) - centre.square()
-    apart = square.clamp_min(0.0) * count / (count - 1)
+    apart = (square - centre.square()).clamp_min(0.0) * count / (count - 1)
     return torch.where(off > 0, off / (off + apart), 0.0), centre

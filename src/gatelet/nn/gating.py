@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from gatelet._checks import check_count, check_logits, check_rate, is_transformed
 from gatelet._recompute import Passes, recomputing
 from gatelet.estimators import Estimator, resolve
-from gatelet.estimators._distributed import alone, noting, repeating
+from gatelet.estimators._distributed import alone, noting, repeating, sign_of_life
 from gatelet.nn import gaters
 from gatelet.nn._units import ALL_HERE, Units
 from gatelet.nn.gaters import Gater, GaterError, PreviewGater, SelfGater, ThresholdUnit, TwoStageGater
@@ -246,6 +246,8 @@ class ConditionalLayer(Penalised):
         if self.fully_open:
             self.keep_penalty(x.new_zeros(()), x)
             return x.new_ones((*x.shape[:-1], self.num_gates)), None
+        if not (torch.compiler.is_compiling() or (self.training and torch.is_grad_enabled())):
+            sign_of_life()
         if mask is None and noise is None and not self.training and (settled := self._settled(x)) is not None:
             return settled, None
         if torch.compiler.is_compiling() or not self.training or is_transformed(x):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from gatelet._checks import (
     check_choice,
@@ -20,7 +21,7 @@ from gatelet._checks import (
     values_hidden,
 )
 from gatelet.estimators import Estimator, JumpReLU, Rectifier, TopK
-from gatelet.estimators._distributed import is_distributed
+from gatelet.estimators._distributed import is_distributed, sign_of_life
 from gatelet.estimators.jump_relu import jump_relu, jump_step
 from gatelet.nn import _agreement, sae_lens
 from gatelet.nn._largest import largest, largest_in_groups
@@ -100,6 +101,7 @@ class SparseAutoencoder(nn.Module):
             :meth:`normalise_decoder_` is to be called after each step (:class:`gatelet.RowAdam` does so itself).
         sparse_grad: give both weights gradients of the open latents' rows only, sparse tensors, as
             ``torch.nn.Embedding(sparse=True)`` does; for optimisers that take them, such as :class:`gatelet.RowAdam`.
+            DistributedDataParallel and FSDP do not take them.
         device, dtype: of the parameters.
 
     Attributes:
@@ -281,7 +283,8 @@ class SparseAutoencoder(nn.Module):
             ValueError: for an input of another width or not finite.
         """
         check_input(x, self.encoder_weight)
-        _agreement.prepare()
+        if not (self.training or torch.compiler.is_compiling()):
+            sign_of_life()
         return self.split.whole(self._encode(self._centred(x.reshape(-1, self.d_in)), x.shape[:-1])[0])
 
     def decode(self, code: SparseCode) -> Float[Tensor, "*lead D"]:
@@ -311,7 +314,6 @@ class SparseAutoencoder(nn.Module):
         check_input(x, self.encoder_weight)
         if not x.numel():
             raise ValueError("x must hold an example: there is no mean loss of none")
-        _agreement.prepare()
         centred = self._centred(x.reshape(-1, self.d_in))
         code, extra = self._encode(centred, x.shape[:-1])
         found = self._sum(code)
@@ -363,6 +365,11 @@ class SparseAutoencoder(nn.Module):
 
     def _encode(self, centred: Tensor, lead: torch.Size) -> tuple[SparseCode, "_Extra"]:
         """Return the code of centred examples, and what the penalties need beside."""
+        if self.sparse_grad and torch.is_grad_enabled() and DistributedDataParallel._get_active_ddp_module():
+            raise RuntimeError(
+                "sparse_grad: DistributedDataParallel takes gradients by row from torch's Embedding alone; leave it "
+                "out, or average the gradients without it: torch.distributed.all_reduce(weight.grad.coalesce())"
+            )
         with torch.autocast(centred.device.type, enabled=False):
             if self.activation == "top_k" and not values_hidden(centred):
                 return self._encode_largest(centred, lead)

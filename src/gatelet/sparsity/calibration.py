@@ -1,6 +1,7 @@
 """Supplement A.3: the test-time threshold at which the target share of gates is open."""
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
@@ -16,9 +17,8 @@ _KEPT = 1 << 20
 """Logits kept per unit; above, a random half is dropped: the share then errs by some 5e-4 (one standard deviation)."""
 _MOVING = 1 << 16
 """How many of these give the threshold that moves from batch to batch during the first sweep."""
-_SWEEPS = 4
-_SETTLED = 5e-4
-"""Sweeps end when no unit's share moves by more than this."""
+_CIRCLE = 4
+"""Sweeps, at most, where a unit runs several times for a batch, so that its logits may depend on its own threshold."""
 
 
 def calibrate_thresholds(
@@ -35,8 +35,10 @@ def calibrate_thresholds(
     Gates open iff their logit exceeds the threshold, so it is the (1 − s)-quantile of the logits (A.3).
     A unit's logits depend on which gates are open in the layers before it. The first sweep over ``loader`` therefore
     sets a unit's threshold, from all its logits so far, before the unit's output goes on. Further sweeps compute the
-    quantiles again with all thresholds held, until no share changes; at most four sweeps are made. As many sweeps as
-    units are always enough, and for a single batch one is. A bounded random sample of each unit's logits is kept.
+    quantiles again with all thresholds held, until no threshold changes. As many sweeps as units are always enough
+    (twelve units took eight), and for a single batch one is. Where a unit runs several times for a batch, its logits
+    may depend on its own threshold; then at most four sweeps are made. A bounded random sample of each unit's logits is
+    kept.
 
     Args:
         model: holds stochastic units with a ``target_rate`` (every conditional layer does). It runs in ``eval()`` and
@@ -108,18 +110,16 @@ def _settle(
 ) -> dict[str, float]:
     """Sweep until the thresholds stand still; return the shares that they open, in the order of running.
 
-    Each sweep settles one more unit of a chain for good, so as many sweeps as units are exact: then all processes
-    together find what one would with all of the data. With more units than sweeps, they stop once the shares hardly
-    change.
+    Each sweep settles one more unit of a chain for good, and thresholds that stood still for a whole sweep stay: then
+    all processes together find what one would with all of the data.
     """
-    shares: dict[str, float] = {}
-    for sweep in range(_SWEEPS):
+    for sweep in itertools.count(1):
         samples = {name: _Sample(unit, target_rate) for name, unit in units.items()}
-        needed, order = _swept(model, samples, loader, run, moving=sweep == 0)
-        in_force = {name: samples[name].share() for name in order}
+        needed, order = _swept(model, samples, loader, run, moving=sweep == 1)
+        before = [units[name].threshold.clone() for name in order]
         shares = {name: samples[name].settle() for name in order}
-        moved = max(abs(shares[name] - in_force[name]) for name in order)
-        if sweep + 1 >= needed or (sweep > 0 and moved <= (_SETTLED if needed > _SWEEPS else 0)):
+        still = all(torch.equal(units[name].threshold, at) for name, at in zip(order, before, strict=True))
+        if sweep >= needed or (still and sweep > 1):
             break
     return shares
 
@@ -127,7 +127,7 @@ def _settle(
 def _swept(
     model: nn.Module, samples: dict[str, "_Sample"], loader: Iterable[Any], run: Callable[..., Any], moving: bool
 ) -> tuple[int, list[str]]:
-    """Sweep; return how many sweeps are exact, and the units that ran, in their order, in any process."""
+    """Sweep; return how many sweeps are enough, and the units that ran, in their order, in any process."""
     error: Exception | None = None
     once, batches = True, 0
     try:
@@ -138,7 +138,7 @@ def _swept(
     if not is_distributed():
         if error is not None:
             raise error
-        return 1 if once and batches == 1 else _needed(order, once), order
+        return 1 if once and batches == 1 else len(order) if once else _CIRCLE, order
     empty = isinstance(error, _NothingSeenError)
     found = gathered((None if error is None or empty else f"{type(error).__name__}: {error}", order, once))
     if error is not None and not empty:
@@ -149,12 +149,7 @@ def _swept(
     order = max((names for _, names, _ in found), key=len)
     if not order:
         raise error or ValueError("loader: yielded no batch in any process")
-    return _needed(order, all(each for *_, each in found)), order
-
-
-def _needed(order: list[str], once: bool) -> int:
-    """Return how many sweeps are exact: one for each unit of a chain; more than are made where a unit runs twice."""
-    return len(order) if once or len(order) == 1 else _SWEEPS + 1
+    return len(order) if all(each for *_, each in found) else _CIRCLE, order
 
 
 class _NothingSeenError(ValueError):

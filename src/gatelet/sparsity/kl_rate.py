@@ -53,17 +53,21 @@ class KLRate(Controller):
                 f"KLRate: the firing probability of {type(estimator).__name__} does not depend smoothly on its "
                 "logits; hold its rate with AdaptiveL1"
             )
-        rate = batch_mean(probability)
-        if rate is None:
-            return logits.new_zeros(())
-        # This keeps the penalty finite where a rate rounds to 0 or 1. The bounds are the nearest numbers that are
-        # neither, because a unit beyond them gets no gradient, and the gradient it should get, s − p per logit, is not
-        # small.
-        rate = rate.clamp(torch.finfo(rate.dtype).tiny, 1 - torch.finfo(rate.dtype).eps / 2)
-        s = self.target_rate
-        entropy = s * math.log(s) + (1 - s) * math.log1p(-s)
-        return self.weight * (entropy - s * rate.log() - (1 - s) * torch.log1p(-rate)).sum()
+        return rate_penalty(probability, self.target_rate, self.weight)
 
     def extra_repr(self) -> str:
         """Show the rate and the weight."""
         return f"target_rate={self.target_rate:g}, weight={self.weight:g}"
+
+
+def rate_penalty(probability: Float[Tensor, "*lead N"], s: float, weight: float) -> Float[Tensor, ""]:
+    """Return λ Σ_i KL(s ‖ p_i), p_i the mean over the examples of all processes; zero if there are none."""
+    rate = batch_mean(probability)
+    if rate is None:
+        return probability.new_zeros(())
+    # This keeps the penalty finite where a rate rounds to 0 or 1. The bounds are the nearest numbers that are
+    # neither, because a unit beyond them gets no gradient, and the gradient it should get, s − p per logit, is not
+    # small.
+    rate = rate.clamp(torch.finfo(rate.dtype).tiny, 1 - torch.finfo(rate.dtype).eps / 2)
+    entropy = s * math.log(s) + (1 - s) * math.log1p(-s)
+    return weight * (entropy - s * rate.log() - (1 - s) * torch.log1p(-rate)).sum()

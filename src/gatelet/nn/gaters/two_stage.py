@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gatelet._checks import check_count, check_input, check_positive, check_rate
+from gatelet.estimators._noise import wide
 from gatelet.kernels import gated_linear
 from gatelet.nn.gaters.mlp import glorot_
 from gatelet.nn.parts import more_than_affine
+from gatelet.sparsity.kl_rate import rate_penalty
 
 CLOSED = -1e4
 """The logit of a unit that was not computed; finite, and in half precision too."""
@@ -124,12 +126,8 @@ class TwoStageGater(nn.Module):
         logits, self._last = self._last, None
         if logits is None or self.group_rate is None:
             return self.hidden.weight.new_zeros(())
-        logits = logits.float() if mask is None else logits[mask].float()
-        if not logits.shape[:-1].numel():
-            return logits.new_zeros(())
-        rate, s = logits.sigmoid().flatten(0, -2).mean(0).clamp(1e-30, 1 - 6e-8), self.group_rate
-        entropy = s * math.log(s) + (1 - s) * math.log1p(-s)
-        return self.weight * (entropy - s * rate.log() - (1 - s) * torch.log1p(-rate)).sum()
+        logits = logits if mask is None else logits[mask]
+        return rate_penalty(logits.to(wide(logits)).sigmoid(), self.group_rate, self.weight)
 
     @property
     def flops(self) -> int:
