@@ -1,5 +1,7 @@
 """The products over lists of open units, against loops and PyTorch's own."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -184,3 +186,18 @@ def test_large_results_are_ordinary_tensors() -> None:
         assert found.dtype == torch.float64
         found.zero_()
         assert found.sum() == 0
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_pages_are_asked_for_only_where_they_are_not_there_yet(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def in_core(place: int, length: int, told: Any) -> int:
+        told[0] = bytes([there])
+        return 0
+
+    system = memory._System(lambda *args: asked.append(args), in_core)
+    monkeypatch.setattr(memory, "_system", lambda: system)
+    memory.empty(torch.zeros(1), (memory.LARGE // 4, 1))
+    memory.empty(torch.zeros(1), (3, 5))  # too small to be worth it
+    assert bool(asked) is not there

@@ -414,6 +414,8 @@ def test_auto_takes_dense_from_break_even_on(monkeypatch):
     # Weights of 4 MiB do not stay near: few examples lift break-even by 8/B.
     near, far = (numba.limit(layer(64, 256, units)) for units in (4095, 4096))
     assert far - near == pytest.approx(8 / 64)
+    # A call costs as much as 65 536 multiply-adds: half of 256 · 512.
+    assert numba.limit(layer(1, 256, 512)) == 0.5
 
 
 def test_auto_takes_the_two_products_of_an_ffn_for_what_they_are(monkeypatch):

@@ -93,8 +93,10 @@ class Numba(Backend):
 
 def limit(layer: Layer) -> float:
     """Return the active fraction at which kernel and dense product are expected to take the same time."""
+    work = layer.batch * layer.units * layer.width
     if layer.batch <= FEW:
-        return 1.0
+        # A call costs about as much as SMALL multiply-adds; looking at the gates would cost more than a tenth of most.
+        return 1.0 if work >= 4 * SMALL else 1.0 - SMALL / max(work, SMALL)
     gradients, width = layer.gradients, layer.width
     # Two of the three products of a training step are those of units: only the forward pass has a kernel for groups.
     cost = costs("group" if layer.group >= SMALLEST_GROUP and not gradients else "unit", layer.dtype)

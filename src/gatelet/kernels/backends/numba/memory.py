@@ -3,36 +3,56 @@
 import ctypes
 import functools
 import mmap
-from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 LARGE = 1 << 22
 """Bytes of a result from which it pays to ask: the C library takes and gives such memory back at every call."""
-
-
 POPULATE = 23
 """Linux's MADV_POPULATE_WRITE: give the pages now. Threads that meet in a page not yet there wait for each other."""
+SAMPLE = 4
+"""Pages that are looked at. Asking for pages that are all there takes longer than to write them."""
+
+
+class _System(NamedTuple):
+    """The C library's madvise and mincore."""
+
+    advise: Any
+    in_core: Any
 
 
 @functools.cache
-def _advise() -> Callable[[int, int, int], int] | None:
-    """Return the C library's madvise, None where there is none, or no large pages."""
+def _system() -> _System | None:
+    """Return the C library's functions, None where they are not there, or no large pages."""
     try:
-        found = ctypes.CDLL(None).madvise
+        library = ctypes.CDLL(None)
+        found = _System(library.madvise, library.mincore)
     except (OSError, AttributeError, TypeError):
         return None
-    found.argtypes, found.restype = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], ctypes.c_int
+    found.advise.argtypes, found.advise.restype = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], ctypes.c_int
+    found.in_core.argtypes, found.in_core.restype = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p], ctypes.c_int
     return found if hasattr(mmap, "MADV_HUGEPAGE") else None
 
 
 def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Return ``like.new_empty(shape)``; what is large and new is then written at a fault per 2 MB, not per 4 KB."""
     found = like.new_empty(shape)
-    if found.nbytes >= LARGE and (advise := _advise()) is not None:
+    if found.nbytes >= LARGE and (system := _system()) is not None:
         # Whole pages inside; a refusal changes nothing.
         begin = -(-found.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-        length = (found.data_ptr() + found.nbytes - begin) // mmap.PAGESIZE * mmap.PAGESIZE
-        advise(begin, length, mmap.MADV_HUGEPAGE)
-        advise(begin, length, POPULATE)
+        pages = (found.data_ptr() + found.nbytes - begin) // mmap.PAGESIZE
+        if not _there(system, begin, pages):
+            system.advise(begin, pages * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
+            system.advise(begin, pages * mmap.PAGESIZE, POPULATE)
     return found
+
+
+def _there(system: _System, begin: int, pages: int) -> bool:
+    """Whether the system has given this memory's pages already, by a few of them from its first to its last."""
+    told = ctypes.create_string_buffer(1)
+    for each in range(SAMPLE):
+        place = begin + (pages - 1) * each // (SAMPLE - 1) * mmap.PAGESIZE
+        if system.in_core(place, mmap.PAGESIZE, told) != 0 or not told.raw[0] & 1:
+            return False
+    return True

@@ -18,6 +18,7 @@ import os
 import pickle
 import time
 import warnings
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ are free costs under half a percent, and shrinks with every region that did not 
 interruptions while they are under 4 % of the regions."""
 
 call, note_time = vector.call, vector.note_time
-_Kernel = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+_callable = functools.cache(ctypes.CFUNCTYPE(None, ctypes.c_void_p))
 CLOCK = getattr(time, "CLOCK_MONOTONIC", None)
 HEAD = 4
 """Words before a kernel's own arguments: its address, whether a thread has left, and when (seconds, nanoseconds)."""
@@ -89,7 +90,7 @@ def threads(numbers: int | None = None) -> int:
 
 def run(kernel: int, args: Sequence[int], team: int) -> None:
     """Call the kernel at this address with these arguments, on ``team`` threads at once."""
-    _run(kernel, (ctypes.c_int64 * (HEAD + RESERVED + len(args)))(kernel, 0, 0, 0, 0, 0, *args), team)
+    _run(kernel, array("q", (kernel, 0, 0, 0, 0, 0, *args)), team)
 
 
 class Prepared:
@@ -101,23 +102,23 @@ class Prepared:
     def __init__(self, kernel: int, args: Sequence[int | None]) -> None:
         self.kernel = kernel
         self.places = [HEAD + RESERVED + place for place, each in enumerate(args) if each is None]
-        self.form = ctypes.c_int64 * (HEAD + RESERVED + len(args))
-        self.packed = bytes(self.form(kernel, 0, 0, 0, 0, 0, *(each or 0 for each in args)))
+        self.packed = array("q", (kernel, 0, 0, 0, 0, 0, *(each or 0 for each in args)))
 
     def __call__(self, team: int, *values: int) -> None:
         """Run the kernel on ``team`` threads."""
-        packed = self.form.from_buffer_copy(self.packed)
+        packed = self.packed[:]
         for place, value in zip(self.places, values, strict=True):
             packed[place] = value
         _run(self.kernel, packed, team)
 
 
-def _run(kernel: int, packed: "ctypes.Array[ctypes.c_int64]", team: int) -> None:
+def _run(kernel: int, packed: "array[int]", team: int) -> None:
+    address, _ = packed.buffer_info()
     if team == 1 or _parallel is None:
-        _Kernel(kernel)(ctypes.addressof(packed) + 8 * HEAD)
+        _callable(kernel)(address + 8 * HEAD)
         return
     begin = time.monotonic_ns()
-    _parallel(_timed()[1], ctypes.addressof(packed), team, 0)
+    _parallel(_timed()[1], address, team, 0)
     _judge(begin, packed[2] * 1_000_000_000 + packed[3], time.monotonic_ns())
 
 
