@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gatelet.estimators import Estimator
 from gatelet.kernels import OpenPattern
 from gatelet.nn.conditional_ffn import ACTIVATIONS
-from gatelet.nn.gating import ConditionalLayer
+from gatelet.nn.conditional_layer import ConditionalLayer
 from gatelet.nn.parts import Affine, Part, more_than_affine, part_of
 
 Kind = Literal["module", "transformer", "bert", "sequential", "pair", "up", "down"]

@@ -10,7 +10,7 @@ from torch import nn
 from gatelet import estimators, sparsity
 from gatelet.convert.block import Block, BlockGating, Options, module_path
 from gatelet.convert.place import blocks, is_hugging_face, put, without_nested_tensors
-from gatelet.nn.gating import ConditionalLayer
+from gatelet.nn.conditional_layer import ConditionalLayer
 
 PLAIN = (bool, int, float, str, type(None))
 

@@ -17,7 +17,7 @@ from gatelet.convert.block import BlockGating
 from gatelet.convert.place import blocks
 from gatelet.convert.progress import Progress
 from gatelet.convert.student import Student, recording
-from gatelet.nn.gating import masking
+from gatelet.nn.conditional_layer import masking
 from gatelet.sparsity import calibrate_thresholds
 
 Forward = Callable[[nn.Module, Any], Any]

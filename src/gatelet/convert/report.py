@@ -15,7 +15,7 @@ from gatelet.convert.block import BlockGating
 from gatelet.convert.place import blocks
 from gatelet.convert.run import run_block
 from gatelet.estimators._distributed import alone, is_distributed, meet, total
-from gatelet.nn.gating import ConditionalLayer, conditional_layers, fully_open
+from gatelet.nn.conditional_layer import ConditionalLayer, conditional_layers, fully_open
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import nn
 
 from gatelet.convert.describe import FORMAT, describe, rates, restore
 from gatelet.convert.place import is_hugging_face
-from gatelet.nn.gating import conditional_layers
+from gatelet.nn.conditional_layer import conditional_layers
 
 DESCRIPTION, WEIGHTS, CONFIGURATION = "gatelet.json", "model.safetensors", "config.json"
 

@@ -16,8 +16,8 @@ from gatelet.convert.place import blocks, put, without_nested_tensors
 from gatelet.convert.promise import Promise, promise
 from gatelet.convert.run import Swapped
 from gatelet.estimators import Estimator, resolve
+from gatelet.nn.conditional_layer import ConditionalLayer
 from gatelet.nn.gaters import GaterError
-from gatelet.nn.gating import ConditionalLayer
 from gatelet.nn.parts import was_replaced
 
 Where = str | Iterable[str] | Callable[[str, nn.Module], bool]

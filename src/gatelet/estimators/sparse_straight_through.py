@@ -74,7 +74,6 @@ class StraightThroughSampled(Estimator):
     def __init__(self, share: float = 0.1) -> None:
         super().__init__()
         self.share = check_rate(share, "share")
-        self.extra_breaks = (self.share,)
 
     def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N 2"]) -> Float[Tensor, "*lead N"]:
         """Return the sample, with slope 1 where it is open and 1/q where it is closed and computed."""

@@ -13,8 +13,8 @@ from gatelet.estimators import Estimator
 from gatelet.kernels import ACTIVATIONS as FUSED
 from gatelet.kernels import gated_ffn, gated_input_linear, gated_linear, open_pattern
 from gatelet.nn._units import ALL_HERE, Units
+from gatelet.nn.conditional_layer import ConditionalLayer
 from gatelet.nn.gaters import PreviewGater, SelfGater
-from gatelet.nn.gating import ConditionalLayer
 from gatelet.nn.parts import Affine, Part, all_affine, apply, part_of
 from gatelet.sparsity._controller import Controller
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from gatelet._checks import check_count
 from gatelet.estimators import Estimator
 from gatelet.kernels import gated_linear
+from gatelet.nn.conditional_layer import ConditionalLayer
 from gatelet.nn.gaters import glorot_
-from gatelet.nn.gating import ConditionalLayer
 from gatelet.nn.parts import Affine, all_affine, apply, part_of
 from gatelet.sparsity._controller import Controller
 
