@@ -220,6 +220,17 @@ def test_the_next_example_may_start_lower():
     OpenPattern.from_indices(torch.tensor([[4, 5], [0, 1], [1, 5]]), 6)
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("starts", [[0, 2], [0, 0, 2], [0, 2, 2], [0, 0, 2, 2, 2]])
+def test_wrong_order_is_found_beside_examples_with_nothing_open(starts):
+    def csr(units):
+        return torch.sparse_csr_tensor(torch.tensor(starts), torch.tensor(units), torch.ones(2), (len(starts) - 1, 6))
+
+    OpenPattern.from_indices(csr([2, 5]), 6)
+    with pytest.raises(ValueError, match=f"example {starts.index(2) - 1} has unit 5 before unit 2"):
+        OpenPattern.from_indices(csr([5, 2]), 6)
+
+
 def test_errors_name_the_argument():
     linear, after, ffn = map(inspect.unwrap, (gated_linear, gated_input_linear, gated_ffn))
     p = Problem()

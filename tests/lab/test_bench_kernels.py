@@ -1,13 +1,16 @@
 """The benchmark times only what computes the same, and its table can be read."""
 
+import json
+import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
 from gatelet_lab import data
-from gatelet_lab.bench import auto, kernels, step
+from gatelet_lab.bench import auto, kernels, step, timing, trained
 from gatelet_lab.commands import bench_kernels
 from gatelet_lab.commands.bench_kernels import BenchKernels
 from gatelet_lab.training.paper import PaperTrainer
@@ -70,3 +73,45 @@ def test_the_sweeps_can_be_drawn(tmp_path):
     report = {"rates": [point | {"rate": rate} for rate in (0.1, 0.5)], "units": [point | {"units": 100}]}
     kernels.plot(report, tmp_path / "kernels.png")
     assert 0 < (tmp_path / "kernels.png").stat().st_size < 200_000
+
+
+def test_a_peer_that_fails_is_announced(monkeypatch):
+    def fails(*args):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(kernels, "grouped_mm", fails)
+    with pytest.warns(UserWarning, match="grouped_mm is left out, for it fails: no such kernel"):
+        ways = kernels.prepare(kernels.Row("row", 24, 32, group=8), 5, 0.3, True)
+    assert "grouped_mm" not in ways
+
+
+def test_what_other_processes_used_is_not_said_where_it_is_not_known(monkeypatch):
+    monkeypatch.setattr(timing, "Path", lambda path: Path("/nowhere"))
+    assert math.isnan(timing.interleaved({"way": lambda: None}, 0.0)[1])
+
+
+def test_learnt_gates_are_timed_beside_those_drawn_again(tmp_path, monkeypatch, capsys):
+    digits = data.load("digits")
+    monkeypatch.setattr(trained.data, "load", lambda name: digits)
+    monkeypatch.setattr(trained, "recipe", lambda row, table: recipe(row, "quick").but(experts=64, bottleneck=16))
+    monkeypatch.setattr(trained, "ROWS", ("noisy_rectifier",))
+    monkeypatch.setattr(trained, "BATCHES", (8,))
+    options = replace(QUICK, trained=tmp_path, epochs=1)
+    bench_kernels.run(options, Console(width=250))
+    out = capsys.readouterr().out
+    assert [line.split()[:2] for line in out.splitlines() if line.startswith("  8 ")] == [
+        ["8", "forward"],
+        ["8", "f+b"],
+    ] * 2
+    assert len(json.loads((tmp_path / "trained.json").read_text())["results"]) == 4  # test images, in training
+    (made,) = tmp_path.glob("*.pt")
+    before = made.stat().st_mtime_ns
+    learnt = trained.kept(made, lambda: pytest.fail("it is there"))
+    assert made.stat().st_mtime_ns == before
+    kinds = trained.drawn_again(learnt[0].gate, len(learnt[0].gate))
+    assert torch.equal(kinds["as often"].count_nonzero(0), kinds["trained"].count_nonzero(0))
+    assert not torch.equal(kinds["as often"], kinds["trained"])
+    assert kinds["random"].count_nonzero() == kinds["trained"].count_nonzero()
+    monkeypatch.setattr(trained, "common_dense", lambda *args: trained.dense(*args) * 1.1)
+    with pytest.raises(RuntimeError, match="common units dense computes something else"):
+        trained.compare(learnt[0], 8, False, lambda ways: dict.fromkeys(ways, 1.0))

@@ -184,20 +184,28 @@ def pattern_of_indices(indices: Tensor, units: int, name: str) -> OpenPattern:
         names = indices.reshape(-1).long()
         starts = torch.arange(lead.numel() + 1, device=indices.device) * most
     if names.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_lists(starts, names, units, name)
+        _check_lists(starts, names, units, name, most)
     return OpenPattern(Lists(starts, names, units), lead, units, most)
 
 
-def _check_lists(starts: Tensor, units: Tensor, count: int, name: str) -> None:
-    """Raise unless every example's list is ascending and within 0 … N − 1."""
+def _check_lists(starts: Tensor, units: Tensor, count: int, name: str, most: int | None) -> None:
+    """Raise unless every example's list is ascending and within 0 … N − 1; ``most`` is its length if all have one."""
     if not len(units):
         return
-    low, high = int(units.min()), int(units.max())
+    wrong = units[1:] <= units[:-1]
+    firsts, lasts = units, units
+    if most is None:
+        begins = starts[1:-1]
+        wrong[begins[(begins > 0) & (begins < len(units))] - 1] = False
+    else:
+        wrong[most - 1 :: most] = False
+    found = bool(wrong.any())
+    if most is not None and not found:  # the least and the largest of each list are at its ends
+        firsts, lasts = units[::most], units[most - 1 :: most]
+    low, high = int(firsts.min()), int(lasts.max())
     if low < 0 or high >= count:
         raise ValueError(f"{name} must lie in 0 … {count - 1}, but {low if low < 0 else high} is among them")
-    wrong = units[1:] <= units[:-1]
-    wrong[(starts[1:-1] - 1).clamp(0, max(len(wrong) - 1, 0))] = False  # where the next example begins
-    if wrong.any():
+    if found:
         place = int(wrong.nonzero()[0])
         first, second = int(units[place]), int(units[place + 1])
         example = int(torch.searchsorted(starts, place, right=True)) - 1

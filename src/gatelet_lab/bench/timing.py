@@ -1,5 +1,6 @@
 """Timing ways of computing the same in turns, and what the machine is."""
 
+import math
 import os
 import platform
 import random
@@ -36,7 +37,7 @@ def machine() -> dict[str, Any]:
 
 
 def interleaved(ways: Ways, budget: float, patience: float = 0.0) -> tuple[dict[Any, float], float]:
-    """Return each way's median time in turns, and the share of a core that other processes used meanwhile.
+    """Return each way's median time in turns, and the share of a core that other processes used meanwhile, if known.
 
     With ``patience`` (seconds) a disturbed measurement is repeated; the least disturbed one counts.
     """
@@ -63,7 +64,8 @@ def _once(ways: Ways, budget: float) -> tuple[dict[Any, float], float]:
         # Whatever ran before leaves its weights in the caches, so the order is shuffled.
         random.shuffle(order)
     wall = time.perf_counter() - begin
-    others = max(0.0, _busy() - busy - (time.process_time() - own)) / wall
+    others = (_busy() - busy - (time.process_time() - own)) / wall
+    others = 0.0 if others < 0 else others
     return {name: statistics.median(each) for name, each in times.items()}, round(others, 3)
 
 
@@ -72,4 +74,4 @@ def _busy() -> float:
     with suppress(OSError, ValueError):
         fields = [int(each) for each in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
         return (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
-    return 0.0
+    return math.nan

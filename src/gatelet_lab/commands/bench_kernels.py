@@ -16,6 +16,7 @@ from gatelet_lab.bench.lists import show_lists
 from gatelet_lab.bench.rows import show_rows
 from gatelet_lab.bench.step import show_steps
 from gatelet_lab.bench.timing import Ways, interleaved, machine
+from gatelet_lab.bench.trained import show_trained
 from gatelet_lab.files import write_json
 
 
@@ -39,6 +40,13 @@ class BenchKernels:
     """Instead of the table: inference over bfloat16 and int8 weights, beside dense layers of the same format."""
     busy: int | None = None
     """Instead of the table: how long single calls take while this many other processes keep the cores busy."""
+    trained: Path | None = None
+    """Instead of the table: gates of trained networks, beside random ones. This directory keeps them, and the table as
+    trained.json; what is not there yet is trained first."""
+    epochs: int = 2
+    """For how many epochs, with --trained."""
+    model: Path | None = None
+    """With --trained, also the middle block of this language model (a directory of Hugging Face's or a GGUF file)."""
     plot: Path | None = None
     """Directory for the sweeps' plot and the numbers as JSON."""
     patience: float = 10.0
@@ -66,6 +74,10 @@ def run(options: BenchKernels, console: Console) -> None:
         if options.busy < 0:
             raise ValueError(f"--busy {options.busy}: a number of processes is at least 0")
         show_busy(options.busy, RATE, 2.0 if options.quick else 8.0, console)
+    elif options.trained is not None:
+        epochs = check_count(options.epochs, "--epochs")
+        found = show_trained(options.trained, epochs, options.model, seconds, console)
+        write_json(options.trained / "trained.json", {"machine": about, "results": found})
     elif options.step:
         show_steps(budget, options.patience, check_count(options.bottleneck, "--bottleneck"), console)
     elif options.auto:
