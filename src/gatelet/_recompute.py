@@ -1,7 +1,8 @@
 """Activation checkpointing: whether a forward pass is the repetition of an earlier one, and what that one had seen.
 
 ``torch.utils.checkpoint`` runs a module a second time, during the backward pass, for the values that it did not keep.
-The second run must do what the first did (same noise, same state of the controllers), and must move nothing again.
+The second run must do what the first did (same noise, same state of the controllers), and must not change any state
+again.
 """
 
 from collections import deque
@@ -13,7 +14,7 @@ from torch import Tensor
 KEPT = 256
 """First passes that are remembered until their repetition: more than any pipeline has micro-batches under way."""
 SAMPLE = 64
-"""Numbers of the input that tell passes apart that drew no noise."""
+"""How many numbers of the input tell apart passes that drew no noise."""
 
 
 def recomputing() -> bool:
@@ -22,7 +23,7 @@ def recomputing() -> bool:
 
 
 def to_be_repeated() -> bool:
-    """Whether something (activation checkpointing, as it does) keeps this pass's values in another way."""
+    """Whether something, such as activation checkpointing, decides what is kept of this pass."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
@@ -42,7 +43,8 @@ class Passes:
     """The first passes of one module that may be repeated.
 
     A repetition is known by the state of torch's random generator, which checkpointing restores: a pass that draws
-    the same noise is the same pass. Where none is drawn, and several passes have the same state, their inputs tell.
+    the same noise is the same pass. Where none is drawn, and several passes have the same state, their inputs tell them
+    apart.
     """
 
     def __init__(self) -> None:

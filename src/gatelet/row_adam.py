@@ -1,4 +1,4 @@
-"""RowAdam: Adam for weights of which a step touches some rows."""
+"""RowAdam: Adam for weights of which each step touches only some rows."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -21,14 +21,14 @@ class RowAdam(torch.optim.Optimizer):
 
     Args:
         params: parameters or groups of them. A group with ``unit_rows=True`` holds matrices whose rows keep unit
-            length: the gradient's part along the row is taken off, and the row is rescaled after its step.
+            length: the gradient's part along the row is removed, and the row is rescaled after its step.
         lr: η.
         betas: β₁, β₂.
         eps: ε.
 
     Raises:
         ValueError: for a rate, betas or ε outside of their ranges.
-        TypeError: at the step, for a sparse gradient of something else than a matrix.
+        TypeError: at the step, for a sparse gradient of a parameter that is not a matrix.
 
     >>> import torch
     >>> weight = torch.nn.Parameter(torch.ones(3, 2))

@@ -35,7 +35,7 @@ class Tape:
     Theorem 1: a unit needs only the loss, broadcast to it; no gradient comes down through its gates.
     :meth:`surrogate` adds to each example's loss a zero whose gradient to the logits is the estimator's,
     (h − σ(a))·(L − L̄) for :class:`~gatelet.estimators.ScoreFunction`. Units of other kinds do not use the
-    tape and are not touched by it, so a training loop may always have one.
+    tape and are not touched by it, so a training loop may always use one.
 
     A unit uses the innermost open tape of the thread that runs the forward pass; ``torch.compile`` sees through it.
 
@@ -113,9 +113,9 @@ class Tape:
         """Return the loss, with the gradient of every recorded unit's estimator added to its own.
 
         Args:
-            loss: one loss per example (B,), or (K·B,) where the inputs were replicated: as the units' logits
-                (B, ..., N) without the units, and without any middle dimensions in which one example's units
-                acted several times.
+            loss: one loss per example (B,), or (K·B,) where the inputs were replicated: the shape of the units' logits
+                (B, ..., N) without N, and without any middle dimensions in which one example's units acted several
+                times.
 
         Returns:
             equal to ``loss``, floating where that was boolean or of integers. Reduce it as you would the loss:
@@ -184,8 +184,7 @@ def _equal_replicas(logits: Tensor) -> bool:
     """Whether (K, B, ..., N) is K times the same, but for rounding: a product may add up its rows in several orders."""
     if not logits.numel():
         return True
-    # A layer of gates below sets the replicas apart almost everywhere: some thousand places tell, at a fraction of
-    # the cost.
+    # A layer of gates below makes replicas differ almost everywhere, so comparing some thousand places is enough.
     each = logits.detach().flatten(1)
     some = each[:, :: each.shape[1] // _COMPARED | 1]
     if torch.equal(some, some[:1].expand_as(some)):

@@ -118,9 +118,9 @@ class StochasticUnit(nn.Module):
     def _sampled(self, logits: Tensor, noise: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """Return gates without gradient, and tell the tape, whose loss the estimator needs."""
         learns = logits.requires_grad and torch.is_grad_enabled()
-        if self.estimator.antithetic and not learns:  # a sample that is compared with nothing needs no twin
+        if self.estimator.antithetic and not learns:  # without a gradient no antithetic pair is needed
             return self.estimator.sample(logits, UNIFORM.sample(logits.shape, logits, generator))
-        again = learns and recomputing()  # the tape has heard the first run, and is closed
+        again = learns and recomputing()  # the tape recorded the first run, and is closed
         tape = Tape.current() if learns and not again else None
         samples = 1 if tape is None else tape.samples
         if again:
@@ -156,8 +156,8 @@ class StochasticUnit(nn.Module):
         found: int | None = self._passes.recall(logits, draws, type(self).__name__)
         if found is None:
             raise RuntimeError(
-                f"estimator {type(self.estimator).__name__} learns from the loss, but no tape heard its forward pass: "
-                "activation checkpointing of the old kind runs it without gradients; call "
+                f"estimator {type(self.estimator).__name__} learns from the loss, but no tape recorded its forward "
+                "pass: activation checkpointing with use_reentrant=True runs it without gradients; call "
                 "checkpoint(..., use_reentrant=False), under `with gatelet.Tape() as tape:`"
             )
         return found

@@ -93,7 +93,7 @@ def test_early_stopping_keeps_the_best_state():
     model, teacher = pair()
     found = distil(model, teacher, steps=1000, every=1, patience=2, lr=3.0)
     assert found.steps < 1000
-    assert found.why_stopped == "no better for 2 looks"
+    assert found.why_stopped == "no better in 2 measurements"
     assert sum(found.errors.values()) <= sum(found.first_errors.values())
 
 
@@ -233,7 +233,7 @@ def test_bad_models():
         distil(model, teacher[:2])
     with pytest.raises(ValueError, match=r"teacher: its block .* is converted too"):
         distil(model, model)
-    with pytest.raises(ValueError, match=r"teacher: did not run the block '3\.gating' when it is run on a batch"):
+    with pytest.raises(ValueError, match=r"teacher: does not run the block '3\.gating' in a forward pass"):
         distil(model, teacher, forward=lambda module, batch: module[:3](batch))
 
 

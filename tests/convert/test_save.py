@@ -174,10 +174,10 @@ def test_what_no_description_could_make_again(tmp_path):
         pass
 
     model = converted(llama, estimator=Mine())
-    with pytest.raises(ValueError, match="estimator: Mine is none of gatelet's own"):
+    with pytest.raises(ValueError, match="estimator: Mine is not a class of gatelet's"):
         gatelet.save(model, tmp_path)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="saved without what its gates were made of: estimator: Mine"):
+    with pytest.raises(ValueError, match="saved without a description of its gates: estimator: Mine"):
         transformers.LlamaForCausalLM.from_pretrained(tmp_path)
 
 

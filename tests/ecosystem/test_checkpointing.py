@@ -108,7 +108,7 @@ def test_the_old_kind_says_what_to_do():
     unit = gatelet.StochasticUnit("score_function")
     with gatelet.Tape() as tape:
         y = checkpoint(unit, x, use_reentrant=True)
-    with pytest.raises(RuntimeError, match=r"no tape heard its forward pass.*use_reentrant=False"):
+    with pytest.raises(RuntimeError, match=r"no tape recorded its forward pass.*use_reentrant=False"):
         tape.surrogate(y.sum(-1)).mean().backward()
 
 

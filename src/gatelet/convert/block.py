@@ -34,8 +34,8 @@ class Block:
     """Where the parts of a feed-forward block lie in the module that owns it, by attribute path.
 
     Args:
-        kind: whose computation is replaced (``METHOD``); of a ``"pair"``, whose owner calls W1, the activation and W2
-            among other things, that of the two maps (``"up"``, ``"down"``).
+        kind: what is replaced (``METHOD``); for a ``"pair"``, whose owner calls W1, the activation and W2 among other
+            things, the two maps (``"up"``, ``"down"``).
         up, down, glu: the affine maps W1, W2 and, gated, W_g. Where W_g and W1 are one matrix, ``"path:0"`` is the half
             of its outputs that comes first and ``"path:1"`` the other.
         activation: a name of ``ACTIVATIONS``.
@@ -82,7 +82,7 @@ class BlockGating(ConditionalLayer):
     block: Block
     options: Options
     passed: OpenPattern | None = None
-    """Of a pair: the units that W1 opened in the call that W2's belongs to."""
+    """For a pair: the units that W1 opened in the call that W2's belongs to."""
 
     @property
     def has_glu(self) -> bool:
@@ -125,7 +125,7 @@ def _half_of(part: Part, path: str) -> Part:
 
 
 def at(owner: nn.Module, path: str) -> Any:
-    """Return the submodule at this attribute path; of a half, the whole."""
+    """Return the submodule at this attribute path; for a half, the whole."""
     path = module_path(path)
     return operator.attrgetter(path)(owner) if "." in path else owner._modules[path]
 
@@ -140,7 +140,7 @@ def affine_of(module: nn.Module) -> Affine:
 
 
 def affine_at(owner: nn.Module, path: str) -> Affine:
-    """Return weight (N, D) and bias of the affine map at this path; not what hangs on it."""
+    """Return weight (N, D) and bias of the affine map at this path; without what was added to it."""
     return cast(Affine, _half_of(affine_of(at(owner, path)), path))
 
 
@@ -155,7 +155,8 @@ def all_of(owner: nn.Module, path: str) -> Affine:
         module = at(owner, path)
         raise ValueError(
             f"model: {path} is a {type(module).__name__} whose weight must not be read alone, because "
-            f"{more_than_affine(module)}; take that off for this (merge an adapter, remove hooks), then put it on again"
+            f"{more_than_affine(module)}; remove that first (merge an adapter, remove hooks), and add it again "
+            "afterwards"
         )
     return part
 

@@ -1,4 +1,4 @@
-"""What was converted with which options, as plain data: what stands beside the weights on disk."""
+"""What was converted with which options, as plain data that is saved beside the weights."""
 
 import dataclasses
 import inspect
@@ -67,10 +67,10 @@ def _options(options: Options) -> dict[str, Any]:
 
 
 def _made(value: object, argument: str, known: Any) -> dict[str, Any]:
-    """Return of what class an object is, by its name among the known ones, and with which arguments it was made."""
+    """Return an object's class, by its name among the known ones, and the arguments it was made with."""
     name = next((name for name, each in known.items() if each is type(value)), None)
     if name is None:
-        raise ValueError(f"{argument}: {type(value).__name__} is none of gatelet's own and cannot be described")
+        raise ValueError(f"{argument}: {type(value).__name__} is not a class of gatelet's and cannot be described")
     arguments = {}
     for parameter in inspect.signature(type(value)).parameters.values():
         held = getattr(value, parameter.name, inspect.Parameter.empty)

@@ -69,35 +69,34 @@ def distil(
     """Fit a converted model's gaters (and, on request, its blocks' weights) to the dense model, then calibrate.
 
     Every block is fitted by itself, on the inputs x that it has in the teacher. The gater learns which units matter:
-    of unit n, closing it costs about c_n = (hidden_n · ‖W2 column n‖)² of the output; open should be the units of
-    highest cost, as many as the target rate says over the batch's tokens. With t the cost at that limit, the loss is
+    closing unit n costs about c_n = (hidden_n · ‖W2 column n‖)² of the output; the units of highest cost should be
+    open, as many as the target rate says over the batch's tokens. With t the cost at that limit, the loss is
 
         mean √|c_n − t| · softplus(∓ logit_n) / mean √|c − t|,
 
     a logistic regression in which mistakes weigh by what they cost (a middle layer of MiniLM, half open, a gater of 64:
-    held-out error 0.029; 0.034 with |c_n − t| itself, 0.044 without weights, 0.012 if the gater knew). With
-    ``weights`` the block's W1, W2 (and W_g) and biases learn besides to give the teacher's output through the gates
-    that are open now, by
-    ‖FFN(x) − FFN_teacher(x)‖² / variance.
+    held-out error 0.029; 0.034 with |c_n − t| itself, 0.044 without weights, 0.012 if the gater knew). With ``weights``
+    the block's W1, W2 (and W_g) and biases are trained too, so that the block gives the teacher's output through the
+    gates that are open now, by ‖FFN(x) − FFN_teacher(x)‖² / variance.
 
-    It begins at the gater that least squares give to the targets sign(c − t) √|c − t|, an affine map of rank M
-    (:class:`gatelet.convert.gater_regression.GaterRegression`), where that is better than the gater that is there.
+    Fitting begins at the gater that least squares give for the targets sign(c − t) √|c − t|, an affine map of rank M
+    (:class:`gatelet.convert.gater_regression.GaterRegression`), where that is better than the present gater.
 
     The first ``held_out`` batches are kept for the held-out error, which decides about early stopping and about which
     state is kept. At the end the thresholds are calibrated, on the model's own inputs to its blocks.
 
     Args:
-        model: from :func:`gatelet.convert`; fitted in place, left in the mode in which it was.
+        model: from :func:`gatelet.convert`; fitted in place; its mode stays as it was.
         teacher: the dense model, of the same structure and names.
         loader: yields batches; must allow several passes (a list or a DataLoader, no generator).
         steps: the most steps; the learning rates fall to 0 along a cosine over them.
         weights: fit the blocks' weights too.
         lr, weights_lr: Adam's learning rates of gaters and of weights.
         held_out: this many of the loader's first batches are not trained on.
-        every: steps between two looks at the held-out error.
-        patience: stop after this many looks without a better one.
+        every: steps between two measurements of the held-out error.
+        patience: stop after this many measurements without a better one.
         calibration: this many of the loader's first batches serve to calibrate the thresholds, in a few passes.
-        checkpoint: file to write the state to at every look, atomically, and to continue from if it exists.
+        checkpoint: file to write the state to at every measurement, atomically, and to continue from if it exists.
         forward: runs a model on a batch; by default ``model(**batch)`` for a mapping, ``model(batch[0])`` for a tuple
             or list, otherwise ``model(batch)``.
         mask: gives a batch's padding mask (true at tokens); by default its ``"attention_mask"`` if it is a mapping
@@ -152,7 +151,7 @@ def distil(
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """What :func:`distil` was asked for."""
+    """The options of :func:`distil`."""
 
     steps: int
     weights: bool
@@ -220,7 +219,7 @@ class _Batches:
 
 
 class _Fit:
-    """Steps towards the teacher, with looks at the held-out error, early stopping and checkpoints."""
+    """Steps towards the teacher, with measurements of the held-out error, early stopping and checkpoints."""
 
     def __init__(
         self, students: list[Student], batches: _Batches, plan: _Plan, checkpoint: Path | None, progress: Progress
@@ -261,7 +260,7 @@ class _Fit:
         self._load(self.best)
         self.found.steps = self.step
         if self.looks >= self.plan.patience:
-            self.found.why_stopped = f"no better for {self.looks} looks"
+            self.found.why_stopped = f"no better in {self.looks} measurements"
         return self.found
 
     def _begin(self) -> None:
@@ -330,7 +329,7 @@ class _Fit:
         self.found.errors, self.found.first_errors = saved["errors"], saved["first_errors"]
 
     def _begin_gaters(self) -> dict[str, float]:
-        """Start each gater where no step is needed, if that is better than what it is; return the errors then."""
+        """Start each gater at its regression, if that is better than its present state; return the errors then."""
         first, held_out = self.found.first_errors, self.plan.held_out
         beginnings = {student: student.beginning() for student in self.students}
         fits = {student: fit for student, fit in beginnings.items() if fit is not None}
@@ -403,7 +402,7 @@ def _but_first(loader: Iterable[Any], count: int) -> Iterator[Any]:
 
 
 def _endless(loader: Iterable[Any], skip: int) -> Iterator[Any]:
-    """Yield the loader's batches again and again, without the first ``skip``."""
+    """Yield the loader's batches over and over, without the first ``skip``."""
     while True:
         any_left = False
         for batch in _but_first(loader, skip):

@@ -31,12 +31,12 @@ def _shape(module: nn.Module) -> tuple[int, int]:
 
 
 def _inputs(*shape: int) -> Tensor:
-    """Return inputs to find out with what a module computes: always the same, whatever torch's default device is."""
+    """Return inputs that show what a module computes: always the same, whatever torch's default device is."""
     return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
 
 
 def which_activation(function: Callable[[Tensor], Any]) -> str | None:
-    """Return the name of the activation that a function or module computes, None if it is none that is known."""
+    """Return the name of the activation that a function or module computes, None if it is unknown."""
     grid = torch.linspace(-6, 6, 241)
     try:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Where the fitting of gaters begins: a gater by least squares, the scale of one that decides by itself."""
+"""Where the fitting of gaters begins: least squares for a network, a scale for a gater that decides by itself."""
 
 import torch
 from jaxtyping import Float
@@ -56,7 +56,7 @@ class GaterRegression:
 
     @torch.no_grad()
     def add(self, x: Float[Tensor, "T D"], y: Float[Tensor, "T G"]) -> None:
-        """Take in inputs and the logits' targets; of the latter only proportions matter."""
+        """Add inputs and the logits' targets; only the proportions of the targets matter."""
         self.count += len(x)
         self.sum_x += x.sum(0)
         self.sum_y += y.sum(0)
@@ -93,7 +93,7 @@ class GaterRegression:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Give the gater the weights that it had."""
+        """Give the gater back the weights that it had."""
         for parameter, value in zip(self.gater.parameters(), self.before, strict=True):
             parameter.copy_(value)
 
@@ -124,7 +124,7 @@ class ScaleFit:
 
     @torch.no_grad()
     def add(self, factor: Float[Tensor, "T N"], w_down: Float[Tensor, "O N"]) -> None:
-        """Take in what the activations are multiplied by, and W2."""
+        """Add what the activations are multiplied by, and W2."""
         self.count += len(factor)
         self.sum += factor.square().sum(0)
         self.norms = w_down.norm(dim=0)
@@ -138,5 +138,5 @@ class ScaleFit:
         return True
 
     def undo(self) -> None:
-        """Give the gater the scale that it had."""
+        """Give the gater back the scale that it had."""
         self.gater.scale.copy_(self.before)

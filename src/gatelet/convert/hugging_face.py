@@ -1,7 +1,7 @@
 """``from_pretrained`` of converted Hugging Face models; importing this module is what makes it work.
 
-transformers lets a package bring its own way of changing a model between its construction and the loading of its
-weights, under the name that ``config.json`` gives in ``quantization_config``. That is used here: nothing is quantised.
+transformers lets a package change a model between its construction and the loading of its weights, if
+``quantization_config`` in ``config.json`` names the package. This module uses that; nothing is quantised.
 """
 
 from typing import Any
@@ -41,7 +41,7 @@ class Converter(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         described = self.quantization_config.to_dict()
         if "why_not" in described:
-            raise ValueError(f"the model was saved without what its gates were made of: {described['why_not']}")
+            raise ValueError(f"the model was saved without a description of its gates: {described['why_not']}")
         check_format(described, "config.json")
         restore(model, described["blocks"])
         return model

@@ -1,4 +1,4 @@
-"""Gates in the place where they belong: put into a block's owner, and found again."""
+"""Puts gates into a block's owner, and finds them again."""
 
 import sys
 from typing import Any, TypeGuard, cast
@@ -11,7 +11,7 @@ from gatelet.convert.run import Swapped, swapped
 
 
 def put(owner: nn.Module, holder: nn.Module, block: Block, made: Options) -> str:
-    """Give one block its gates, and return what it is."""
+    """Give one block its gates, and return a description of it."""
     up, down = affine_at(owner, block.up), affine_at(owner, block.down)
     units, width = up.weight.shape
     with torch.device("meta" if up.weight.is_meta else "cpu"):  # inside from_pretrained another is the default
@@ -48,7 +48,7 @@ def blocks(model: nn.Module) -> dict[str, tuple[nn.Module, BlockGating]]:
 
 
 def without_nested_tensors(model: nn.Module) -> None:
-    """Keep encoders from their fused path: it hands the layers nested tensors, which no kernel reads."""
+    """Keep encoders off their fused path, which passes nested tensors that no kernel reads."""
     for module in model.modules():
         if isinstance(module, nn.TransformerEncoder) and any(isinstance(m, Swapped) for m in module.layers):
             if not hasattr(module, "_dense_use_nested_tensor"):

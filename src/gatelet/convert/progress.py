@@ -1,4 +1,4 @@
-"""Lines that say how far a long computation is."""
+"""Lines that show the progress of a long computation."""
 
 import sys
 import time
@@ -11,13 +11,13 @@ EVERY = 30.0
 
 
 class Progress:
-    """Named phases with time left: a line that is written over on a terminal, one every 30 seconds elsewhere.
+    """Named phases with the time left: one line that is overwritten on a terminal, a line every 30 seconds elsewhere.
 
     Args:
-        on: write anything at all.
+        on: whether to write anything.
         stream: where to, standard error by default.
 
-    Phases of less than a second say nothing.
+    Phases of less than a second write nothing.
 
     >>> progress = Progress(on=False)
     >>> sum(progress.phase("calibrate", range(3)))
@@ -46,7 +46,7 @@ class Progress:
         self.begin = self.last = time.monotonic()
 
     def step(self, done: int, what: str = "") -> None:
-        """Say that so much is done, if the last line is long enough ago."""
+        """Write that this much is done, if the last line is long enough ago."""
         now = time.monotonic()
         if not self.on or now - self.last < (0.2 if self.terminal else EVERY):
             return

@@ -1,4 +1,4 @@
-"""The computation of a converted block: what its owner's class is replaced by."""
+"""The computation of a converted block, in a class that replaces its owner's."""
 
 from typing import Any, cast
 
@@ -49,14 +49,14 @@ _CLASSES: dict[tuple[type[nn.Module], Kind], type[nn.Module]] = {}
 
 
 def swapped(dense_class: type[nn.Module], kind: Kind) -> type[nn.Module]:
-    """Return a subclass that computes the block conditionally; all else, state included, is the class's."""
+    """Return a subclass that computes the block conditionally; everything else, state included, stays the class's."""
     if (dense_class, kind) not in _CLASSES:
         _CLASSES[dense_class, kind] = _subclass(dense_class, kind)
     return _CLASSES[dense_class, kind]
 
 
 def _up(self: nn.Module, x: Tensor) -> Tensor:
-    """Return W1 x + b1 at open units and zero at closed ones, which every activation that is known leaves at zero."""
+    """Return W1 x + b1 at open units and zero at closed ones, which every known activation leaves at zero."""
     gating: BlockGating = self.__dict__["gating_of_pair"]
     own = affine_of(self)
     if gating.mask is not None and gating.mask.shape != x.shape[:-1] and gating.mask.numel() == x.shape[:-1].numel():
@@ -120,6 +120,6 @@ def _subclass(dense_class: type[nn.Module], kind: Kind) -> type[nn.Module]:
     if kind != "pair":
         body[METHOD[kind]] = methods.get(kind, compute)
     if kind == "transformer":
-        # torch fuses the whole layer in eval() where it can; that path knows nothing of gates.
+        # In eval() torch runs the whole layer fused where it can; that path would ignore the gates.
         body["activation_relu_or_gelu"] = property(lambda self: 0, lambda self, value: None)
     return type(f"Conditional{dense_class.__name__}", (Swapped, dense_class), body)

@@ -22,11 +22,11 @@ def save(model: nn.Module, directory: str | Path) -> None:
 
     Args:
         model: converted, or built of conditional layers.
-        directory: is made where it is missing; files of these names in it are replaced.
+        directory: created if it is missing; files of these names in it are replaced.
 
     Raises:
-        ValueError: for a model without conditional layers; an estimator, controller or gater of your own, which no
-            description could make again.
+        ValueError: for a model without conditional layers; an estimator, controller or gater of your own, which cannot
+            be made again from a description.
 
     >>> import copy, tempfile, torch, gatelet
     >>> dense = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))

@@ -55,7 +55,7 @@ class Student:
     def examples(self, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the recorded inputs (T, D) and outputs (T, O) of tokens that are not padding, and forget them."""
         if self.x is None or self.y is None:
-            raise ValueError(f"teacher: did not run the block {self.name!r} when it is run on a batch")
+            raise ValueError(f"teacher: does not run the block {self.name!r} in a forward pass")
         x, y, self.x, self.y = self.x, self.y, None, None
         if mask is not None and mask.shape == x.shape[:-1]:
             keep = mask.bool()
@@ -69,7 +69,7 @@ class Student:
         return x, y
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return what the gates are decided by, before the controllers."""
+        """Return the logits that decide the gates, before the controllers."""
         gater, block = self.gating.gater, self.block
         if not isinstance(gater, SelfGater):
             return cast(Tensor, gater(x))
@@ -80,7 +80,8 @@ class Student:
 
     @torch.no_grad()
     def margin(self, hidden: Tensor, w_down: Tensor) -> Tensor:
-        """Return c − t: what closing each gate costs of the output, over the cost at the limit of what may be open."""
+        """Return c − t: the cost in the output of closing each gate, less the cost at which a gate should just be
+        open."""
         gating, target = self.gating, self.gating.unit.target_rate
         cost: Tensor = (hidden * w_down.norm(dim=0)).square()
         if gating.group_size > 1:
@@ -88,7 +89,7 @@ class Student:
         return cost - top(cost, 0.5 if target is None else target)
 
     def beginning(self) -> GaterRegression | ScaleFit | None:
-        """Return what finds a first state of this gater; None: it begins as it is."""
+        """Return the regression that finds a first state of this gater, None if it starts as it is."""
         gater = self.gating.gater
         if isinstance(gater, SelfGater):
             return ScaleFit(gater)
@@ -136,14 +137,14 @@ class Student:
 
 def top(values: Tensor, share: float) -> Tensor:
     """Return the value above which this share of the values lies, from a sample of them."""
-    # An odd step does not keep to the same few units.
+    # An odd step, so that not only a few units are picked.
     flat = values.detach().flatten()[:: max(1, values.numel() >> 16) | 1]
     return flat.kthvalue(min(flat.numel(), max(1, round((1 - share) * flat.numel())))).values
 
 
 @contextlib.contextmanager
 def recording(students: list[Student]) -> Iterator[None]:
-    """Let all students hear and see their twins inside the block."""
+    """Let all students record their twins inside the block."""
     hooks = [student.first.register_forward_pre_hook(student.hear) for student in students]
     hooks += [student.last.register_forward_hook(student.see) for student in students]
     try:

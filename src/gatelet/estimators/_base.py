@@ -294,7 +294,7 @@ def evaluate(
         return losses
     if differentiable or losses.is_complex():
         raise TypeError(
-            f"objective: its losses are {losses.dtype}, of which there is no gradient for the gates; take an estimator "
+            f"objective: its losses are {losses.dtype}, which pass no gradient to the gates; take an estimator "
             "that needs the loss alone (gatelet.estimators.ALL: needs 'loss', or local_expectation, vimco, …)"
         )
     return losses.to(wide(gates))

@@ -29,15 +29,15 @@ class Noise:
 
     def sample(self, shape: torch.Size, like: Tensor, generator: torch.Generator | None = None) -> Float[Tensor, "..."]:
         """Draw noise of this shape, in at least float32, on the device of ``like``."""
-        raise NotImplementedError(f"the law {self.name!r} has no sampler of its own: a subclass says it")
+        raise NotImplementedError(f"the law {self.name!r} has no sampler: a subclass must define one")
 
     def density(self, z: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
         """Return the density at z."""
-        raise NotImplementedError(f"the law {self.name!r} is not integrated over, unit by unit")
+        raise NotImplementedError(f"the law {self.name!r} cannot be integrated unit by unit")
 
     def cdf(self, z: Float[Tensor, "*s"]) -> Float[Tensor, "*s"]:
         """Return the mass below z."""
-        raise NotImplementedError(f"the law {self.name!r} is not integrated over, unit by unit")
+        raise NotImplementedError(f"the law {self.name!r} cannot be integrated unit by unit")
 
     def __repr__(self) -> str:
         """Show the name."""

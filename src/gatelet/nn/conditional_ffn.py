@@ -98,7 +98,7 @@ def _over_processes(
     """Return the sum over the processes of what their units give (:func:`gatelet.nn.spread`)."""
     split = gating.split
     if not all_affine(up, down, glu):
-        raise RuntimeError("spread: something was hung on a Linear of a layer that is spread; take it off")
+        raise RuntimeError("spread: a Linear of a spread layer has an adapter, a hook or the like; remove it")
     if noise is None and generator is None:
         split.same_noise(x.device)
     gates, support = gating.decide_unpadded(x, mask, noise, generator)
