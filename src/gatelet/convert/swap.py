@@ -73,7 +73,7 @@ def convert(
         bottleneck: M, the width of the gaters' hidden layer; 64 by default, and None where ``gater`` is a module.
         where: which blocks: a name or pattern (``"*.layer.3*"``), several, or a predicate of name and module. All
             that are found by default.
-        estimator: a name of ``gatelet.estimators.ALL`` or an instance, of which every block gets a copy.
+        estimator: a name of ``gatelet.estimators.ALL`` or an instance; every block gets a copy.
         group_size: consecutive units that share a gate.
         gater: ``"mlp"``, ``"two_stage"``, or a module that maps (..., D) to (..., N / group_size) logits, of which
             every block gets a copy (:class:`gatelet.nn.ConditionalLinear`); or ``"self"``: the block's own activation

@@ -310,7 +310,8 @@ def total(values: Sequence[float]) -> list[float]:
 
 
 def pooled_quantile(values: Float[Tensor, " n"], rate: float, kept: float) -> Float[Tensor, ""]:
-    """Return the (1 − rate)-quantile of the values of all processes, of which each has ``kept`` of those it saw.
+    """Return the (1 − rate)-quantile of the values of all processes, each of which kept the share ``kept`` of those it
+    saw.
 
     The order statistic that ``kthvalue`` finds in all values together: by bisection over the floating numbers in their
     order, so that no process sends what it has.

@@ -31,7 +31,7 @@ def keep(module: nn.Module, value: float | Tensor, name: str = "temperature", po
 
 
 def _check_above_zero(value: Tensor, name: str) -> None:
-    # As for the logits: the value is looked at where that is free of a synchronisation.
+    # As for the logits: the value is tested where that needs no synchronisation.
     if value.device.type != "cpu" or torch.compiler.is_compiling() or is_transformed(value):
         return
     check_positive(value.item(), name)

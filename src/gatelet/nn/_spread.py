@@ -92,7 +92,7 @@ class Spread(Units):
         return SparseCode(indices, values, code.latents * self.processes, code.lead, offsets)
 
     def part(self, code: SparseCode) -> SparseCode:
-        """Return what of a code is of this process's latents."""
+        """Return the part of a code that belongs to this process's latents."""
         width = code.latents // self.processes
         if code.dense is not None:
             return SparseCode.from_dense(code.dense.narrow(1, self.rank * width, width), code.lead)
@@ -135,7 +135,7 @@ class ByUnits(ParallelStyle):
 
 
 class _Gathered(nn.Linear):
-    """A gater's last layer, of which each process computes its part; its output is that of all."""
+    """A gater's last layer: each process computes its part, and the output is all parts together."""
 
     def __init__(self, linear: nn.Linear, split: Spread) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
@@ -161,7 +161,7 @@ def _shard(module: nn.Module, split: Spread, **dims: int) -> None:
 
 @torch.no_grad()
 def _alike(module: nn.Module, split: Spread) -> None:
-    """Give what every process has whole the first one's numbers."""
+    """Copy the first process's numbers to what every process holds whole."""
     for tensor in (*module.parameters(), *module.buffers()):
         if not isinstance(tensor, DTensor):
             dist.broadcast(tensor, group_src=0, group=split.mesh.get_group())

@@ -44,7 +44,7 @@ class Units:
         return code
 
     def part(self, code: SparseCode) -> SparseCode:
-        """Return what of a code of all latents is of those that are here."""
+        """Return the part of a code that belongs to the latents that are here."""
         return code
 
     def same_noise(self, device: torch.device) -> None:

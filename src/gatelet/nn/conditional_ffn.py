@@ -1,4 +1,4 @@
-"""A feed-forward layer of which each token computes only the hidden units that its gates open."""
+"""A feed-forward layer that computes, for each token, only the hidden units that its gates open."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -274,14 +274,14 @@ def hidden_layer(x: Tensor, activation: str, up: Part, glu: Part | None) -> Tens
 
 
 class ConditionalFFN(ConditionalLayer):
-    """Feed-forward layer of a transformer of which a gater opens a few hidden units per token.
+    """Feed-forward layer of a transformer; a gater opens a few of its hidden units per token.
 
     y = W2 (act(W1 x + b1) ∘ h) + b2, and gated, as in Llama: y = W2 ((act(W_g x + b_g) * (W1 x + b1)) ∘ h) + b2;
     h = gate(gater(x)) (section 5 of the paper, whose conditional layer this is, with the next layer behind it).
 
     Closed units' rows of W1 and columns of W2 are not read (:func:`gatelet.kernels.gated_ffn`): in ``eval()``, and in
     training with every estimator that asks nothing of closed units (its ``support`` is not ``"all"``). The submodules
-    are ``up`` (W1), ``down`` (W2) and ``glu`` (W_g), ordinary Linears; what hangs on one (LoRA, pruning, hooks) is
+    are ``up`` (W1), ``down`` (W2) and ``glu`` (W_g), ordinary Linears; what is added to one (LoRA, pruning, hooks) is
     honoured by running it densely.
 
     Bias and variance are the estimator's.
@@ -303,7 +303,7 @@ class ConditionalFFN(ConditionalLayer):
             closed units save; or ``"self"``: act(W_g x + b_g) (or, without W_g, act(W1 x + b1)) is computed in full,
             and open are the units where its absolute value exceeds a threshold, which
             :func:`gatelet.sparsity.calibrate_thresholds` sets before the first call; or ``"preview"``: likewise by
-            |act(W_g x + b_g) ∘ (W1 x + b1)|, of which both maps are computed (:class:`PreviewGater`). Nothing is
+            |act(W_g x + b_g) ∘ (W1 x + b1)|, for which both maps are computed (:class:`PreviewGater`). Nothing is
             trained then; neither ``bottleneck`` nor ``estimator`` counts.
 
     Attributes:

@@ -169,7 +169,7 @@ class ConditionalLayer(Penalised):
 
     @property
     def flops_open(self) -> int:
-        """What a token spends on an open unit besides."""
+        """What else a token spends on an open unit."""
         return self.flops_per_unit - (self._flops_in_full if isinstance(self.gater, SelfGater) else 0)
 
     def _check_saves(self, target_rate: float, named: bool) -> None:
@@ -297,7 +297,7 @@ class ConditionalLayer(Penalised):
         generator: torch.Generator | None,
         activation: Tensor | None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the gates, where their gradient is wanted besides, and in training the penalty of their rate."""
+        """Return the gates; where their gradient is needed (None: where they are open); in training their penalty."""
         controllers = cast(list[Controller], list(self.sparsity))
         further = (self.unit.threshold,) if self._skips(controllers) else () if activation is None else (activation,)
         logits: Tensor = self.gater(x, *further)
@@ -309,7 +309,7 @@ class ConditionalLayer(Penalised):
             self.unit.mask = mask
         method, support = self.unit.estimator, None
         sampled = method.support == "sampled" and (self.training or self.unit.sample_in_eval)
-        if sampled and noise is None:  # drawn here, for which closed gates are wanted is in the noise
+        if sampled and noise is None:  # drawn here, since the noise says which closed gates need a gradient
             noise = method.draw_noise(logits.unsqueeze(0), generator).squeeze(0)
         gates: Tensor = self.unit(logits, noise=noise, generator=generator)
         if sampled and noise is not None and gates.requires_grad:

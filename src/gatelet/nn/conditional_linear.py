@@ -16,7 +16,7 @@ from gatelet.sparsity._controller import Controller
 
 
 class ConditionalLinear(ConditionalLayer):
-    """Wide linear layer of which a gater opens a few units per example.
+    """Wide linear layer; a gater opens a few of its units per example.
 
     y = (W x + b) ∘ h, h = gate(gater(x)) (section 5). The experts are linear: gate × linear generalises
     the rectifier, which is the case h = 1[W x + b > 0].

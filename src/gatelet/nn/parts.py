@@ -1,4 +1,5 @@
-"""The affine maps of a layer: read as weight and bias where they are no more than that, called where they are."""
+"""The affine maps of a layer: read as weight and bias, or called as modules where an adapter or a hook was added to
+them."""
 
 import functools
 import warnings
@@ -21,14 +22,14 @@ class Affine(NamedTuple):
 
 
 Part = Affine | nn.Module
-"""An affine map; a module where something hangs on it that only its own forward knows of."""
+"""An affine map; or a module, where something was added to it that only its own forward computes."""
 
 
 def more_than_affine(module: Any) -> str | None:
     """Return what this module does besides x Wᵀ + b, so that its weight must not be read alone; None for nothing.
 
     Linear is known, and Conv1D as GPT-2 has it. A parametrization (``torch.nn.utils.parametrize``) is read with the
-    weight, so it is nothing besides.
+    weight, so it does not count.
     """
     kind = getattr(module, "dense_class", type(module))  # a converted map's: its gates are no part of its weight
     if isinstance(module, nn.Linear):
@@ -54,7 +55,7 @@ def was_replaced(module: nn.Module, method: str) -> bool:
 
 
 def part_of(module: nn.Module) -> Part:
-    """Return weight and bias of an affine map, or the module itself where something hangs on it."""
+    """Return weight and bias of an affine map, or the module itself where something was added to it."""
     if more_than_affine(module) is not None:
         return module
     weight = cast(Tensor, module.weight)
@@ -62,12 +63,12 @@ def part_of(module: nn.Module) -> Part:
 
 
 def apply(part: Part, x: Tensor) -> Tensor:
-    """Return x Wᵀ + b, with whatever hangs on it."""
+    """Return x Wᵀ + b, with whatever was added to the map."""
     return F.linear(x, *part) if isinstance(part, Affine) else cast(Tensor, part(x))
 
 
 def all_affine(*parts: Part | None) -> bool:
-    """Whether the kernels can read all of these; what keeps them from it is announced once."""
+    """Whether the kernels can read all of these; if not, the reason is announced once."""
     others = [part for part in parts if part is not None and not isinstance(part, Affine)]
     for part in others:
         whole = getattr(part, "whole", part)  # of a map that is half of another

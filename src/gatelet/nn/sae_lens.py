@@ -150,6 +150,6 @@ def _rest(sae: "SparseAutoencoder", weights: dict[str, Tensor]) -> None:
         return
     sae.encoder_bias.copy_(weights["b_enc"])
     if isinstance(sae.estimator, JumpReLU):
-        # SAELens allows a threshold of zero, of which there is no logarithm: the smallest number above it.
+        # SAELens allows a threshold of zero, which has no logarithm: take the smallest number above it.
         smallest = torch.finfo(torch.float32).tiny
         sae.estimator.log_threshold.copy_(weights["threshold"].clamp(min=smallest).log())

@@ -40,7 +40,7 @@ def spread(module: nn.Module, mesh: "DeviceMesh") -> nn.Module:
 
     Raises:
         ValueError: if there is no such layer; P does not divide its gates or latents; it has what is not spread
-            (``gater="self"`` or ``"preview"``, dropout, groups, ``sparse_grad``, something that hangs on a Linear); the
+            (``gater="self"`` or ``"preview"``, dropout, groups, ``sparse_grad``, an adapter or hook on a Linear); the
             mesh has several dimensions; a layer is spread already.
 
     >>> import torch, gatelet

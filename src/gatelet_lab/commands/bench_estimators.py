@@ -213,7 +213,7 @@ def check_same(name: str, logits: Tensor) -> None:
     for way in (by_surrogate(ALL[name]()), by_module(ALL[name]())):
         off = (gradient(way, exact) - wanted).abs().max().item()
         if not off <= 1e-9 * wanted.abs().max().item():
-            raise RuntimeError(f"{name}: the hand-written gradient is off by {off:.2g}; what differs is not timed")
+            raise RuntimeError(f"{name}: the hand-written gradient is off by {off:.2g}; only equal results are timed")
 
 
 # -------------------------------------------------------------------- the table

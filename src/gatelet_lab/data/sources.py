@@ -72,7 +72,7 @@ def obtain(name: str, data_dir: Path | None) -> Files:
     try:
         files = _from_cache(name, cache)
     except DataError as error:
-        _say(f"{name}: a damaged file in the cache, fetching anew ({error})")
+        _say(f"{name}: a damaged file in the cache, fetching it again ({error})")
         tried.append(f"cache: {error}")
     else:
         if files:
@@ -102,7 +102,7 @@ def obtain(name: str, data_dir: Path | None) -> Files:
     raise DataError(
         f"{name} cannot be found; tried:\n{listed}\n"
         "Name a directory with its IDX files by --data-dir or GATELET_DATA, "
-        "or take --dataset digits, which needs nothing."
+        "or take --dataset digits, which needs no files."
     )
 
 

@@ -1,7 +1,7 @@
 """Gaters: they say which units of a wide layer to compute. ``gater=`` takes a name of ``NAMES``, or a module.
 
-A gater maps (..., D) to the logits of the gates, (..., G). Any module that does is one; what a layer asks of it besides
-is optional; :class:`Gater` has it:
+A gater maps (..., D) to the logits of the gates, (..., G). Any module that does this is one. Two further members are
+optional; :class:`Gater` has them:
 
 * ``start_at(logit, target_rate)``: begin where gates have this logit, at which they fire at the target rate.
 * ``flops``: what a token costs, if that is not what one forward pass of it costs.

@@ -51,7 +51,7 @@ class SelfGater(nn.Module):
 class PreviewGater(SelfGater):
     """Logits that are what a unit adds to the layer's output: s ∘ |act(W_g x) ∘ (W1 x)|, or s ∘ |act(W1 x)|.
 
-    The best that a threshold can go by, and known only when W_g x and W1 x are: closed units save W2, a third of a
+    The best measure for a threshold, but known only once W_g x and W1 x are: closed units save W2, a third of a
     block with W_g. :func:`gatelet.convert.keep_rows` gives it int8 copies of W_g and W1 to decide by, which are
     fewer bytes; then W_g, W1 and W2 are read in open units alone. Nothing is trained. With s = 1, as it begins, units
     count alike; :func:`gatelet.distil` sets s_n = ‖W2 column n‖ where that lowers the block's error.
@@ -67,7 +67,7 @@ class PreviewGater(SelfGater):
     >>> PreviewGater(8, 2)(torch.zeros(1, 8), torch.tensor([[-3.0, 0.5]]))
     tensor([[3.0000, 0.5000]])
 
-    Reference: none; of its parts the threshold on a unit's own activation is CATS's (:class:`SelfGater`).
+    Reference: none; the threshold on a unit's own activation comes from CATS (:class:`SelfGater`).
     """
 
 
