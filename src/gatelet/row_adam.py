@@ -83,10 +83,20 @@ class RowAdam(torch.optim.Optimizer):
         state["step"] += 1
         step = int(state["step"])
         rate = group["lr"] * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
-        grad = grad.coalesce()
-        rows, values = grad.indices()[0], grad.values()
+        rows, values = _distinct(grad)
         options = {"rate": rate, "betas": group["betas"], "eps": group["eps"], "unit": group["unit_rows"]}
         _rows(parameter, *moments, rows, values, options)
+
+
+def _distinct(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rows that a sparse gradient names, each once, and their values.
+
+    Autograd hands a coalesced gradient on as one that is not. Ascending rows show that it is; no copy is needed then.
+    """
+    rows = grad._indices()[0]
+    if not grad.is_coalesced() and bool((rows[1:] <= rows[:-1]).any()):
+        grad = grad.coalesce()
+    return grad._indices()[0], grad._values()
 
 
 def _dense(

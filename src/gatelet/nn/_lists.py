@@ -17,6 +17,10 @@ from gatelet.kernels.choose import compiles
 from gatelet.kernels.ops._declare import plain
 
 
+TOGETHER = 1024
+"""Rows of a gradient that are worked on at once: they stay in the caches, and no second tensor of its size exists."""
+
+
 class Lists:
     """Open latents of each example: ``indices[offsets[b]:offsets[b + 1]]`` are those of example b.
 
@@ -172,14 +176,16 @@ class ListedSum(torch.autograd.Function):
             return dots(slope, weight, lists) if for_values else None, None, None, None, None
         found_values, latents, rows = sum_backward(slope, weight, values, lists)
         if ctx.unit_rows:
-            tangent_(rows, weight[latents])
+            tangent_(rows, weight, latents)
         return found_values, rows_as_gradient(latents, rows, weight, ctx.sparse), None, None, None
 
 
-def tangent_(gradient: Tensor, rows: Tensor) -> Tensor:
-    """Take the part of each row of the gradient that is parallel to the row off, in place."""
-    share = torch.linalg.vecdot(gradient, rows) / torch.linalg.vecdot(rows, rows)
-    return gradient.addcmul_(rows, share[:, None], value=-1)
+def tangent_(gradient: Tensor, weight: Tensor, latents: Tensor) -> None:
+    """Take the part of each latent's gradient (R, D) that is parallel to its row of the weight off, in place."""
+    for part, names in zip(gradient.split(TOGETHER), latents.split(TOGETHER), strict=True):
+        rows = weight[names]
+        share = torch.linalg.vecdot(part, rows) / torch.linalg.vecdot(rows, rows)
+        part.addcmul_(rows, share[:, None], value=-1)
 
 
 class UnitRows(torch.autograd.Function):
