@@ -2,13 +2,15 @@
 
     python benchmarks/sparse_autoencoders.py speed                       # steps, encoding and decoding
     python benchmarks/sparse_autoencoders.py memory                      # peaks of a step
-    python benchmarks/sparse_autoencoders.py train --activations DIR --out DIR      # a run per method, in turn
+    python benchmarks/sparse_autoencoders.py train --activations DIR --out DIR      # a run per method and rate, in turn
     python benchmarks/sparse_autoencoders.py table --activations DIR --out DIR --model MODEL   # what they reached
     python benchmarks/sparse_autoencoders.py format                      # SAELens reads what we write, and the reverse
 
 The peers are optional: pip install sae-lens==6.54.0 eai-sparsify==1.3.3. The activations are those of
 `gatelet train sae` (its --cache). Training time is the processor's (one thread), not the clock's; on a busy machine
-give --step-ms, which `speed --threads 1 --activations DIR` prints. A method whose file lies in --out is not run again.
+give --step-ms, which `speed --threads 1 --activations DIR` prints. Every method trains at several learning rates; the
+table shows each at the rate that explained most of tokens which no run trained on and which are not those of the table.
+A run whose file lies in --out is not repeated.
 """
 
 import argparse
@@ -34,7 +36,11 @@ from gatelet_lab.sae.activations import SKIPPED, Cache
 os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")  # its Triton decoder is for GPUs
 SHAPES = ((576, 16384, 32, 1024), (576, 32768, 32, 2048))
 RATE = 2e-3
-"""Adam's learning rate, except where METHODS says otherwise."""
+"""Adam's learning rate, of which --times gives multiples."""
+SIGN_RATE = 5e-3
+"""The same of eai-sparsify's own optimiser for 16,384 latents, its default."""
+VALIDATION = 8
+"""This many batches of the training activations choose the rate and are not trained on."""
 DEAD = 200_000
 """A latent that this many tokens did not open counts as dead."""
 
@@ -42,13 +48,13 @@ DEAD = 200_000
 class Dense(nn.Module):
     """A top-k autoencoder by dense products and PyTorch's derivatives, with fused Adam and unit decoder rows."""
 
-    def __init__(self, d: int, n: int, k: int, rate: float = RATE) -> None:
+    def __init__(self, d: int, n: int, k: int, times: float = 1.0) -> None:
         super().__init__()
         self.k = k
         rows = F.normalize(torch.randn(n, d), dim=1)
         self.w_enc, self.w_dec = nn.Parameter(rows.clone()), nn.Parameter(rows)
         self.b_enc, self.b_dec = nn.Parameter(torch.zeros(n)), nn.Parameter(torch.zeros(d))
-        self.optimizer = torch.optim.Adam(self.parameters(), rate, fused=True)
+        self.optimizer = torch.optim.Adam(self.parameters(), RATE * times, fused=True)
 
     def encode(self, x: Tensor) -> Tensor:
         z = F.linear(x - self.b_dec, self.w_enc, self.b_enc)
@@ -62,14 +68,20 @@ class Dense(nn.Module):
         return self.decode(self.encode(x))
 
     def step(self, x: Tensor) -> None:
-        loss = (self.reconstruct(x) - x).square().sum(-1).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        with torch.no_grad():
-            grad = self.w_dec.grad
+        (self.reconstruct(x) - x).square().sum(-1).mean().backward()
+        if self.optimizer is not None:
+            self.update(self.optimizer)
+
+    @torch.no_grad()
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Step what has a gradient, and let go of the gradients; decoder rows keep unit length."""
+        grad = self.w_dec.grad
+        if grad is not None:
             grad.addcmul_(self.w_dec, torch.linalg.vecdot(grad, self.w_dec)[:, None], value=-1)
-            self.optimizer.step()
-            self.w_dec.copy_(F.normalize(self.w_dec, dim=1))
+        optimizer.step()
+        optimizer.zero_grad()
+        if grad is not None:
+            self.w_dec.div_(torch.linalg.vector_norm(self.w_dec, dim=1, keepdim=True))
 
     def look(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the reconstruction, how many latents each example opens, and which any opens."""
@@ -80,16 +92,21 @@ class Dense(nn.Module):
 class Ours:
     """gatelet's layer with RowAdam."""
 
-    def __init__(self, d: int, n: int, k: int, rate: float = RATE, **options) -> None:
-        self.sae = SparseAutoencoder(d, n, k=k, sparse_grad=True, dead_after=DEAD, **options)
-        self.optimizer = gatelet.RowAdam(self.sae.parameter_groups(rate))
+    def __init__(self, d: int, n: int, k: int, times: float = 1.0, long_encoder: bool = False, **options) -> None:
+        self.long_encoder = long_encoder
+        self.sae = SparseAutoencoder(d, n, k=k, dead_after=DEAD, **{"sparse_grad": True} | options)
+        self.optimizer = gatelet.RowAdam(self.sae.parameter_groups(RATE * times))
 
     def step(self, x: Tensor) -> None:
         self.sae.train()
-        loss = self.sae.loss(x)
-        self.optimizer.zero_grad()
-        loss.total.backward()
-        self.optimizer.step()
+        self.sae.loss(x).total.backward()
+        if self.optimizer is not None:
+            self.update(self.optimizer)
+
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """Step what has a gradient, and let go of the gradients."""
+        optimizer.step()
+        optimizer.zero_grad()
 
     def encode(self, x: Tensor):
         return self.sae.encode(x)
@@ -112,13 +129,13 @@ class Ours:
 class SAELens:
     """sae-lens' TopKTrainingSAE, stepped as its trainer does."""
 
-    def __init__(self, d: int, n: int, k: int, rate: float = RATE) -> None:
+    def __init__(self, d: int, n: int, k: int, times: float = 1.0) -> None:
         from sae_lens.saes.sae import TrainStepInput
         from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
 
         self.input = TrainStepInput
         self.sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d, d_sae=n, k=k))
-        self.optimizer = torch.optim.Adam(self.sae.parameters(), rate)
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), RATE * times)
         self.idle, self.steps = torch.zeros(n), 0
 
     def step(self, x: Tensor) -> None:
@@ -145,7 +162,7 @@ class SAELens:
 class Sparsify:
     """EleutherAI's SparseCoder, stepped as its trainer does, with its default optimiser or with Adam."""
 
-    def __init__(self, d: int, n: int, k: int, rate: float = RATE, optimizer: str = "signum") -> None:
+    def __init__(self, d: int, n: int, k: int, times: float = 1.0, optimizer: str = "signum") -> None:
         from sparsify import SparseCoder, SparseCoderConfig
 
         self.sae, self.idle = SparseCoder(d, SparseCoderConfig(num_latents=n, k=k)), torch.zeros(n)
@@ -154,11 +171,11 @@ class Sparsify:
             from sparsify.sign_sgd import SignSGD
 
             self.optimizer = ScheduleFreeWrapper(
-                SignSGD(self.sae.parameters(), lr=5e-3 / (n / 2**14) ** 0.5), momentum=0.95
+                SignSGD(self.sae.parameters(), lr=times * SIGN_RATE / (n / 2**14) ** 0.5), momentum=0.95
             )
             self.optimizer.train()
         else:
-            self.optimizer = torch.optim.Adam(self.sae.parameters(), rate, fused=True)
+            self.optimizer = torch.optim.Adam(self.sae.parameters(), RATE * times, fused=True)
 
     def step(self, x: Tensor) -> None:
         if hasattr(self.optimizer, "train"):
@@ -187,6 +204,9 @@ METHODS: dict[str, Callable[..., object]] = {
     "batch_top_k": lambda *sizes: Ours(*sizes, activation="batch_top_k"),
     "jump_relu": lambda *sizes: Ours(*sizes, activation="jump_relu"),
     "groups=8, open_groups=2": lambda *sizes: Ours(*sizes, groups=8, open_groups=2),
+    # What the start and the optimiser matter: on dense gradients RowAdam is torch's Adam.
+    "top_k, encoder as long as the decoder": lambda *sizes: Ours(*sizes, long_encoder=True),
+    "top_k, dense gradients": lambda *sizes: Ours(*sizes, sparse_grad=False),
     "sae-lens": SAELens,
     "eai-sparsify": Sparsify,
     "eai-sparsify, Adam": lambda *sizes: Sparsify(*sizes, optimizer="adam"),
@@ -197,13 +217,13 @@ METHODS: dict[str, Callable[..., object]] = {
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train the methods on the same activations, each in a process of its own."""
+    """Train the methods at each rate on the same activations, every run in a process of its own."""
     args.out.mkdir(parents=True, exist_ok=True)
     if args.alone:
         train_one(args)
         return
-    for name in args.methods:
-        file = file_of(args, name)
+    for name, times in itertools.product(args.methods, args.times):
+        file = file_of(args, name, times)
         if not (file.is_file() and len(json.loads(file.read_text())["marks"]) == 2) and available(name):
             rest = [
                 word
@@ -211,12 +231,12 @@ def train(args: argparse.Namespace) -> None:
                 for word in (f"--{key}", str(getattr(args, key)))
             ]
             rest += ["--step-ms", str(args.step_ms)] if args.step_ms else []
-            command = [sys.executable, __file__, "train", "--alone", name, *rest]
+            command = [sys.executable, __file__, "train", "--alone", name, "--times", str(times), *rest]
             subprocess.run([*command, "--activations", str(args.activations), "--out", str(args.out)], check=True)
 
 
-def file_of(args: argparse.Namespace, name: str) -> Path:
-    return args.out / f"{''.join(c if c.isalnum() else '_' for c in name)}.json"
+def file_of(args: argparse.Namespace, name: str, times: float) -> Path:
+    return args.out / f"{''.join(c if c.isalnum() else '_' for c in name)}.{times:g}.json"
 
 
 def train_one(args: argparse.Namespace) -> None:
@@ -226,15 +246,17 @@ def train_one(args: argparse.Namespace) -> None:
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    name, (times,) = args.alone, args.times
     cache, held = Cache(args.activations / "training"), Cache(args.activations / "held-out")
     some = cache.sample(20_000)
     scale = cache.width**0.5 / some.norm(dim=1).mean()
-    METHODS[args.alone](4, 8, 2).step(torch.randn(2, 4))  # imports and compiles
+    METHODS[name](4, 8, 2).step(torch.randn(2, 4))  # imports and compiles
     before = peak()
-    method = METHODS[args.alone](cache.width, args.latents, args.k)
+    method = METHODS[name](cache.width, args.latents, args.k, times)
     start_at(method, some * scale)
-    told = {"method": args.alone, "latents": args.latents, "k": args.k, "batch": args.batch}
+    told = {"method": name, "times": times, "latents": args.latents, "k": args.k, "batch": args.batch}
     marks, spent, steps, batches = {}, 0.0, 0, cache.batches(args.batch, seed=0)
+    validation = torch.cat([next(batches) for _ in range(VALIDATION)]) * scale
     while len(marks) < 2:
         x = next(batches) * scale
         began = time.process_time()
@@ -243,13 +265,16 @@ def train_one(args: argparse.Namespace) -> None:
             spent += args.step_ms / 1e3 if args.step_ms else time.process_time() - began
         steps += 1
         tokens = steps * args.batch
+        if len(cache.rows) < tokens + len(validation):
+            sys.exit("the activations are used up: --seconds and --tokens ask for too many")
         due = {"seconds": spent >= args.seconds, "tokens": tokens >= args.tokens}
         for mark in (mark for mark, reached in due.items() if reached and mark not in marks):
             told |= {"step_ms": 1e3 * spent / (steps - 1), "peak_gib": peak() - before}
             marks[mark] = {"seconds": spent, "tokens": tokens, "dead": int((method.idle >= DEAD).sum())}
-            marks[mark] |= examine(method, held, scale, file_of(args, args.alone).with_suffix(f".{mark}.pt"))
-            print(args.alone, mark, marks[mark], f"{told['step_ms']:.0f} ms per step", flush=True)
-            file_of(args, args.alone).write_text(json.dumps(told | {"marks": marks}, indent=1))
+            marks[mark]["validation"] = examine(method, validation)["explained"]
+            marks[mark] |= examine(method, held.rows.float() * scale, file_of(args, name, times), mark, scale)
+            print(name, f"{times:g} times", mark, marks[mark], f"{told['step_ms']:.0f} ms per step", flush=True)
+            file_of(args, name, times).write_text(json.dumps(told | {"marks": marks}, indent=1))
 
 
 def peak() -> float:
@@ -258,13 +283,15 @@ def peak() -> float:
 
 
 @torch.no_grad()
-def examine(method: object, held: Cache, scale: Tensor, file: Path) -> dict[str, float]:
-    """Return what held-out rows show, and keep their reconstructions."""
-    test = held.rows.float() * scale
-    found, l0, opened = zip(*(method.look(part) for part in test.split(1024)), strict=True)
+def examine(
+    method: object, x: Tensor, file: Path | None = None, mark: str = "", scale: Tensor | None = None
+) -> dict[str, float]:
+    """Return what rows show; keep their reconstructions, in the model's units, beside a file."""
+    found, l0, opened = zip(*(method.look(part) for part in x.split(1024)), strict=True)
     output = torch.cat(found)
-    torch.save((output / scale).bfloat16(), file)
-    left = (output - test).square().sum() / (test - test.mean(0)).square().sum()
+    if file is not None:
+        torch.save((output / scale).bfloat16(), file.with_suffix(f".{mark}.pt"))
+    left = (output - x).square().sum() / (x - x.mean(0)).square().sum()
     closed = 1 - torch.stack(opened).any(0).float().mean()
     return {"explained": 1 - left.item(), "l0": torch.cat(l0).float().mean().item(), "closed": closed.item()}
 
@@ -274,34 +301,46 @@ def start_at(method: object, x: Tensor) -> None:
     """Start every method's decoder bias at the mean; ours has a threshold to set too."""
     if isinstance(method, Ours):
         method.sae.start_from(x)
+        if method.long_encoder:
+            method.sae.encoder_weight.copy_(method.sae.decoder_weight)
     else:
         owner = getattr(method, "sae", method)
         owner.b_dec.data.copy_(x.mean(0))
 
 
 def table(args: argparse.Namespace) -> None:
-    """Print what the methods reached at the same processor seconds and at the same tokens."""
-    runs = [json.loads(file_of(args, name).read_text()) for name in args.methods if file_of(args, name).is_file()]
+    """Print what the methods reached at the same processor seconds and at the same tokens, each at its best rate."""
+    runs = []
+    for name in args.methods:
+        files = [file_of(args, name, times) for times in args.times]
+        runs.append([json.loads(file.read_text()) for file in files if file.is_file()])
+    best = {
+        (same[0]["method"], mark): max(same, key=lambda run, mark=mark: run["marks"][mark]["validation"])
+        for mark in ("seconds", "tokens")
+        for same in runs
+        if same
+    }
     held = Cache(args.activations / "held-out")
     outputs = {
-        (run["method"], mark): torch.load(file_of(args, run["method"]).with_suffix(f".{mark}.pt"))
-        for run in runs
-        for mark in run["marks"]
+        (name, mark): torch.load(file_of(args, name, run["times"]).with_suffix(f".{mark}.pt"))
+        for (name, mark), run in best.items()
     }
     recovered = losses_recovered(args, held, outputs)
-    sizes = ", ".join(f"{key} {runs[0][key]}" for key in ("latents", "k", "batch"))
+    first = next(iter(best.values()))
+    sizes = ", ".join(f"{key} {first[key]}" for key in ("latents", "k", "batch"))
     print(f"{sizes}, one thread, torch {torch.__version__}")
-    columns = ("method", "mark", "tokens", "seconds", "explained", "loss recovered", "L0", "dead", "closed on held-out")
-    print("| " + " | ".join((*columns, "ms per step", "peak GiB")) + " |")
-    print("|---" * (len(columns) + 2) + "|")
-    for mark in ("seconds", "tokens"):
-        for run in (run for run in runs if mark in run["marks"]):
-            row = run["marks"][mark]
-            print(
-                f"| {run['method']} | {mark} | {row['tokens']:,} | {row['seconds']:.0f} | {row['explained']:.3f} | "
-                f"{recovered[run['method'], mark]:.3f} | {row['l0']:.1f} | {row['dead']} | {row['closed']:.1%} | "
-                f"{run['step_ms']:.0f} | {run['peak_gib']:.2f} |"
-            )
+    columns = ("method", "mark", "rate", "tokens", "seconds", "explained", "loss recovered", "L0", "dead")
+    columns += ("closed on held-out", "ms per step", "peak GiB")
+    print("| " + " | ".join(columns) + " |")
+    print("|---" * len(columns) + "|")
+    for (name, mark), run in best.items():
+        row = run["marks"][mark]
+        rate = run["times"] * (SIGN_RATE if name == "eai-sparsify" else RATE)
+        print(
+            f"| {name} | {mark} | {rate:g} | {row['tokens']:,} | {row['seconds']:.0f} | {row['explained']:.3f} | "
+            f"{recovered[name, mark]:.3f} | {row['l0']:.1f} | {row['dead']} | {row['closed']:.1%} | "
+            f"{run['step_ms']:.0f} | {run['peak_gib']:.2f} |"
+        )
 
 
 def losses_recovered(args: argparse.Namespace, held: Cache, outputs: dict) -> dict:
@@ -384,25 +423,39 @@ def available(name: str) -> bool:
     return True
 
 
+def step_in_backward(method: Dense | Ours) -> None:
+    """Let each parameter step as soon as its gradient is there, and let that go: PyTorch's recipe to save memory."""
+    for group in method.optimizer.param_groups:
+        for parameter in group["params"]:
+            own = type(method.optimizer)([{**group, "params": [parameter]}])
+            parameter.register_post_accumulate_grad_hook(lambda _, own=own: method.update(own))
+    method.optimizer = None
+
+
 def memory(args: argparse.Namespace) -> None:
-    """Print each method's peak of resident memory over some steps, less that of a process that does nothing."""
+    """Print each method's peak of resident memory over some steps, less that of a process that does nothing.
+
+    Twice: as it comes, and with a C library that gives freed blocks back, which counts tensors alone.
+    """
     if args.alone:
         d, n, k, b = SHAPES[args.shape]
         torch.set_num_threads(args.threads)
         METHODS[args.alone](64, 2048, 8).step(torch.randn(300, 64))  # imports and compiles what the step needs
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         x, method = torch.randn(b, d), METHODS[args.alone](d, n, k)
+        if args.in_backward:
+            step_in_backward(method)
         for _ in range(3):
             method.step(x)
         print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
         return
-    for name in args.methods:
+    for name, given_back in itertools.product(args.methods, (False, True)):
         command = [sys.executable, __file__, "memory", "--alone", name, "--shape", str(args.shape)]
-        found = subprocess.run(
-            command, capture_output=True, text=True, check=False, env=os.environ | {"MALLOC_ARENA_MAX": "1"}
-        )
+        command += ["--in-backward"] if args.in_backward else []
+        malloc = {"MALLOC_ARENA_MAX": "1"} | ({"MALLOC_MMAP_THRESHOLD_": str(1 << 17)} if given_back else {})
+        found = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | malloc)
         told = found.stderr[-300:] if found.returncode else found.stdout.strip().splitlines()[-1] + " MiB"
-        print(f"memory {name}: {told}", flush=True)
+        print(f"memory {name}{', freed blocks given back' if given_back else ''}: {told}", flush=True)
 
 
 # -------------------------------------------------------------------- the format
@@ -489,6 +542,7 @@ def main() -> None:
     for each in (one, two):
         each.add_argument("--activations", type=Path, required=True)
         each.add_argument("--out", type=Path, required=True)
+        each.add_argument("--times", type=float, nargs="+", default=[1.0, 2.0, 4.0], help="multiples of the rates")
         each.add_argument(
             "--methods", nargs="+", choices=METHODS, default=[name for name in METHODS if name != "dense"]
         )
@@ -501,6 +555,7 @@ def main() -> None:
             three.add_argument(option, type=int, default=value)
         three.add_argument("--activations", type=Path, help="instead of random inputs")
         three.add_argument("--alone")
+        three.add_argument("--in-backward", action="store_true", help="of dense and ours: step in the backward pass")
         three.set_defaults(run=run)
     commands.add_parser("format").set_defaults(run=exchange)
     args = parser.parse_args()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gatelet.row_adam import RowAdam, _rows
+from gatelet.row_adam import RowAdam, _distinct, _rows
 
 
 def sparse(rows, values, shape):
@@ -21,6 +21,8 @@ def test_steps_are_those_of_sparse_adam(dtype, width):
         rows = torch.randperm(50)[:20].tolist()
         if step == 3:
             rows += rows[:5]  # not coalesced
+        elif step > 3:
+            rows = sorted(rows + rows[: 5 * (step - 4)])  # ascending: each once in step 4, some twice in step 5
         values = torch.randn(len(rows), width, dtype=dtype)
         mine.grad, theirs.grad = (sparse(rows, values.clone(), start.shape) for _ in range(2))
         first.step()
@@ -74,6 +76,15 @@ def test_untouched_rows_and_their_moments_stay():
     assert not state["exp_avg"][others].any()
     assert not state["exp_avg_sq"][others].any()
     assert bool((weight[2] < 1).all())
+
+
+def test_rows_that_autograd_hands_on_are_not_copied():
+    weight = torch.nn.Parameter(torch.ones(4, 3))
+    torch.nn.functional.embedding(torch.tensor([1, 3]), weight, sparse=True).sum().backward()
+    assert not weight.grad.is_coalesced()
+    rows, values = _distinct(weight.grad)
+    assert rows.tolist() == [1, 3]
+    assert values.data_ptr() == weight.grad._values().data_ptr()
 
 
 def test_a_saved_state_continues():

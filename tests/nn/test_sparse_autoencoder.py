@@ -218,6 +218,29 @@ def test_start_from_takes_scale_mean_and_threshold(activation):
     assert sae.eval().encode(x).l0.float().mean().item() == pytest.approx(K, rel=0.01)
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_start_from_gives_the_encoder_the_length_at_which_reconstructions_fit(activation):
+    torch.manual_seed(0)
+    sae, x = SparseAutoencoder(D, N, activation, K, dtype=torch.float64), 7 * torch.randn(500, D).double() + 3
+    sae.start_from(x)
+    centred, found = (each * sae.input_scale - sae.decoder_bias for each in (x, sae(x)))
+    errors = [(centred - share * found).square().sum() for share in (0.99, 1.0, 1.01)]
+    assert errors[1] < min(errors[0], errors[2])
+    before = sae.encoder_weight.clone()
+    sae.start_from(x)
+    torch.testing.assert_close(sae.encoder_weight, before)
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (1, 1)])
+def test_one_example_is_decoded_as_several_are(lead):
+    sae, x = made("top_k"), inputs()
+    wanted = sae.decode(sae.encode(x))[0]
+    assert wanted.requires_grad
+    with torch.no_grad():
+        code = sae.encode(x[0].view(*lead, D))
+        torch.testing.assert_close(sae.decode(code), wanted.detach().view(*lead, D))
+
+
 @pytest.mark.parametrize("activation", ["jump_relu", "batch_top_k"])
 def test_learned_thresholds_hold_k_latents_open_on_new_examples(activation):
     torch.manual_seed(0)

@@ -8,6 +8,8 @@ from gatelet.nn._lists import compiled
 
 NUMBERS = 1 << 22
 """Outputs that are formed at once, and searched while they are still in the caches."""
+FEW = 16
+"""For fewer examples the product alone is what takes time."""
 
 
 def largest(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -21,10 +23,13 @@ def largest(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Te
     """
     if not k:
         return x.new_zeros(len(x), 0), torch.zeros(len(x), 0, dtype=torch.long, device=x.device)
-    if compiled(x, weight, bias) and len(x) >= 16:  # for fewer, the product alone is what takes time
+    if len(x) >= FEW and compiled(x, weight, bias):
         from gatelet.kernels.backends.numba import lists, screened
 
         return (screened.screened_top_k if screened.worth(x, weight) else lists.top_k)(x, weight, bias, k)
+    if len(x) < FEW:
+        few = F.linear(x, weight, bias).topk(k, dim=-1, sorted=False)
+        return few.values, few.indices
     rows = max(1, NUMBERS // len(weight))
     found = [F.linear(part, weight, bias).topk(k, dim=-1, sorted=False) for part in x.split(max(rows, 256))]
     return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])

@@ -16,7 +16,6 @@ from torch import Tensor
 from gatelet.kernels.choose import compiles
 from gatelet.kernels.ops._declare import plain
 
-
 TOGETHER = 1024
 """Rows of a gradient that are worked on at once: they stay in the caches, and no second tensor of its size exists."""
 

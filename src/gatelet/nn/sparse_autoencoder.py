@@ -23,6 +23,7 @@ from gatelet._checks import (
 from gatelet.estimators import Estimator, JumpReLU, Rectifier, TopK
 from gatelet.estimators._distributed import is_distributed, sign_of_life
 from gatelet.estimators.jump_relu import jump_relu, jump_step
+from gatelet.kernels.ops._declare import recording
 from gatelet.nn import _agreement, sae_lens
 from gatelet.nn._largest import largest, largest_in_groups
 from gatelet.nn._lists import ListedLinear, ListedSum, Lists, UnitRows, by_example
@@ -31,10 +32,12 @@ from gatelet.nn.sparse_code import SparseCode
 
 SPARSITY = {"top_k": 0.0, "batch_top_k": 0.0, "jump_relu": 100.0, "relu": 5.0, "gated": 5.0}
 """The default weight of the sparsity penalty, for inputs of length √D."""
-FOLLOWS = 0.1
+FOLLOWS = 0.3
 """The share of the way by which the threshold of "batch_top_k" moves to a batch's smallest open value in each step."""
 THRESHOLDS = 10.0
 """The thresholds of "jump_relu" learn this many times faster than the weights."""
+SAMPLE = 1 << 24
+"""About this many pre-activations show, at the start, how long the encoder and how high the thresholds are to be."""
 FEW = 0.05
 """Up to this share of open latents their products are formed from lists, above it densely."""
 
@@ -216,7 +219,11 @@ class SparseAutoencoder(nn.Module):
 
     @torch.no_grad()
     def start_from(self, x: Float[Tensor, "*lead D"]) -> None:
-        """Take the input's scale and mean from a sample; also θ or t, so that k latents open on average.
+        """Take from a sample the scale and mean of inputs, the length of the encoder, and θ or t for k open latents.
+
+        An encoder as long as the decoder overshoots: several open latents tell of the same part of an input. All its
+        rows are scaled by ⟨x̄ − b_dec, W_decᵀ f⟩ / |W_decᵀ f|² over the sample, so that the first reconstructions fit.
+        They are shortened only: Adam turns longer rows more slowly.
 
         Args:
             x: (..., D), some thousand examples.
@@ -230,14 +237,25 @@ class SparseAutoencoder(nn.Module):
             raise ValueError("x must hold examples that are not zero")
         self.input_scale.fill_(self.d_in**0.5 / length)
         self.decoder_bias.copy_(rows.mean(0) * self.input_scale)
-        if self.activation in ("jump_relu", "batch_top_k"):
-            some = self._centred(rows[: max(1, (1 << 24) // self.d_sae)])
-            z = F.linear(some, self.encoder_weight, self.encoder_bias).flatten()
-            at = z.topk(min(len(z), self.k * len(some)), sorted=False).values.min().clamp(min=1e-3)
-            if isinstance(self.estimator, JumpReLU):
-                self.estimator.log_threshold.fill_(at.log())
-            else:
-                self.threshold.copy_(at)
+        some = self._centred(rows[:: -(-len(rows) * self.d_sae // SAMPLE)])
+        self._start_thresholds(some)
+        found = self._sum(self._encode(some, some.shape[:-1])[0])
+        share = (some * found).sum() / found.square().sum()
+        if 0 < share < 1:  # NaN if no latent is open
+            for each in self._encoder():
+                each.mul_(share)
+            self._start_thresholds(some)
+
+    def _start_thresholds(self, centred: Tensor) -> None:
+        """Set θ or t so that k latents open on average: halfway to the next value, lest rounding decide about one."""
+        if self.activation not in ("jump_relu", "batch_top_k"):
+            return
+        z = F.linear(centred, *self._encoder()).flatten()
+        at = z.topk(min(len(z), self.k * len(centred) + 1)).values[-2:].mean().clamp(min=1e-3)
+        if isinstance(self.estimator, JumpReLU):
+            self.estimator.log_threshold.fill_(at.log())
+        else:
+            self.threshold.copy_(at)
 
     def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
         """Return the parameters in groups for an optimiser: unit decoder rows are marked, thresholds learn faster.
@@ -295,6 +313,11 @@ class SparseAutoencoder(nn.Module):
         """
         if code.latents != self.d_sae:
             raise ValueError(f"code: is of {code.latents} latents, but the layer has {self.d_sae}")
+        if code.single and self.split is ALL_HERE and not torch.is_autocast_enabled(self.decoder_bias.device.type):
+            weight, bias = self.decoder_weight, self.decoder_bias
+            if not recording(code.values, weight, bias):  # a few operators: calls are what takes time here
+                found = torch.addmm(bias, code.values.view(1, -1), weight.index_select(0, code.indices.view(-1)))
+                return found.div_(self.input_scale).view(*code.lead, self.d_in)
         return ((self._sum(self.split.part(code)) + self.decoder_bias) / self.input_scale).view(*code.lead, self.d_in)
 
     def forward(self, x: Float[Tensor, "*lead D"]) -> Float[Tensor, "*lead D"]:

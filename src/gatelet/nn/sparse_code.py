@@ -72,6 +72,11 @@ class SparseCode:
         """The dense values (B, N) that the code was made of, if it was."""
         return self._dense
 
+    @property
+    def single(self) -> bool:
+        """Whether it is the code of one example, with a fixed number of open latents."""
+        return self._dense is None and self._offsets is None and self.lead.numel() == 1
+
     def lists(self) -> Lists:
         """Return the open latents as one list with offsets."""
         if self.offsets is not None:
