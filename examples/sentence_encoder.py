@@ -184,8 +184,8 @@ def measured(models: dict[str, nn.Module], batch: dict[str, torch.Tensor], secon
     }
 
 
-def main() -> None:
-    """Convert, distil, compare."""
+def arguments() -> argparse.Namespace:
+    """Return the command line's options."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rates", type=float, nargs="+", default=[0.5, 0.25, 0.1], help="from high to low")
     options.add_argument("--steps", type=int, default=40, help="of fitting the gaters, at every rate")
@@ -195,35 +195,39 @@ def main() -> None:
     options.add_argument("--group", type=int, default=1)
     options.add_argument("--dir", type=Path, default=Path("runs/sentence_encoder"))
     options.add_argument("--seconds", type=float, default=8.0, help="of measuring, per kind of measurement")
-    given = options.parse_args()
-    given.dir.mkdir(parents=True, exist_ok=True)
-    tokenizer, teacher = load()
-    texts = sentences()
-    used = 16 * given.finetune  # the rates see the same sentences, so that the teacher runs on them once
-    held_out, train = batches(tokenizer, texts[:500], 50), batches(tokenizer, texts[500 : 500 + used], 16)
-    want, targets = encode(teacher, held_out), []
+    return options.parse_args()
+
+
+def fitted(given: argparse.Namespace, teacher, train, rate: float, previous) -> tuple:
+    """Return the encoder converted at this rate, its gaters fitted, and the file that holds it."""
+    torch.manual_seed(0)
+    model = copy.deepcopy(teacher)
+    gatelet.convert(model, target_rate=rate, bottleneck=given.bottleneck, group_size=given.group)
+    if previous is not None:
+        model.load_state_dict(previous)
+    file = given.dir / f"{rate}_{given.bottleneck}_{given.group}_{given.steps}_{given.finetune}.fitted"
+    if file.exists():
+        model.load_state_dict(torch.load(file))
+        return model, file
+    told = gatelet.distil(
+        *(model, teacher, train),
+        **{"steps": given.steps, "lr": 5e-4, "held_out": 2, "every": 20, "calibration": 12},
+        checkpoint=file.with_suffix(".partly"),
+    )
+    print(told, flush=True)
+    torch.save(model.state_dict(), file)
+    return model, file
+
+
+def compare(given: argparse.Namespace, teacher, train, held_out) -> tuple[dict, list[tuple]]:
+    """Return the models by name, and for each rate what its embeddings are worth."""
+    want = encode(teacher, held_out)
     with torch.no_grad():
         targets = [teacher(**batch).last_hidden_state for batch in train]
     models, rows, previous = {"dense": teacher}, [], None
     for rate in given.rates:
-        torch.manual_seed(0)
-        model = copy.deepcopy(teacher)
-        gatelet.convert(model, target_rate=rate, bottleneck=given.bottleneck, group_size=given.group)
-        if previous is not None:
-            model.load_state_dict(previous)
-        file = given.dir / f"{rate}_{given.bottleneck}_{given.group}_{given.steps}_{given.finetune}.fitted"
         begin = time.perf_counter()
-        if file.exists():
-            model.load_state_dict(torch.load(file))
-        else:
-            resume = file.with_suffix(".partly")
-            fitted = gatelet.distil(
-                *(model, teacher, train),
-                **{"steps": given.steps, "lr": 5e-4, "held_out": 2, "every": 20, "calibration": 12},
-                checkpoint=resume,
-            )
-            print(fitted, flush=True)
-            torch.save(model.state_dict(), file)
+        model, file = fitted(given, teacher, train, rate, previous)
         before = (encode(model.eval(), held_out) * want).sum(1).mean().item()
         print(f"  {time.perf_counter() - begin:.0f} s, cosine {before:.4f} with the gaters fitted", flush=True)
         step = finetune(model, train, targets, given.finetune, given.lr, file.with_suffix(".tuned"))
@@ -237,21 +241,43 @@ def main() -> None:
         rows.append((rate, share, before, cosine.mean().item(), cosine.quantile(0.05).item(), agree.item(), step))
         models[f"{rate:.0%}"] = model
         print(f"{rate:.0%} open: cosine {rows[-1][3]:.4f}, same nearest neighbour {agree:.1%}", flush=True)
+    return models, rows
+
+
+def show(rows: list[tuple]) -> None:
+    """Print what the embeddings are worth."""
     heads = ("open", "open on held-out", "cosine, gaters fitted", "cosine, fine-tuned", "worst 5 %", "same neighbour")
     print(f"\n| {' | '.join(heads)} |\n|" + "---|" * 6)
     for rate, share, before, cosine, worst, agree, _ in rows:
         print(f"| {rate:.0%} | {share:.1%} | {before:.3f} | {cosine:.3f} | {worst:.3f} | {agree:.0%} |")
+
+
+def show_times(models: dict, batch: dict, seconds: float) -> tuple[str, dict]:
+    """Time the models on a batch and print that; return the batch's size and the times."""
+    many, tokens = batch["input_ids"].shape
+    times = measured(models, batch, seconds)
+    print(f"\n{torch.get_num_threads()} threads, {many} × {tokens} tokens\n")
+    print("| open | FFN ms | of dense | model ms | of dense |\n|---|---|---|---|---|")
+    for name in models:
+        part, whole = times["ffn"], times["model"]
+        print(f"| {name} | {part[name]:.2f} | {part[name] / part['dense']:.2f} ", end="")
+        print(f"| {whole[name]:.2f} | {whole[name] / whole['dense']:.2f} |")
+    return f"{many} × {tokens}", times
+
+
+def main() -> None:
+    """Convert, distil, compare."""
+    given = arguments()
+    given.dir.mkdir(parents=True, exist_ok=True)
+    tokenizer, teacher = load()
+    texts = sentences()
+    used = 16 * given.finetune  # the rates see the same sentences, so that the teacher runs on them once
+    held_out, train = batches(tokenizer, texts[:500], 50), batches(tokenizer, texts[500 : 500 + used], 16)
+    models, rows = compare(given, teacher, train, held_out)
+    show(rows)
     one = dict(tokenizer([next(text for text in texts if 20 <= len(text.split()) <= 22)], return_tensors="pt"))
-    found = {}
-    for batch in (one, dict(tokenizer(texts[:32], padding=True, return_tensors="pt"))):
-        many, tokens = batch["input_ids"].shape
-        found[f"{many} × {tokens}"] = times = measured(models, batch, given.seconds)
-        print(f"\n{torch.get_num_threads()} threads, {many} × {tokens} tokens\n")
-        print("| open | FFN ms | of dense | model ms | of dense |\n|---|---|---|---|---|")
-        for name in models:
-            part, whole = times["ffn"], times["model"]
-            print(f"| {name} | {part[name]:.2f} | {part[name] / part['dense']:.2f} ", end="")
-            print(f"| {whole[name]:.2f} | {whole[name] / whole['dense']:.2f} |")
+    many = dict(tokenizer(texts[:32], padding=True, return_tensors="pt"))
+    found = dict(show_times(models, batch, given.seconds) for batch in (one, many))
     names = ("rate", "open", "fitted", "cosine", "worst", "neighbour", "step_s")
     table = {"threads": torch.get_num_threads(), "torch": torch.__version__, "rows": [], "ms": found}
     table["rows"] = [dict(zip(names, row, strict=True)) for row in rows]
