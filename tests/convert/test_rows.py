@@ -77,6 +77,43 @@ def test_int8_is_the_dense_formula_with_rounded_weights():
         torch.testing.assert_close(kept(x), hidden @ rounded["d"].t(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("weights", CLOSE)
+@pytest.mark.parametrize("make", [llama, gpt2, lambda: llama("relu", bias=True)])
+def test_a_dense_model_keeps_all_units_open(make, weights):
+    model, ids = make(), torch.randint(50, (4, 12))
+    with torch.no_grad():
+        want, one = model(ids).logits, model(ids[:1, :1]).logits
+        kept = keep_rows(model, weights, rest=True)
+        assert sum(isinstance(module, RowsFFN) for module in kept.modules()) == 2
+        assert not any(type(module) is nn.Linear for module in kept.modules())
+        assert (kept(ids).logits - want).norm() / want.norm() < 5 * CLOSE[weights]
+        assert (kept(ids[:1, :1]).logits - one).norm() / one.norm() < 5 * CLOSE[weights]
+
+
+def test_blocks_left_dense_are_kept_with_all_units_open():
+    model, ids = converted(llama(), gater="self", where="*layers.0*")
+    with torch.no_grad():
+        want = model(ids).logits
+        kept = keep_rows(model, "float32", rest=True)
+        assert [type(layer.mlp) for layer in kept.model.layers] == [RowsFFN, RowsFFN]
+        assert (kept(ids).logits - want).norm() / want.norm() < 1e-4
+
+
+def test_what_hangs_on_a_map_is_not_lost():
+    """An adapter or a hook on one of a block's maps would be forgotten: its rows alone are kept."""
+    model, _ = converted(llama(), gater="self")
+    model.model.layers[1].mlp.down_proj.register_forward_hook(lambda module, args, out: 2 * out)
+    with pytest.raises(ValueError, match="down_proj is a Linear whose weight must not be read alone"):
+        keep_rows(model, "float32")
+    dense = llama()
+    dense.model.layers[1].mlp.down_proj.register_forward_hook(lambda module, args, out: 2 * out)
+    ids = torch.randint(50, (4, 12))
+    with torch.no_grad():
+        want = dense(ids).logits
+        assert (keep_rows(dense, "float32", rest=True)(ids).logits - want).norm() / want.norm() < 1e-4
+    assert [type(layer.mlp).__name__ for layer in dense.model.layers] == ["RowsFFN", "LlamaMLP"]
+
+
 def test_the_rest_of_the_model_may_be_bfloat16():
     model, ids = converted(llama())
     want = model(ids).logits
@@ -122,6 +159,13 @@ def test_copies_decode_by_their_own_weights(gater):
     torch.testing.assert_close(twin(x), want)
     twin.load_state_dict({name: value * 0 for name, value in twin.state_dict().items()}, assign=True)
     assert twin(x).eq(0).all()
+
+
+def test_a_gater_that_was_kept_stays_whole():
+    model, ids = converted(llama(), gater="mlp")
+    made = skip_inputs(keep_rows(model, "float32"), [ids], 0.6, rest=True)
+    assert all(type(layer.mlp.gater.hidden) is nn.Linear for layer in made.model.layers)
+    assert sum(isinstance(module, InputRows) for module in made.modules()) == 2 * 4 + 1
 
 
 @pytest.mark.parametrize("weights", CLOSE)

@@ -60,7 +60,9 @@ def test_writes_a_model_that_loads_and_a_report(home, tmp_path, gater, weights):
     assert f"| with gates | {perplexity(again.model, text.held_out):.2f} (" in report
     assert f"| dense | {perplexity(load_language(home / 'model').model, text.held_out):.2f} |" in report
     kept = keep_rows(gatelet.load(tmp_path / "out"), weights, rest=True)
-    assert f"| rows kept to decode, {weights} | {perplexity(kept, text.held_out):.2f} (" in report
+    assert f"| with gates, rows kept to decode, {weights} | {perplexity(kept, text.held_out):.2f} (" in report
+    kept = keep_rows(load_language(home / "model").model, weights, rest=True)
+    assert f"| all units open, rows kept to decode, {weights} | {perplexity(kept, text.held_out):.2f} (" in report
     assert (
         f"To decode: `from gatelet.convert import keep_rows; keep_rows(gatelet.load('out'), '{weights}', rest=True)`."
         in report
@@ -68,6 +70,16 @@ def test_writes_a_model_that_loads_and_a_report(home, tmp_path, gater, weights):
     assert report.count("| model.layers.") == 2
     assert (tmp_path / "out" / "report.png").stat().st_size > 1000
     assert not (tmp_path / "out" / "distil.pt").exists()
+
+
+def test_the_rate_is_spread_over_the_blocks(home, tmp_path):
+    run(options(home, tmp_path / "out", gater="preview", spread=True))
+    rates = [layer.mlp.gating.unit.target_rate for layer in gatelet.load(tmp_path / "out").model.layers]
+    assert rates[0] != rates[1]
+    assert sum(rates) / 2 == pytest.approx(0.4, abs=0.01)
+    assert "40% open on average" in (tmp_path / "out" / "report.md").read_text()
+    with pytest.raises(ValueError, match="spread: spreads the rate over all blocks; leave where out"):
+        options(home, tmp_path / "out", spread=True, where="*.0*")
 
 
 def test_resumes(home, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 ``block`` (where a block's parts lie) ← ``run`` (what computes it) ← ``find`` ← ``place``
 ← ``swap`` ← ``distil``, ``report``, ``save``
+(``spread``: how much of each block is to be open)
 (``describe``: what was converted, as plain data; ``hugging_face``: ``from_pretrained`` of a converted model).
 """
 
@@ -14,6 +15,7 @@ from gatelet.convert.rows import keep_rows as keep_rows
 from gatelet.convert.rows import skip_inputs as skip_inputs
 from gatelet.convert.save import load as load
 from gatelet.convert.save import save as save
+from gatelet.convert.spread import spread_rate as spread_rate
 from gatelet.convert.swap import Conversion as Conversion
 from gatelet.convert.swap import convert as convert
 from gatelet.convert.swap import revert as revert

@@ -53,6 +53,11 @@ class Block:
     outer: str | None = None
     last: str | None = None
 
+    @property
+    def maps(self) -> tuple[str, ...]:
+        """The paths of its affine maps."""
+        return tuple(path for path in (self.up, self.down, self.glu) if path is not None)
+
 
 @dataclass(frozen=True)
 class Options:

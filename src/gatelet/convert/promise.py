@@ -6,8 +6,10 @@ import torch
 from torch import nn
 
 from gatelet.convert.block import BlockGating, affine_at
-from gatelet.convert.report import timed
+from gatelet.convert.report import in_turns
+from gatelet.convert.rows import RowsFFN, all_open
 from gatelet.convert.run import run_block
+from gatelet.nn.gating import fully_open
 from gatelet.sparsity import calibrate_thresholds
 
 LITTLE = 0.95
@@ -18,39 +20,70 @@ TOKENS = 64
 
 @dataclass(frozen=True)
 class Promise:
-    """Milliseconds of a block for this many tokens, dense and with its gates at random."""
+    """Milliseconds of a block for this many tokens, gates at random: as converted, and with its rows kept to decode."""
 
     tokens: int
     dense_ms: float
     ms: float
+    kept_open_ms: float | None = None
+    """With float32 rows kept (:func:`gatelet.convert.keep_rows`), all units open; None where that is impossible."""
+    kept_ms: float | None = None
+    """With float32 rows kept, and gates."""
 
     @property
     def saves(self) -> bool:
-        """Whether the gates save time."""
+        """Whether the gates save time in the block as it is."""
         return self.ms < LITTLE * self.dense_ms
+
+    @property
+    def saves_kept(self) -> bool:
+        """Whether the gates save time beside the same kernels with all units open."""
+        kept, kept_open = self.kept_ms, self.kept_open_ms
+        return kept is not None and kept_open is not None and kept < LITTLE * kept_open
 
     def __str__(self) -> str:
         """Return the times in words."""
         tokens = "1 token" if self.tokens == 1 else f"{self.tokens} tokens"
-        times = f"{self.ms:.3f} ms for {tokens}, dense {self.dense_ms:.3f}"
-        return times if self.saves else f"{times}: promises nothing"
+        said = f"{self.ms:.3f} ms for {tokens}, dense {self.dense_ms:.3f}" + (": promises nothing" * (not self.saves))
+        if self.kept_ms is None:
+            return said
+        nothing = ": promises nothing" * (not self.saves_kept)
+        return f"{said}; with keep_rows {self.kept_ms:.3f}, all units open {self.kept_open_ms:.3f}{nothing}"
 
 
-def promise(owner: nn.Module, gating: BlockGating, tokens: int, seconds: float = 0.03) -> Promise:
+def promise(owner: nn.Module, gating: BlockGating, tokens: int, others: int = 0, seconds: float = 0.03) -> Promise:
     """Time the block on random tokens with gates open at its rate, gater included; its state stays what it was.
 
     Random gates are the worst case: those of real tokens have units in common, which several tokens read once.
+    ``others``: bytes of other weights that pass between two runs.
     """
-    weight = affine_at(owner, gating.block.up).weight
+    block = gating.block
+    weight = affine_at(owner, block.up).weight
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(max(TOKENS, tokens), weight.shape[1], generator=generator).to(weight)
-    threshold, training = gating.unit.threshold.clone(), gating.training
+    threshold, training, some = gating.unit.threshold.clone(), gating.training, x[:tokens]
     try:
         gating.eval()
         if gating.unit.target_rate is not None:
             calibrate_thresholds(owner, [x], forward=lambda module, batch: run_block(module, gating, batch))
-        return Promise(tokens, *timed(gating, x[:tokens], (owner, gating), seconds))
+
+        def dense() -> None:
+            with fully_open(gating):
+                run_block(owner, gating, some)
+
+        runs = {"dense": dense, "gated": lambda: run_block(owner, gating, some)}
+        if _can_be_kept(owner, gating):
+            kept, kept_open = RowsFFN(owner, gating, "float32"), RowsFFN(owner, all_open(owner, block), "float32")
+            runs |= {"kept": lambda: kept(some), "kept open": lambda: kept_open(some)}
+        found = in_turns(runs, seconds, others, x)
+        return Promise(tokens, found["dense"], found["gated"], found.get("kept open"), found.get("kept"))
     finally:
         gating.unit.threshold.copy_(threshold)
         gating.train(training)
         gating.reset_statistics()
+
+
+def _can_be_kept(owner: nn.Module, gating: BlockGating) -> bool:
+    block = gating.block
+    on_cpu = affine_at(owner, block.up).weight.device.type == "cpu"
+    return on_cpu and block.kind == "module" and gating.unit.estimator.settles() and gating.unit.target_rate is not None

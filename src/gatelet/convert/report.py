@@ -3,7 +3,7 @@
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,9 @@ from gatelet.convert.place import blocks
 from gatelet.convert.run import run_block
 from gatelet.estimators._distributed import alone, is_distributed, meet, total
 from gatelet.nn.conditional_layer import ConditionalLayer, conditional_layers, fully_open
+
+CACHE = 1 << 26
+"""So many bytes of other weights push a layer's out of the processor's caches, or most of them."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,9 @@ def report(
         model: holds conditional layers.
         inputs, named: if given, the model is run on them once, in the mode it is in, and then every layer is timed by
             itself, on the input that it had there, without gradients: against itself with all gates open and no
-            gater, in turns; medians.
-        seconds: time to spend on each layer.
+            gater, in turns; medians. Between two runs as many other bytes are read as the model has (at most 64 MB),
+            for in the model, too, its weights have left the caches when the next token comes.
+        seconds: time to spend in each layer.
         local: of several processes, show what this one counted. Times are always its own.
         timeout: seconds to wait for the other processes to call this too.
 
@@ -143,7 +147,7 @@ def _reported(
         counted = {name: (layer.opened.clone(), layer.tokens) for name, layer in layers.items()}
         owners = blocks(model)
         for name, x in seen.items():
-            times[name] = timed(layers[name], x, owners.get(name), seconds)
+            times[name] = timed(layers[name], x, owners.get(name), seconds, others_of(model))
         for name, (opened, tokens) in counted.items():  # what timing counted is no statistics
             layers[name].reset_statistics()
             layers[name].opened.copy_(opened)
@@ -189,31 +193,54 @@ def _inputs_of(model: nn.Module, layers: dict[str, ConditionalLayer]) -> Iterato
             hook.remove()
 
 
+def others_of(model: nn.Module) -> int:
+    """Return how many bytes of weights pass between two runs of a layer in this model, as far as it matters."""
+    return min(CACHE, sum(parameter.nbytes for parameter in model.parameters()))
+
+
+def in_turns(runs: dict[str, Callable[[], Any]], seconds: float, others: int, like: Tensor) -> dict[str, float]:
+    """Return milliseconds of each run, medians of turns.
+
+    Before each, ``others`` bytes are read: in a model a layer's weights have left the processor's caches when the next
+    token comes, where the model is larger than these.
+    """
+    memory = torch.zeros(max(1, others // 4), dtype=torch.float32, device=like.device)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    spent, turns = 0.0, 0
+    with torch.no_grad():
+        while spent < seconds or turns < 7:
+            turns += 1
+            for name, run in runs.items():
+                memory.sum()
+                if like.is_cuda:
+                    torch.cuda.synchronize()
+                start = time.perf_counter()
+                run()
+                if like.is_cuda:
+                    torch.cuda.synchronize()
+                times[name].append(time.perf_counter() - start)
+                spent += times[name][-1]
+    skip = 2  # what runs first compiles kernels and fills caches
+    return {name: 1e3 * statistics.median(each[skip:]) for name, each in times.items()}
+
+
 def timed(
-    layer: ConditionalLayer, x: Tensor, owned: tuple[nn.Module, BlockGating] | None, seconds: float
+    layer: ConditionalLayer, x: Tensor, owned: tuple[nn.Module, BlockGating] | None, seconds: float, others: int = 0
 ) -> tuple[float, float]:
     """Return milliseconds of the layer fully open and of the layer, medians of runs in turns."""
 
-    def run() -> None:
+    def gated() -> None:
         if owned is not None:
             run_block(owned[0], owned[1], x)
         else:
             layer(x)
-        if x.is_cuda:
-            torch.cuda.synchronize()
 
-    dense: list[float] = []
-    gated: list[float] = []
-    begin = time.perf_counter()
-    with torch.no_grad():
-        while time.perf_counter() - begin < seconds or len(gated) < 7:
-            for times, is_open in ((dense, True), (gated, False)):
-                with fully_open(layer) if is_open else contextlib.nullcontext():
-                    start = time.perf_counter()
-                    run()
-                    times.append(time.perf_counter() - start)
-    skip = 2  # what runs first compiles kernels and fills caches
-    return 1e3 * statistics.median(dense[skip:]), 1e3 * statistics.median(gated[skip:])
+    def dense() -> None:
+        with fully_open(layer):
+            gated()
+
+    found = in_turns({"dense": dense, "gated": gated}, seconds, others, x)
+    return found["dense"], found["gated"]
 
 
 def _show(value: float | int | None, form: str) -> str:

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gatelet._checks import check_choice, check_rate
-from gatelet.convert.block import BlockGating, affine_at
+from gatelet.convert.block import Block, BlockGating, Options, affine_at, all_of, at
+from gatelet.convert.find import find
 from gatelet.convert.place import blocks
 from gatelet.kernels import ACTIVATIONS as FUSED
 from gatelet.kernels import (
@@ -152,7 +153,8 @@ class RowsFFN(_Rows):
         weights: how its weights are kept: ``"float32"``, ``"bf16"`` or ``"int8"``. The gater's stay float32.
 
     Raises:
-        ValueError: for a gate that is not 0 or 1, or one without a threshold.
+        ValueError: for a gate that is not 0 or 1, or one without a threshold; for a map that is more than its weight
+            and bias (an adapter, hooks).
     """
 
     def __init__(self, owner: nn.Module, gating: BlockGating, weights: str = "float32") -> None:
@@ -166,10 +168,10 @@ class RowsFFN(_Rows):
         self.limit = float(unit.threshold)
         self.sparsity = gating.sparsity
         self.gated = block.glu is not None
-        first, down = affine_at(owner, block.glu or block.up), affine_at(owner, block.down)
+        first, down = all_of(owner, block.glu or block.up), all_of(owner, block.down)
         self._keep("first", *first)
         if self.gated:
-            self._keep("up", *affine_at(owner, block.up))
+            self._keep("up", *all_of(owner, block.up))
         self._keep_down(down.weight.detach(), down.bias)
         self.alone = isinstance(self.gater, SelfGater) and not len(self.sparsity) and self.activation in FUSED
         """Whether one kernel does all of it."""
@@ -179,7 +181,7 @@ class RowsFFN(_Rows):
         if self.preview:
             self._keep("near_first", first.weight, None, "int8")
             if self.gated:
-                self._keep("near_up", affine_at(owner, block.up).weight, None, "int8")
+                self._keep("near_up", all_of(owner, block.up).weight, None, "int8")
         last = isinstance(self.gater, PreviewGater) and not self.preview
         self.register_buffer("limits", torch.tensor([NEVER, self.limit] if last else [self.limit, NEVER]))
         self.register_buffer("scale", self.gater.scale.detach().float().clone())
@@ -270,6 +272,16 @@ class RowsFFN(_Rows):
         return f"weights={self.weights!r}, activation={self.activation!r}, gated={self.gated}"
 
 
+def all_open(owner: nn.Module, block: Block) -> BlockGating:
+    """Return gates for a dense block of which none closes a unit; they are not put into it."""
+    up, down = affine_at(owner, block.up).weight, affine_at(owner, block.down).weight
+    flops = 2 * ((2 if block.glu else 1) * up.shape[1] + down.shape[0])
+    gating = Options(0.5, 1, "straight_through", 1, "self").gating(up.shape[1], up.shape[0], flops)
+    gating.block = block
+    gating.unit.threshold.fill_(NEVER)
+    return gating
+
+
 def keep_rows(model: nn.Module, weights: str = "int8", rest: bool = False) -> nn.Module:
     """Replace a model's converted blocks, in place, by ones for inference that keep their weights in few bytes.
 
@@ -278,15 +290,17 @@ def keep_rows(model: nn.Module, weights: str = "int8", rest: bool = False) -> nn
     Args:
         model: converted and calibrated. Blocks that are modules of their own (Llama's, GPT-2's, T5's) are replaced.
         weights: ``"float32"``, ``"bf16"`` or ``"int8"`` (a scale per row).
-        rest: replace the model's other linear maps too, all rows open: attention's, and the one into the vocabulary
-            (which no longer shares its weight with the embedding then). Their bytes count like the blocks', and for
-            one token the kernels read faster than the products of PyTorch.
+        rest: replace all else that reads weights too, all of it open: blocks that are dense (all of them, in a model
+            that was not converted), attention's maps, and the one into the vocabulary (which no longer shares its
+            weight with the embedding then). Their bytes count like the converted blocks', and for one token the
+            kernels read faster than the products of PyTorch.
 
     Returns:
         the same model, in ``eval()``.
 
     Raises:
-        ValueError: for a model without such blocks, without thresholds, on another device than the CPU.
+        ValueError: for a model without anything to replace, without thresholds, on another device than the CPU; for a
+            converted block one of whose maps is more than weight and bias (an adapter, hooks).
 
     >>> import torch, gatelet
     >>> from gatelet.convert import keep_rows
@@ -298,17 +312,40 @@ def keep_rows(model: nn.Module, weights: str = "int8", rest: bool = False) -> nn
     """
     check_choice(weights, KEPT, "weights")
     chosen = {name: (owner, gating) for name, (owner, gating) in blocks(model).items() if gating.block.kind == "module"}
-    if not chosen or "gating" in chosen:
-        raise ValueError("model: holds no converted block that is a module of its own")
+    chosen.pop("gating", None)  # the model itself cannot be replaced in place
     made: dict[str, nn.Module] = {
         name.removesuffix(".gating"): RowsFFN(owner, gating, weights) for name, (owner, gating) in chosen.items()
     }
-    inside = tuple(f"{name}." for name in (*made, *(name.removesuffix("gating") for name in blocks(model))))
-    for name, module in model.named_modules() if rest else ():
-        part = part_of(module) if isinstance(module, nn.Linear) else None
-        if isinstance(part, Affine) and part.weight.device.type == "cpu" and not name.startswith(inside):
-            made[name] = RowsLinear(part, weights)
+    if rest:
+        made |= _open_rows(model, weights, (*made, *blocks(model)))
+    if not made:
+        raise ValueError("model: holds no converted block that is a module of its own")
     return _put(model, made)
+
+
+def _open_rows(model: nn.Module, weights: str, inside: tuple[str, ...]) -> dict[str, nn.Module]:
+    """Return what takes the place of dense blocks and linear maps on the CPU, if they are none of these nor in one."""
+    made: dict[str, nn.Module] = {}
+    paths = [(owner, path) for owner, gating in blocks(model).values() for path in gating.block.maps]
+    theirs = {id(at(owner, path)) for owner, path in paths}
+    for name, module in model.named_modules():
+        if not name or any(f"{name}.".startswith(f"{each}.") for each in (*inside, *made)):
+            continue
+        first = next(module.parameters(), None)
+        if first is None or first.device.type != "cpu" or id(module) in theirs:
+            continue
+        found = [block for *_, block in find(name, module) if isinstance(block, Block) and block.kind == "module"]
+        part = part_of(module) if isinstance(module, nn.Linear) else None
+        if isinstance(part, Affine):
+            made[name] = RowsLinear(part, weights)
+        elif found and not any(each.startswith(f"{name}.") for each in inside) and _is_plain(module):
+            made[name] = RowsFFN(module, all_open(module, found[0]), weights)
+    return made
+
+
+def _is_plain(block: nn.Module) -> bool:
+    """Whether nothing hangs on a block's maps but weight and bias."""
+    return all(isinstance(part_of(each), Affine) for each in block.children() if any(True for _ in each.parameters()))
 
 
 def skip_inputs(
@@ -350,7 +387,12 @@ def skip_inputs(
     check_rate(rate, "rate")
     if blocks(model):
         raise ValueError("model: holds converted blocks; keep_rows or revert them first")
-    parts = {name: part_of(module) for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    kept = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, _Rows))
+    parts = {
+        name: part_of(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith(kept)  # a gater's own
+    }
     chosen = {name: part for name, part in parts.items() if isinstance(part, Affine) and where(name)}
     if not chosen:
         raise ValueError("model: has no linear map that could be replaced")
@@ -377,9 +419,8 @@ def skip_inputs(
         raise ValueError(f"loader: no batch reaches {missing[0]}")
     limits = {name: float(torch.cat(sizes).quantile(1 - rate)) for name, sizes in seen.items()}
     made: dict[str, nn.Module] = {name: InputRows(part, limits[name], weights) for name, part in chosen.items()}
-    for name, part in parts.items():
-        if rest and isinstance(part, Affine) and name not in made:
-            made[name] = RowsLinear(part, weights)
+    if rest:
+        made |= _open_rows(model, weights, (*made, *(name.removesuffix(".") for name in kept)))
     return _put(model, made)
 
 

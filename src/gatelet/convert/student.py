@@ -40,8 +40,7 @@ class Student:
 
     def weights(self) -> list[nn.Parameter]:
         """Return the parameters of the block's own maps."""
-        paths = (self.block.up, self.block.down, self.block.glu)
-        modules = {module_path(path): at(self.owner, path) for path in paths if path is not None}
+        modules = {module_path(path): at(self.owner, path) for path in self.block.maps}
         return [p for module in modules.values() for p in module.parameters(False)]
 
     def hear(self, _: nn.Module, args: tuple[Any, ...]) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from gatelet.convert.describe import note
 from gatelet.convert.find import find
 from gatelet.convert.place import blocks, put, without_nested_tensors
 from gatelet.convert.promise import Promise, promise
+from gatelet.convert.report import others_of
 from gatelet.convert.run import Swapped
 from gatelet.estimators import Estimator, resolve
 from gatelet.nn.conditional_layer import ConditionalLayer
@@ -46,7 +47,7 @@ class Conversion:
 
 def convert(
     model: nn.Module,
-    target_rate: float = 0.1,
+    target_rate: float | Mapping[str, float] = 0.1,
     bottleneck: int | None = None,
     where: Where | None = None,
     estimator: str | Estimator = "straight_through",
@@ -69,7 +70,8 @@ def convert(
 
     Args:
         model: changed in place.
-        target_rate: the share of gates to be open.
+        target_rate: the share of gates to be open; or block's name -> its share, as
+            :func:`gatelet.convert.spread_rate` returns it, for all blocks that ``where`` chooses.
         bottleneck: M, the width of the gaters' hidden layer; 64 by default, and None where ``gater`` is a module.
         where: which blocks: a name or pattern (``"*.layer.3*"``), several, or a predicate of name and module. All
             that are found by default.
@@ -82,7 +84,9 @@ def convert(
             (:class:`gatelet.nn.ConditionalFFN`); or ``"preview"``: what units add to the output decides, which pays
             once :func:`gatelet.convert.keep_rows` has replaced the blocks.
         batch: for how many tokens at once to say what to expect: each block is then timed with random gates beside
-            dense (once per shape, some 30 ms), and where nothing is saved the list says so.
+            dense (once per shape and rate), as it is and, where that is possible, as
+            :func:`gatelet.convert.keep_rows` would make it, beside the same kernels with all units open. Other weights
+            pass between two runs, as they do in the model. Where nothing is saved the list says so.
         options: further ones of :class:`gatelet.nn.ConditionalFFN`: ``sparsity``, ``detach_gater_input``.
 
     Returns:
@@ -100,7 +104,8 @@ def convert(
       0: 64 → 256 → 64, gelu
     >>> _ = gatelet.revert(model)
     """
-    check_rate(target_rate)
+    for rate in target_rate.values() if isinstance(target_rate, Mapping) else [target_rate]:
+        check_rate(rate)
     if bottleneck is None and isinstance(gater, str):
         bottleneck = 64
     if bottleneck is not None:
@@ -108,15 +113,19 @@ def convert(
     check_count(group_size, "group_size")
     if batch is not None:
         check_count(batch, "batch")
-    made = Options(target_rate, bottleneck, estimator, group_size, gater, options)
     report, chosen = Conversion(), _chooser(where)
     uses = _uses(model)
     candidates = _candidates(model)
-    seen, timed = 0, dict[str, Promise]()
+    if isinstance(target_rate, Mapping):
+        found = {name: isinstance(block, Block) and chosen(name, owner) for name, owner, _, block in candidates}
+        _check_names(target_rate, found)
+    seen, timed = 0, dict[tuple[str, float], Promise]()
     for name, owner, holder, block in candidates:
         if not chosen(name, owner):
             continue
         seen += 1
+        rate = target_rate.get(name, 0.5) if isinstance(target_rate, Mapping) else target_rate
+        made = Options(rate, bottleneck, estimator, group_size, gater, options)
         reason = block if isinstance(block, str) else _why_not(owner, block, made, uses)
         if isinstance(block, str) or reason is not None:
             report.left[name] = str(reason)
@@ -128,8 +137,8 @@ def convert(
             continue
         if batch is not None:
             gating = cast(BlockGating, holder._modules["gating"])
-            timed[what] = timed.get(what) or promise(owner, gating, batch)
-            report.promises[name] = timed[what]
+            timed[what, rate] = timed.get((what, rate)) or promise(owner, gating, batch, others_of(model))
+            report.promises[name] = timed[what, rate]
     if not report.converted:
         if not seen:
             names = [name or "(the model)" for name, *_ in candidates]
@@ -139,6 +148,16 @@ def convert(
     without_nested_tensors(model)
     note(model)
     return report
+
+
+def _check_names(rates: Mapping[str, float], chosen: dict[str, bool]) -> None:
+    """Raise unless there is a rate for every chosen block, and a block for every rate."""
+    unknown = [name for name in rates if name not in chosen]
+    if unknown:
+        raise ValueError(f"target_rate: the model has no block {unknown[0]!r}; it has {', '.join(list(chosen)[:8])}")
+    missing = [name for name, is_chosen in chosen.items() if is_chosen and name not in rates]
+    if missing:
+        raise ValueError(f"target_rate: has no rate for the block {missing[0]!r}")
 
 
 def _uses(model: nn.Module) -> dict[int, int]:
@@ -171,8 +190,7 @@ def _why_not(owner: nn.Module, block: Block, made: Options, uses: dict[int, int]
         )
     up = affine_at(owner, block.up)
     units = up.weight.shape[0]
-    paths = [path for path in (block.up, block.down, block.glu) if path is not None]
-    tied = [path for path in paths if uses[id(at(owner, path).weight)] > 1]
+    tied = [path for path in block.maps if uses[id(at(owner, path).weight)] > 1]
     if tied:
         return f"its {tied[0]}.weight is tied: what is fitted here would change it in its other place"
     if up.weight.device.type == "cpu" and up.weight.dtype not in NATIVE:

@@ -14,6 +14,8 @@ MOST = 4
 """Examples that are multiplied with a row at once."""
 ROWS = 8
 """Rows that are multiplied with a single example at once."""
+BEGIN = 256
+"""So many bytes of the next listed rows are asked for: of a long row the processor foresees all but its beginning."""
 LANES = v.VECTOR // 4
 SIZES = {types.float32: 4, types.uint16: 2, types.int8: 1}
 """Bytes of a stored number."""
@@ -176,6 +178,13 @@ def _listed(builder: Any, base: Any, pitch: Any, units: Any, k: int) -> list[Any
     return [builder.add(base, builder.mul(each, pitch)) for each in numbers]
 
 
+def _ask_for_begin(builder: Any, ahead: list[Any], bytes_: int) -> None:
+    """Ask for the first lines of long rows; of short ones all lines are asked for on the way."""
+    for line in range(0, BEGIN if bytes_ == 4 else 0, 64):
+        for each in ahead:
+            v._prefetch(builder, builder.add(each, _I64(line)))
+
+
 @v.intrinsic
 def rows_dots(
     typing: Any, size: Any, units: Any, later: Any, base: Any, x: Any, width: Any, result: Any, kind: Any
@@ -197,12 +206,13 @@ def rows_dots(
             ahead = _listed(builder, base, pitch, later, k)
             turns = max(4 // bytes_, 1)
             whole = builder.mul(builder.sdiv(width, _I64(turns * LANES)), _I64(turns * LANES))
+            _ask_for_begin(builder, ahead, bytes_)
             step = v._Loop(builder, whole, turns * LANES)
             chains = [step.carry(ir.Constant(_FLOATS, None)) for _ in range(k)]
             step.open()
             here, over = builder.mul(step.index, _I64(bytes_)), builder.mul(step.index, _I64(4))
             sums = list(chains)
-            if bytes_ < 4:  # longer rows are foreseen by the processor
+            if bytes_ < 4:  # of longer rows the processor foresees all but the beginning
                 for each_ahead in ahead:
                     v._prefetch(builder, builder.add(each_ahead, here))
             for turn in range(turns):
@@ -247,10 +257,11 @@ def rows_axpy(
             each = [v._splat(builder, v._load(builder, scales, 4 * e, ir.FloatType()), LANES) for e in range(k)]
             turns = max(4 // bytes_, 1)
             whole = builder.mul(builder.sdiv(width, _I64(turns * LANES)), _I64(turns * LANES))
+            _ask_for_begin(builder, ahead, bytes_)
             step = v._Loop(builder, whole, turns * LANES)
             step.open()
             here, over = builder.mul(step.index, _I64(bytes_)), builder.mul(step.index, _I64(4))
-            if bytes_ < 4:  # longer rows are foreseen by the processor
+            if bytes_ < 4:  # of longer rows the processor foresees all but the beginning
                 for each_ahead in ahead:
                     v._prefetch(builder, builder.add(each_ahead, here))
             for turn in range(turns):
