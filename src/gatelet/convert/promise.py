@@ -9,7 +9,7 @@ from gatelet.convert.block import BlockGating, affine_at
 from gatelet.convert.report import in_turns
 from gatelet.convert.rows import RowsFFN, all_open
 from gatelet.convert.run import run_block
-from gatelet.nn.gating import fully_open
+from gatelet.nn.conditional_layer import fully_open
 from gatelet.sparsity import calibrate_thresholds
 
 LITTLE = 0.95
