@@ -433,17 +433,19 @@ def show(found, out):
         print("no table: it compares with 'dense, float32', of which speed on one thread and perplexity are wanted")
         return
     rows = [(name, it) for name, it in found.items() if "ms 1" in it]
-    lines = [
-        "| | tokens/s, 1 thread | times dense | 2 threads | times dense | FFN ms, 1 thread | perplexity |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    speeds = ("tokens/s, 1 thread", "times dense float32", "times all open")
+    head = ["", *speeds, "2 threads", *speeds[1:], "FFN ms, 1 thread", "perplexity"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, it in rows:
         cells = [name]
         for each in ("ms 1", "ms 2"):
-            known = each in it and each in base
-            cells += [f"{1e3 / it[each]:.1f}", f"{base[each] / it[each]:.2f}"] if known else ["–", "–"]
-        known = "perplexity" in it
-        worse = f"{it['perplexity']:.2f} ({it['perplexity'] / base['perplexity'] - 1:+.1%})" if known else "–"
+            cells.append(f"{1e3 / it[each]:.1f}" if each in it else "–")
+            for rival in (base, found.get(f"all units open, {name.split(', ')[-1]}", {})):
+                known = each in it and each in rival and not (rival is not base and name.startswith(("dense", "all")))
+                cells.append(f"{rival[each] / it[each]:.2f}" if known else "–")
+        worse = (
+            f"{it['perplexity']:.2f} ({it['perplexity'] / base['perplexity'] - 1:+.1%})" if "perplexity" in it else "–"
+        )
         lines.append("| " + " | ".join([*cells, f"{it['ffn 1']:.1f}", worse]) + " |")
     print("\n".join(lines))
     (out / "table.md").write_text("\n".join(lines) + "\n")

@@ -81,3 +81,18 @@ def test_distil_begins_there_and_does_not_go_back_behind_a_better_gater(group_si
     assert again.first_errors[name] == pytest.approx(better.errors[name], rel=1e-4)
     if better.errors[name] < found.errors[name]:
         torch.testing.assert_close(gating.gater.state_dict(), kept, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("gater", "looks"), [("preview", 1), ("self", 1), ("mlp", 30)])
+def test_the_beginning_reads_no_more_text_than_it_needs(gater, looks):
+    """Where W2 alone says what a unit weighs, one batch is enough; a gater of least squares takes what there is."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+    model, seen = copy.deepcopy(teacher), []
+    gatelet.convert(model, 0.5, bottleneck=2, gater=gater)
+    teacher.register_forward_hook(lambda *args: seen.append(1))
+    gatelet.distil(model, teacher, torch.randn(31, 4, 8).unbind(), steps=1, held_out=1, calibration=1, progress=False)
+    steps = 2 if gater == "mlp" else 0  # one, and the look behind it
+    assert len(seen) == looks + steps + 2  # a look at what is held out before, and one behind
+    scale = getattr(model[0].gating.gater, "scale", None)
+    assert scale is None or torch.equal(scale, teacher[2].weight.norm(dim=0)) or torch.equal(scale, torch.ones(32))

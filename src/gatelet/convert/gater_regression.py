@@ -14,6 +14,8 @@ SPREAD = 2.0
 """Standard deviation of the logits, over tokens and gates."""
 TOKENS = 32
 """Inputs per feature that are enough."""
+ENOUGH = 4096
+"""Inputs that are enough for a scale."""
 
 
 class GaterRegression:
@@ -120,7 +122,7 @@ class ScaleFit:
     @property
     def enough(self) -> bool:
         """Whether more inputs would hardly change what is written."""
-        return self.count >= 4096
+        return self.count >= ENOUGH
 
     @torch.no_grad()
     def add(self, factor: Float[Tensor, "T N"], w_down: Float[Tensor, "O N"]) -> None:
@@ -128,6 +130,11 @@ class ScaleFit:
         self.count += len(factor)
         self.sum += factor.square().sum(0)
         self.norms = w_down.norm(dim=0)
+
+    @torch.no_grad()
+    def add_alone(self, w_down: Float[Tensor, "O N"]) -> None:
+        """Nothing but W2 multiplies the activations: no input has to be seen."""
+        self.count, self.sum, self.norms = ENOUGH, torch.full_like(self.sum, ENOUGH), w_down.norm(dim=0)
 
     def write(self) -> bool:
         """Set the scale; False, and nothing is set, where it would be zero throughout or not finite."""

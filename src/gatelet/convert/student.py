@@ -100,8 +100,10 @@ class Student:
         up, down = all_of(self.owner, self.block.up), all_of(self.owner, self.block.down)
         glu = None if self.block.glu is None else all_of(self.owner, self.block.glu)
         if isinstance(fit, ScaleFit):
-            alone = glu is None or isinstance(self.gating.gater, PreviewGater)
-            fit.add(x.new_ones(1, down.weight.shape[1]) if alone else F.linear(x, *up), down.weight)
+            if glu is None or isinstance(self.gating.gater, PreviewGater):
+                fit.add_alone(down.weight)
+            else:
+                fit.add(F.linear(x, *up), down.weight)
             return
         margin = self.margin(hidden_layer(x, self.block.activation, up, glu), down.weight)
         fit.add(x, margin.sign() * margin.abs().sqrt())  # targets of the logits: sign(c − t) √|c − t|
