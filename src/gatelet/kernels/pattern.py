@@ -70,9 +70,14 @@ class Lists:
         self.starts, self.units, self.count, self.by_unit = starts, units, count, by_unit
         self.notes: Any = None
 
+    @property
+    def batch(self) -> int:
+        """B."""
+        return len(self.starts) - 1
+
     def examples(self) -> Tensor:
         """Return the example of each pair, (P,)."""
-        every = torch.arange(len(self.starts) - 1, device=self.starts.device)
+        every = torch.arange(self.batch, device=self.starts.device)
         return every.repeat_interleave(self.starts.diff(), output_size=len(self.units))
 
     def tensors(self) -> list[Tensor]:

@@ -1,10 +1,7 @@
-"""Products on lists of open (example, latent) pairs: by the compiled kernels on a CPU, else by PyTorch's operators.
+"""Autograd over lists of open (example, latent) pairs, and the three products that it is made of.
 
-Three products, with x (B, D), W (N, D) and a number c per pair (b, n):
-
-``dots``         ⟨x[b], W[n]⟩ of each pair;
-``by_example``   y[b] = Σ c W[n] over the example's pairs;
-``by_unit``      V[n] = Σ c x[b] over the latent's pairs, of the latents that any pair names.
+The products are the kernels' (:mod:`gatelet.kernels.backends`) where these take the tensors, else PyTorch's operators
+for embeddings, which form no row per pair, on any device and inside of tracing.
 """
 
 from typing import Any
@@ -13,56 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gatelet.kernels.backends import BACKENDS
 from gatelet.kernels.choose import compiles
 from gatelet.kernels.ops._declare import plain
+from gatelet.kernels.pattern import Lists
 
 TOGETHER = 1024
 """Rows of a gradient that are worked on at once: they stay in the caches, and no second tensor of its size exists."""
-
-
-class Lists:
-    """Open latents of each example: ``indices[offsets[b]:offsets[b + 1]]`` are those of example b.
-
-    Args:
-        offsets: (B + 1,), int64.
-        indices: (P,), int64, no latent twice in an example.
-        latents: N.
-    """
-
-    def __init__(self, offsets: Tensor, indices: Tensor, latents: int) -> None:
-        self.offsets, self.indices, self.latents = offsets, indices, latents
-        self._examples: Tensor | None = None
-        self._columns: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
-        self._turned: Any = None
-
-    @property
-    def batch(self) -> int:
-        """B."""
-        return len(self.offsets) - 1
-
-    @property
-    def examples(self) -> Tensor:
-        """The example of each pair, (P,)."""
-        if self._examples is None:
-            every = torch.arange(self.batch, device=self.offsets.device)
-            self._examples = every.repeat_interleave(self.offsets.diff(), output_size=len(self.indices))
-        return self._examples
-
-    @property
-    def columns(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The pairs by latent: latents (R,), their offsets (R + 1,), the order (P,) of the pairs, their examples."""
-        if self._columns is None:
-            ordered, order = self.indices.sort(stable=True)
-            latents, counts = torch.unique_consecutive(ordered, return_counts=True)
-            self._columns = latents, F.pad(counts.cumsum(0), (1, 0)), order, self.examples[order]
-        return self._columns
-
-    @property
-    def turned(self) -> Any:
-        """The same for the compiled kernels."""
-        if self._turned is None:
-            self._turned = _kernels().turned(self.offsets, self.indices, self.latents)
-        return self._turned
 
 
 def compiled(*tensors: Tensor) -> bool:
@@ -74,24 +28,17 @@ def compiled(*tensors: Tensor) -> bool:
     return known and plain(*tensors) and compiles()
 
 
-def _kernels() -> Any:
-    """Return the compiled products; Numba is imported when they first run."""
-    from gatelet.kernels.backends.numba import lists
-
-    return lists
-
-
 def dots(x: Tensor, weight: Tensor, lists: Lists) -> Tensor:
     """Return ⟨x[b], W[n]⟩ of each pair, (P,).
 
     It is the gradient of :func:`by_example` in its coefficients, for which PyTorch has an operator.
     """
-    if not len(lists.indices):
+    if not len(lists.units):
         return x.new_zeros(0)
     if compiled(x, weight):
-        return _kernels().dots(x, weight, None, lists.offsets, lists.indices)  # type: ignore[no-any-return]
+        return BACKENDS["numba"].products.dots(x, weight, None, None, lists)[0]  # type: ignore[no-any-return]
     found: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        x.contiguous(), weight, lists.indices, lists.offsets, lists.examples, 0
+        x.contiguous(), weight, lists.units, lists.starts, lists.examples(), 0
     )
     return found
 
@@ -99,27 +46,38 @@ def dots(x: Tensor, weight: Tensor, lists: Lists) -> Tensor:
 def by_example(values: Tensor, weight: Tensor, lists: Lists) -> Tensor:
     """Return y (B, D), the sum of the open latents' rows."""
     if compiled(values, weight):
-        return _kernels().by_example(values, weight, None, lists.offsets, lists.indices)  # type: ignore[no-any-return]
+        return BACKENDS["numba"].products.by_example(values, weight, None, lists)  # type: ignore[no-any-return]
     return F.embedding_bag(
-        lists.indices, weight, lists.offsets, mode="sum", per_sample_weights=values, include_last_offset=True
+        lists.units, weight, lists.starts, mode="sum", per_sample_weights=values, include_last_offset=True
     )
 
 
 def by_unit(values: Tensor, x: Tensor, lists: Lists) -> tuple[Tensor, Tensor]:
     """Return the latents that are open somewhere (R,), ascending, and the sums of their examples' rows (R, D)."""
     if compiled(values, x):
-        return lists.turned.touched, _kernels().by_unit(values, x, lists.turned, need_total=False)[0]
-    latents, offsets, order, examples = lists.columns
-    rows = F.embedding_bag(examples, x, offsets, mode="sum", per_sample_weights=values[order], include_last_offset=True)
+        return _rows(BACKENDS["numba"].products.touched(values, x, lists))
+    ordered, order = lists.units.sort(stable=True)
+    latents, counts = torch.unique_consecutive(ordered, return_counts=True)
+    rows = F.embedding_bag(
+        *(lists.examples()[order], x, F.pad(counts.cumsum(0), (1, 0))),
+        mode="sum",
+        per_sample_weights=values[order],
+        include_last_offset=True,
+    )
     return latents, rows
 
 
 def sum_backward(slope: Tensor, weight: Tensor, values: Tensor, lists: Lists) -> tuple[Tensor, Tensor, Tensor]:
     """Return from the gradient of :func:`by_example` those of its values, and of its weight: latents and their rows."""
     if compiled(slope, weight, values):
-        found, rows = _kernels().backward(slope, weight, values, lists.turned)
-        return found, lists.turned.touched, rows
+        found, rows = BACKENDS["numba"].products.dots_and_by_unit(slope, weight, values, lists, sparse=True)
+        return found, *_rows(rows)
     return dots(slope, weight, lists), *by_unit(values, slope, lists)
+
+
+def _rows(sparse: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which rows of a sparse matrix are there, and these rows."""
+    return sparse._indices()[0], sparse._values()
 
 
 def rows_as_gradient(latents: Tensor, rows: Tensor, like: Tensor, sparse: bool) -> Tensor:
@@ -150,7 +108,7 @@ class ListedLinear(torch.autograd.Function):
         slope = slope.contiguous()
         found_x = by_example(slope, weight, lists) if for_x else None
         found_weight = rows_as_gradient(*by_unit(slope, x, lists), weight, ctx.sparse) if for_weight else None
-        found_bias = weight.new_zeros(lists.latents).index_add_(0, lists.indices, slope) if for_bias else None
+        found_bias = weight.new_zeros(lists.count).index_add_(0, lists.units, slope) if for_bias else None
         return found_x, found_weight, found_bias, None, None, None
 
 

@@ -82,7 +82,7 @@ class Spread(Units):
         lists, values = code.lists(), code.values.reshape(-1)
         counts = self.gather(torch.tensor([len(values)], device=values.device), 0)
         pad = (0, int(counts.max()) - len(values))
-        numbers = torch.stack([lists.examples, lists.indices + self.rank * code.latents])
+        numbers = torch.stack([lists.examples(), lists.units + self.rank * code.latents])
         every = self.gather(F.pad(numbers, pad, value=-1), 1)
         there = every[0] >= 0
         order = every[0][there].argsort(stable=True)
@@ -97,9 +97,9 @@ class Spread(Units):
         if code.dense is not None:
             return SparseCode.from_dense(code.dense.narrow(1, self.rank * width, width), code.lead)
         lists = code.lists()
-        here = lists.indices // width == self.rank
-        offsets = F.pad(torch.bincount(lists.examples[here], minlength=lists.batch).cumsum(0), (1, 0))
-        indices = lists.indices[here] - self.rank * width
+        here = lists.units // width == self.rank
+        offsets = F.pad(torch.bincount(lists.examples()[here], minlength=lists.batch).cumsum(0), (1, 0))
+        indices = lists.units[here] - self.rank * width
         return SparseCode(indices, code.values.reshape(-1)[here], width, code.lead, offsets)
 
     def _as(self, part: Tensor, placement: Placement) -> DTensor:

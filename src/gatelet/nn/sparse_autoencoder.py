@@ -24,9 +24,10 @@ from gatelet.estimators import Estimator, JumpReLU, Rectifier, TopK
 from gatelet.estimators._distributed import is_distributed, sign_of_life
 from gatelet.estimators.jump_relu import jump_relu, jump_step
 from gatelet.kernels.ops._declare import recording
+from gatelet.kernels.pattern import Lists
 from gatelet.nn import _agreement, sae_lens
 from gatelet.nn._largest import largest, largest_in_groups
-from gatelet.nn._lists import ListedLinear, ListedSum, Lists, UnitRows, by_example
+from gatelet.nn._lists import ListedLinear, ListedSum, UnitRows, by_example
 from gatelet.nn._units import ALL_HERE, Units
 from gatelet.nn.sparse_code import SparseCode
 
@@ -415,7 +416,7 @@ class SparseAutoencoder(nn.Module):
         if self.split is not ALL_HERE:
             values, lists = self._strongest(values, indices, self.k)
             listed = self._listed(centred, values, lists)
-            return SparseCode(lists.indices, listed.relu(), self._here, lead, lists.offsets), _Extra(listed)
+            return SparseCode(lists.units, listed.relu(), self._here, lead, lists.starts), _Extra(listed)
         listed = values.flatten()
         if torch.is_grad_enabled():
             listed = self._listed(centred, *self._strongest(values, indices, self.k))
@@ -482,7 +483,7 @@ class SparseAutoencoder(nn.Module):
 
         def each(parameter: Tensor) -> Tensor:
             parameter = self.split.own(parameter)
-            return parameter if lists is None else parameter[lists.indices]
+            return parameter if lists is None else parameter[lists.units]
 
         if isinstance(self.estimator, JumpReLU):
             return jump_relu(z, each(self.estimator.theta), self.estimator.bandwidth)
@@ -509,14 +510,14 @@ class SparseAutoencoder(nn.Module):
         own, total = self.split.own, self.split.total
         if isinstance(self.estimator, JumpReLU):
             theta = own(self.estimator.theta)
-            steps = jump_step(z, theta if lists is None else theta[lists.indices], self.estimator.bandwidth)
-            l0 = steps.sum(-1) if lists is None else z.new_zeros(batch).index_add(0, lists.examples, steps)
+            steps = jump_step(z, theta if lists is None else theta[lists.units], self.estimator.bandwidth)
+            l0 = steps.sum(-1) if lists is None else z.new_zeros(batch).index_add(0, lists.examples(), steps)
             return self.sparsity_weight * (total(l0) / self.k - 1).square().mean()
         if self.activation == "relu":
             values = code.values if code.dense is None else code.dense
             lengths = None if self.unit_decoder else torch.linalg.vector_norm(own(self.decoder_weight), dim=1)
             if lengths is not None:
-                values = values * (lengths if lists is None else lengths[lists.indices])
+                values = values * (lengths if lists is None else lengths[lists.units])
             return self.sparsity_weight * total(values.sum()) / batch
         if self.activation == "gated":
             gate, weight = z.relu(), own(self.decoder_weight).detach()

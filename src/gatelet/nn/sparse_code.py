@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gatelet.nn._lists import Lists
+from gatelet.kernels.pattern import Lists
 
 
 class SparseCode:
@@ -93,7 +93,7 @@ class SparseCode:
         if self._offsets is None:
             return (self._values != 0).sum(-1)
         counts = (self._values != 0).long()
-        return counts.new_zeros(self.lead.numel()).index_add_(0, self.lists().examples, counts).view(self.lead)
+        return counts.new_zeros(self.lead.numel()).index_add_(0, self.lists().examples(), counts).view(self.lead)
 
     def opened(self) -> Tensor:
         """Return which latents any example opened, (N,) booleans."""
@@ -108,13 +108,13 @@ class SparseCode:
             return self._dense.view(*self.lead, self.latents)
         lists = self.lists()
         dense = self.values.new_zeros((lists.batch, self.latents))
-        return dense.index_put((lists.examples, lists.indices), self.values.reshape(-1)).view(*self.lead, self.latents)
+        return dense.index_put((lists.examples(), lists.units), self.values.reshape(-1)).view(*self.lead, self.latents)
 
     def to_sparse_csr(self) -> Tensor:
         """Return the code as a sparse CSR tensor (B, N) without gradient: no zeros, latents in ascending order."""
         lists, values = self.lists(), self.values.detach().reshape(-1)
         kept = values != 0
-        key, order = (lists.examples * self.latents + lists.indices)[kept].sort()
+        key, order = (lists.examples() * self.latents + lists.units)[kept].sort()
         starts = F.pad(torch.bincount(key // self.latents, minlength=lists.batch).cumsum(0), (1, 0))
         size = (lists.batch, self.latents)
         with warnings.catch_warnings():

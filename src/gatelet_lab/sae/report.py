@@ -108,7 +108,7 @@ def contexts(sae: SparseAutoencoder, source: Source, cache: Cache, shown: int) -
         rows = cache.rows.view(cache.done, length, cache.width)[part].flatten(0, 1).float()
         code = sae.encode(rows)
         kept = code.values.flatten() > 0
-        examples.append((code.lists().examples + start * length)[kept].int())
+        examples.append((code.lists().examples() + start * length)[kept].int())
         latents.append(code.indices.flatten()[kept].int())
         values.append(code.values.flatten()[kept])
     example, latent, value = torch.cat(examples), torch.cat(latents), torch.cat(values)
