@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from machines_page import PAGE, command
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gatelet
@@ -109,13 +110,16 @@ def held(layer):
     return sum((each.to_local() if hasattr(each, "to_local") else each).numel() for each in layer.parameters())
 
 
+def program():
+    """Return the program of docs/machines.md, from a start that is the same in every run."""
+    (found,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    return f"import torch\ntorch.manual_seed(0)\n{found}"
+
+
 def page():
-    """What the program of docs/machines.md prints, in as many processes as the environment says."""
-    text = (Path(__file__).parents[2] / "docs" / "machines.md").read_text()
-    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    torch.manual_seed(0)
+    """What the program prints in this process."""
     with redirect_stdout(io.StringIO()) as told:
-        exec(program, {})
+        exec(program(), {})
     return float(told.getvalue())
 
 
@@ -137,7 +141,7 @@ def main(rank, folder):
     """What each of the two processes runs."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    found = {"page": page()}
+    found = {}
     where = {"init_method": f"file://{folder}/meet", "rank": rank, "world_size": 2}
     torch.distributed.init_process_group("gloo", **where, timeout=timedelta(seconds=60))
     mesh = init_device_mesh("cpu", (2,))
@@ -169,27 +173,22 @@ def main(rank, folder):
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spread")
-    path = os.pathsep.join(str(each) for each in (Path(__file__).parent, Path(gatelet.__file__).parents[1]))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    told = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", f"import test_spread; test_spread.main({rank}, {str(folder)!r})"],
-            env=os.environ | told | {"PYTHONPATH": path, "RANK": str(rank), "WORLD_SIZE": "2"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=480)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    folders = Path(__file__).parent, Path(__file__).parents[1], Path(gatelet.__file__).parents[1]
+    path = os.pathsep.join(map(str, folders))
+    further = f"import test_spread\ntest_spread.main(int(os.environ['RANK']), {str(folder)!r})\n"
+    (folder / "spread.py").write_text(program() + further)
+    torchrun, *words = command("torchrun --standalone --nproc-per-node 2 spread.py")
+    ran = subprocess.run(
+        [str(Path(sys.executable).with_name(torchrun)), *words],
+        env=os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        cwd=folder,
+        capture_output=True,
+        timeout=480,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return [each | {"page": float(line)} for each, line in zip(found, ran.stdout.split(), strict=True)]
 
 
 @pytest.mark.parametrize(("name", "case"), [*(("ffn", case) for case in FFN), *(("sae", case) for case in SAE)])

@@ -15,14 +15,17 @@ import distributed
 import optuna
 import pytest
 import torch
+from machines_page import command
 from upath import UPath
 
 import gatelet
 from gatelet_lab import cli, data, files
-from gatelet_lab.training import cluster, recipes
+from gatelet_lab.commands import claims
+from gatelet_lab.training import cluster, jobs, recipes
 from gatelet_lab.training.paper import PaperTrainer
 from gatelet_lab.training.settings import override
 
+ADDRESS = "tcp://host:8786"
 SMALL = ("--dataset", "digits", "--set", "experts=20", "--set", "bottleneck=5")
 PRELOAD = """
 import os
@@ -71,15 +74,15 @@ class Cluster:
         self.environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "SHARED": str(folder)}
         self.environment["DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL"] = "1 h"  # a machine that stands still is not lost
         (folder / "preload.py").write_text(PRELOAD)
-        self.start("scheduler", "scheduler", "--port", "0", "--no-dashboard", "--host", "127.0.0.1")
+        self.start("scheduler", *command("dask scheduler"), "--port", "0", "--no-dashboard", "--host", "127.0.0.1")
         self.url = self.wait("scheduler", "Scheduler at:").split()[-1]
 
-    def start(self, name, kind, *arguments):
-        command = [str(Path(sys.executable).with_name("dask")), kind, *map(str, arguments)]
+    def start(self, name, program, *arguments):
+        words = [str(Path(sys.executable).with_name(program)), *map(str, arguments)]
         with (self.folder / f"{name}.log").open("w") as log:
-            self.processes[name] = subprocess.Popen(command, stderr=log, env=self.environment, cwd=self.folder)
+            self.processes[name] = subprocess.Popen(words, stderr=log, env=self.environment, cwd=self.folder)
 
-    def worker(self, name, *arguments):
+    def worker(self, name):
         place = (
             "--local-directory",
             self.folder / "scratch",
@@ -87,7 +90,8 @@ class Cluster:
             "--preload",
             self.folder / "preload.py",
         )
-        self.start(name, "worker", self.url, "--no-nanny", "--name", name, *place, *arguments)
+        words = command("dask worker", [(ADDRESS, self.url), ("--nworkers 8", "--nworkers 1")])
+        self.start(name, *words, "--no-nanny", "--name", name, *place)
 
     def wait(self, name, words):
         deadline = time.monotonic() + 300
@@ -108,8 +112,8 @@ class Cluster:
 def dask(tmp_path_factory):
     made = Cluster(tmp_path_factory.mktemp("cluster"))
     try:
-        made.worker("one", "--nthreads", 1)
-        made.worker("two", "--nthreads", 1)
+        made.worker("one")
+        made.worker("two")
         for name in ("one", "two"):
             made.wait(name, "Starting established connection")
         yield made
@@ -150,8 +154,8 @@ def test_a_lost_worker_costs_at_most_its_epoch(dask, tmp_path, monkeypatch, caps
     names = ("sigmoid", "noisy_sigmoid")
     both = [out / "checkpoints" / f"{name}-seed0.pt" for name in names]
     with once(lambda: all(path.is_file() for path in both), kill):
-        command = ("reproduce", *SMALL, "--rows", *names, "--epochs", length, "--out", out, "--scheduler", dask.url)
-        status, told = run(monkeypatch, capsys, *command)
+        words = command("gatelet reproduce", [(ADDRESS, dask.url), ("/shared/run", out), ("paper", "quick")])
+        status, told = run(monkeypatch, capsys, *words[1:], *SMALL, "--rows", *names, "--epochs", length)
     assert status == 0, told
     for name in names:
         assert f"{name}-seed0: epoch 2: valid" in told
@@ -193,8 +197,8 @@ def test_the_output_may_lie_behind_a_url(dask, monkeypatch, capsys):
     importlib.import_module("preload")
     place = ("--out", "shared://runs/frontier", "--scheduler", dask.url)
     short = ("--methods", "straight_through", "--shares", 0.1, "--epochs", 1, "--seeds", 1)
-    command = ("frontier", "--dataset", "digits", *short, "--set", "experts=20", "--set", "bottleneck=5", *place)
-    status, told = run(monkeypatch, capsys, *command)
+    words = ("frontier", "--dataset", "digits", *short, "--set", "experts=20", "--set", "bottleneck=5", *place)
+    status, told = run(monkeypatch, capsys, *words)
     assert status == 0, told
     out = dask.folder / "runs" / "frontier"
     (point,) = json.loads((out / "frontier.json").read_text())["points"]
@@ -206,7 +210,7 @@ def test_the_output_may_lie_behind_a_url(dask, monkeypatch, capsys):
         files.location("shared://runs/frontier/rows/straight_through-0.1-seed0.weights.pt"), "cpu"
     )
     assert "output.weight" in weights
-    status, told = run(monkeypatch, capsys, *command, "--resume")
+    status, told = run(monkeypatch, capsys, *words, "--resume")
     assert status == 0
     assert "1 of them were finished before" in told
 
@@ -220,6 +224,24 @@ def test_a_search_trains_on_the_workers(dask, tmp_path, monkeypatch, capsys):
     for trial in study.get_trials():
         assert list(trial.intermediate_values) == list(range(len(trial.intermediate_values)))
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_claims_are_trained_on_the_workers(dask, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(claims, "_DRAWS", 2)
+    monkeypatch.setattr(jobs, "LocalWorkers", lambda *_: pytest.fail("trained here"))
+    short = ("--epochs", 1, "--seeds", 1, "--train-images", 200)
+    status, told = run(
+        monkeypatch, capsys, "claims", *SMALL, *short, "--out", tmp_path / "out", "--scheduler", dask.url
+    )
+    assert status == 0, told
+    assert "sts_no_momentum-seed0: epoch 1: valid" in told
+    found = json.loads((tmp_path / "out" / "claims.json").read_text())
+    assert {each["row"] for each in found["runs"]} == set(claims.VARIANTS)
+    options = claims.Claims(dataset="digits", epochs=1, seeds=1, train_images=200, settings=SMALL[3::2])
+    trainer = PaperTrainer(claims.variant(options, "sbn"), 0, options.load())
+    trainer.advance()
+    (sbn,) = (each for each in found["runs"] if each["row"] == "sbn")
+    assert sbn["train_nll"] == trainer.result()["train_nll"]
 
 
 def test_every_worker_must_see_the_output(dask):

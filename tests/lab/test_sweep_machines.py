@@ -1,12 +1,12 @@
 """Three processes share a study in SQLite and in PostgreSQL; one is killed, and its trial is not lost."""
 
 import contextlib
-import io
 import os
 import pwd
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from multiprocessing import get_context
@@ -14,9 +14,11 @@ from pathlib import Path
 
 import optuna
 import pytest
+from machines_page import command
 from optuna.trial import TrialState
 from rich.console import Console
 
+from gatelet_lab import cli
 from gatelet_lab.commands import sweep
 from gatelet_lab.training.paper import PaperTrainer
 
@@ -84,7 +86,7 @@ def storage(kind, folder):
 
 
 @pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
-def test_a_killed_trial_is_continued_and_none_runs_twice(kind, tmp_path, monkeypatch):
+def test_a_killed_trial_is_continued_and_none_runs_twice(kind, tmp_path, monkeypatch, capsys):
     with storage(kind, tmp_path) as url:
         options = sweep.Sweep(
             row="sigmoid",
@@ -112,13 +114,17 @@ def test_a_killed_trial_is_continued_and_none_runs_twice(kind, tmp_path, monkeyp
         time.sleep(GRACE + 1)
         monkeypatch.setattr(sweep, "HEARTBEAT", 1)
         monkeypatch.setattr(sweep, "GRACE", GRACE)
-        last = io.StringIO()
         more = len(sweep.finished(study)) + 1
-        sweep.run(sweep.replace(options, trials=more), Console(width=200, file=last))
+        ours = [("postgresql+psycopg://user:password@host/gatelet", url), ("/shared/sweep", tmp_path / "out")]
+        words = command("gatelet sweep", [*ours, ("straight_through", "sigmoid"), ("200", more)])
+        settings = [word for setting in options.settings for word in ("--set", setting)]
+        monkeypatch.setattr(sys, "argv", [*words, "--dataset", "digits", "--epochs", "3", *settings])
+        monkeypatch.setenv("COLUMNS", "200")
+        cli.main()
         trials = study.get_trials()
         database.remove_session()
         database.engine.dispose()
-    told = last.getvalue() + "".join(log.read_text() for log in logs[1:])
+    told = capsys.readouterr().out + "".join(log.read_text() for log in logs[1:])
     (killed, *_) = [trial for trial in trials if trial.state == TrialState.FAIL]
     again = next(trial for trial in trials if trial.system_attrs.get("failed_trial") == killed.number)
     assert again.params == killed.params

@@ -57,8 +57,6 @@ class PaperTrainer(Trainer[tuple[Tensor, Tensor], Epoch]):
         world: World = ALONE,
     ) -> None:
         super().__init__(world)
-        if world.size > 1 and recipe.gater.gater == "two_stage":
-            raise ValueError("gater=two_stage: trains in one process only; its weights differ in several")
         share, more = recipe.augmentation.teacher_share, recipe.optimiser.more_training
         if bool(share) != (teacher is not None):
             raise ValueError(
@@ -167,7 +165,8 @@ class PaperTrainer(Trainer[tuple[Tensor, Tensor], Epoch]):
         target = self._target(x, y)
         for network in self.model.networks:  # each learns from its own loss: they share neither weights nor a tape
             with world.noise(rows, count), self._products(), gatelet.Tape() as tape:
-                scores = network(x).float()
+                scores = network(x)
+                scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
                 losses = F.cross_entropy(scores, target, reduction="none", label_smoothing=changes.label_smoothing)
             total = total + world.mean(tape.surrogate(losses), count)
             self._loss_sum += losses.detach().sum().item() / len(self.model.networks)
