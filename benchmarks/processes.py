@@ -1,14 +1,14 @@
 """Whether 1, 2 and 4 processes train to the same losses, and if not, at which gate they part.
 
     python benchmarks/processes.py --row straight_through --dataset digits
-    python benchmarks/processes.py --row straight_through --dataset mnist --data-dir FOLDER            # a table of docs/machines.md
-    python benchmarks/processes.py --row straight_through --dataset mnist --data-dir FOLDER --float64
+    python benchmarks/processes.py --row straight_through --dataset mnist              # a table of docs/machines.md
+    python benchmarks/processes.py --row straight_through --dataset mnist --float64
 
-Every number of processes trains the same recipe for an epoch, with the same seed and the same batches. Sums over a
-batch are then formed in another order, so numbers differ by rounding. A gate is drawn as 1[u < p] from its probability p
-and a uniform number u: where p − u is as small as the rounding, it may open in one run and not in the other. Printed are
-the epoch's mean loss; the first step with a gate that differs, with p − u of that gate in both runs; and by how much
-p − u of all gates differed at most in the steps before.
+Every number of processes trains the same recipe for an epoch, with the same seed and the same batches. The sums over a
+batch have another order in each, so numbers differ by rounding. A gate is drawn as 1[u < p] from its probability p and
+a uniform number u. Where p − u is as small as the rounding, the gate may open in one run and stay closed in the other.
+Printed are the epoch's mean loss; the first step with a gate that differs, with p − u of that gate in both runs; and
+how much p − u of all gates differed at most in the steps before.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def in_float64(split: Split) -> Split:
 
 
 def trained(chosen: Recipe, split: Split, world: World, precise: bool) -> tuple[float, Tensor | None]:
-    """Return the mean loss of an epoch, and p − u of each drawn gate (steps, rows, gates) of this process's examples."""
+    """Return the mean loss of an epoch, and p − u of the gates (steps, rows, gates) of this process's examples."""
     torch.set_default_dtype(torch.float64 if precise else torch.float32)
     margins: list[Tensor] = []
 

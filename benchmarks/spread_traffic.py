@@ -4,9 +4,11 @@ docs/machines.md.
 A ring sends 2(P − 1)/P · n numbers per GPU to sum n of them, and (P − 1)/P · n to gather n. So a step of training sends
 
     ConditionalFFN      (P − 1)/P · (4 D + 3 G + 2 M) numbers: y, ∂L/∂x; logits, ∂L/∂h; ∂L/∂(bottleneck)
-    SparseAutoencoder   (P − 1)/P · 4 D + (P − 1) · k numbers: x̂, ∂L/∂x̄; the k largest of every process, to choose from
+    SparseAutoencoder   (P − 1)/P · (4 D + k) + (P − 1) · k numbers: x̂, ∂L/∂x̄; the values of the code; the k largest of
+                        every process, to choose from; and (P − 1)/P · 2 k integers of 8 bytes: which latents are open
 
-and data-parallel training of the same layer, whose gradients are summed once per step of T tokens in all,
+and per step, of T tokens in all, a rate of each gate (or a count of each latent) of 8 bytes is summed. Data-parallel
+training of the same layer sums these too, and its gradients, once per step:
 
     2 (P − 1)/P · n / T numbers, n the layer's parameters
 
@@ -16,22 +18,31 @@ and data-parallel training of the same layer, whose gradients are summed once pe
 WIDTH, UNITS, BOTTLENECK = 4096, 262_144, 256  # D, N (a gate per unit: G = N), M
 LATENTS, OPEN = 1_048_576, 64  # N, k
 STEP = 65_536  # T, tokens of a step on all GPUs together
-BYTES = 2  # of a number, bfloat16
+BYTES, INTEGER = 2, 8  # of a number, bfloat16, and of an integer or a rate in double precision
 
 
 def ffn(processes: int, gates: int) -> float:
-    """Return the numbers that each GPU sends per token to train a ConditionalFFN."""
-    return (processes - 1) / processes * (4 * WIDTH + 3 * gates + 2 * BOTTLENECK)
+    """Return the bytes that each GPU sends per token to train a ConditionalFFN."""
+    numbers = (processes - 1) / processes * (4 * WIDTH + 3 * gates + 2 * BOTTLENECK)
+    return BYTES * numbers + statistics(processes, gates)
 
 
 def sae(processes: int) -> float:
     """Return the same for a SparseAutoencoder with "top_k"."""
-    return (processes - 1) / processes * 4 * WIDTH + (processes - 1) * OPEN
+    share = (processes - 1) / processes
+    numbers = share * (4 * WIDTH + OPEN) + (processes - 1) * OPEN
+    return BYTES * numbers + share * 2 * OPEN * INTEGER + statistics(processes, LATENTS)
 
 
-def data_parallel(processes: int, parameters: int) -> float:
+def data_parallel(processes: int, parameters: int, gates: int) -> float:
     """Return the same where every GPU holds the layer, and gradients are summed once per step."""
-    return 2 * (processes - 1) / processes * parameters / STEP
+    gradients = 2 * (processes - 1) / processes * parameters / STEP
+    return BYTES * gradients + statistics(processes, gates)
+
+
+def statistics(processes: int, gates: int) -> float:
+    """Return the bytes per token of what is summed once per step for each gate or latent."""
+    return 2 * (processes - 1) / processes * INTEGER * gates / STEP
 
 
 def main() -> None:
@@ -42,11 +53,11 @@ def main() -> None:
         sent = (
             ffn(processes, UNITS),
             ffn(processes, UNITS // 64),
-            data_parallel(processes, 2 * WIDTH * UNITS),
+            data_parallel(processes, 2 * WIDTH * UNITS, UNITS),
             sae(processes),
-            data_parallel(processes, 2 * WIDTH * LATENTS),
+            data_parallel(processes, 2 * WIDTH * LATENTS, LATENTS),
         )
-        print(f"| {processes} | " + " | ".join(f"{BYTES * each / 1024:,.0f}" for each in sent) + " |")
+        print(f"| {processes} | " + " | ".join(f"{each / 1024:,.0f}" for each in sent) + " |")
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from machines_page import PAGE, command
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gatelet
 from gatelet.nn import ConditionalFFN, SparseAutoencoder
 from gatelet.nn.spreading import _refusal
 from gatelet.sparsity import AdaptiveL1, FiringRateBias, calibrate_thresholds, penalty
+from machines_page import PAGE, command
 
 FFN = {
     "straight_through": {},
@@ -159,7 +159,7 @@ def main(rank, folder):
         layer = gatelet.nn.spread(torch.nn.Sequential(layer), mesh)
         x = data().requires_grad_()
         with Heard() as heard:
-            layer(x).sum().backward()
+            (layer(x).sum() if name == "ffn" else layer[0].loss(x).total).backward()
         found["held", name] = {"numbers": held(layer), "heard": heard.sent}
     try:
         gatelet.nn.spread(layer, mesh)
@@ -220,6 +220,17 @@ def test_a_training_step_sends_what_the_table_says(ran):
     sums = sorted(count for name, count in heard if name == "all_reduce")
     assert sums == sorted([48 * 12, 48 * 12, 48 * 80, 48 * 4])
     assert [count for name, count in heard if name == "all_gather_into_tensor"] == [48 * 80 // 2]
+
+
+def test_a_step_of_an_autoencoder_sends_what_the_table_says(ran):
+    """benchmarks/spread_traffic.py: x̂ and ∂L/∂x̄ are summed; gathered are the k largest, and the code."""
+    for each in ran:
+        heard = each["held", "sae"]["heard"]
+        assert [count for name, count in heard if name == "all_reduce"] == [48 * 12, 48 * 12]
+        largest, counts, pairs, values = (count for name, count in heard if name == "all_gather_into_tensor")
+        assert (largest, counts) == (48 * 3, 1)
+        assert pairs == 2 * values
+        assert 48 * 3 / 2 <= values <= 48 * 3  # padded to the process with most
 
 
 def test_the_program_of_the_page_prints_the_same_in_one_and_two_processes(ran, monkeypatch):

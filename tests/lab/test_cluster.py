@@ -15,7 +15,6 @@ import distributed
 import optuna
 import pytest
 import torch
-from machines_page import command
 from upath import UPath
 
 import gatelet
@@ -24,6 +23,7 @@ from gatelet_lab.commands import claims
 from gatelet_lab.training import cluster, jobs, recipes
 from gatelet_lab.training.paper import PaperTrainer
 from gatelet_lab.training.settings import override
+from machines_page import command
 
 ADDRESS = "tcp://host:8786"
 SMALL = ("--dataset", "digits", "--set", "experts=20", "--set", "bottleneck=5")

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import optuna
 import pytest
-from machines_page import command
 from optuna.trial import TrialState
 from rich.console import Console
 
 from gatelet_lab import cli
 from gatelet_lab.commands import sweep
 from gatelet_lab.training.paper import PaperTrainer
+from machines_page import command
 
 GRACE = 5
 

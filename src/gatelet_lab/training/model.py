@@ -120,7 +120,7 @@ def conditional_layer(recipe: Recipe, features: int) -> gatelet.nn.ConditionalLi
 
 def _in_float32(_: nn.Module, __: tuple[Tensor, ...], logits: Tensor) -> Tensor:
     """Return the logits as noise needs them: a probability has too few digits in bfloat16."""
-    return logits.float()
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def make_gater(recipe: Recipe, features: int) -> gatelet.nn.Gater | gatelet.nn.TwoStageGater:
@@ -170,7 +170,7 @@ class BatchNorm(nn.BatchNorm1d):
         """Return γ·(x − mean)/√(var + ε) + β."""
         if not (self.training and is_distributed()):
             return super().forward(x)
-        given, x = x.dtype, x.float()
+        given, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
         count = _sum(x.new_tensor(float(len(x))))
         mean = _sum(x.sum(0)) / count
         variance = _sum((x - mean).square().sum(0)) / count
