@@ -157,8 +157,10 @@ def test_losses_of_one_two_and_four_processes_agree(ran, digits, name):
             assert numbers.keys() == told.keys()
             for key, value in told.items():
                 near = 1e-5 if name == SINGLE else 1e-9
-                if name == SINGLE and ("error" in key or "open" in key or key in SHARES):
-                    near = 0.6 if "error" in key else 1e-3  # an image may be right, or a gate open, in one of them
+                if "open" in key or key in SHARES:  # shares are means in single precision
+                    near = 1e-3 if name == SINGLE else 1e-6
+                if "error" in key and name == SINGLE:
+                    near = 0.6  # an image or two may be right in one of them
                 assert numbers[key] == pytest.approx(value, rel=near, abs=near, nan_ok=True), (size, rank, key)
             near = {"rtol": 1e-3, "atol": 1e-5} if name == SINGLE else {"rtol": 1e-7, "atol": 1e-9}
             for key, value in weights.items():
