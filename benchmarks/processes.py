@@ -2,7 +2,7 @@
 
     python benchmarks/processes.py --row straight_through --dataset digits
     python benchmarks/processes.py --row straight_through --dataset mnist              # a table of docs/machines.md
-    python benchmarks/processes.py --row straight_through --dataset mnist --float64
+    python benchmarks/processes.py --row straight_through --dataset mnist --float64 --set rate=0.1
 
 Every number of processes trains the same recipe for an epoch, with the same seed and the same batches. The sums over a
 batch have another order in each, so numbers differ by rounding. A gate is drawn as 1[u < p] from its probability p and
@@ -31,6 +31,7 @@ from gatelet_lab.training.fit import fit
 from gatelet_lab.training.paper import PaperTrainer
 from gatelet_lab.training.recipe import Recipe
 from gatelet_lab.training.recipes import recipe
+from gatelet_lab.training.settings import override
 from gatelet_lab.training.world import ALONE, World
 
 SIZE = {"epochs": 1, "experts": 400, "bottleneck": 80}
@@ -50,7 +51,7 @@ def trained(chosen: Recipe, split: Split, world: World, precise: bool) -> tuple[
     def note(module: nn.Module, args: tuple[Tensor, Tensor]) -> None:
         logits, noise = (each.detach() for each in args)
         if module.training:
-            margins.append((logits.sigmoid() - noise).flatten(0, -2).to(torch.float32))
+            margins.append((logits.sigmoid() - noise).flatten(0, -2))
 
     trainer = PaperTrainer(chosen, 0, in_float64(split) if precise else split, world=world)
     if chosen.gated:
@@ -115,8 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data-dir", type=Path)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--float64", action="store_true")
+    parser.add_argument("--set", dest="settings", metavar="KEY=VALUE", action="append", default=[])
     options = parser.parse_args(arguments)
-    chosen, split = recipe(options.row, "quick").but(**SIZE), data.load(options.dataset, options.data_dir)
+    chosen = override(recipe(options.row, "quick").but(**SIZE), options.settings)
+    split = data.load(options.dataset, options.data_dir)
     first: Tensor | None = None
     for size in options.processes:
         loss, margins = side_by_side(size, chosen, split, options.float64)

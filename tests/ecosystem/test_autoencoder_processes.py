@@ -29,6 +29,7 @@ ROWS = {
 }
 LOSSES = ("total", "reconstruction", "sparsity", "auxiliary", "balance")
 STEPS = 4
+ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "GATELET_PATIENCE": "120"}
 
 
 def data(step):
@@ -126,7 +127,7 @@ def ran(tmp_path_factory):
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", program.format(rank, str(folder))],
-            env=os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"PYTHONPATH": path} | ENVIRONMENT,
             stderr=subprocess.PIPE,
             text=True,
         )

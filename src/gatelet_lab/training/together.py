@@ -59,6 +59,7 @@ def join(device: str) -> Iterator[World]:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     signal.signal(signal.SIGTERM, _told_to_end)
+    os.environ.setdefault("GATELET_PATIENCE", "600")  # the first process writes checkpoints while the others go on
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(days=1))  # others may be busy
     _world = World(dist.get_rank(), dist.get_world_size())
     try:
