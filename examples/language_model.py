@@ -460,11 +460,14 @@ def show(found, out):
         points = [(name, it) for name, it in rows if name.startswith(prefix) and "perplexity" in it]
         speed = [1e3 / it["ms 1"] for _, it in points]
         quality = [min(it["perplexity"], top) for _, it in points]
+        if not points:
+            continue
         axes.plot(speed, quality, marker, label="all units open" if prefix == "all" else prefix)
+        side = {"ha": "right", "xytext": (-5, 5)} if prefix == "self" else {}
         for (name, it), x, y in zip(points, speed, quality, strict=True):
             label = name.split(", ", 1)[1].replace(" open", "").replace("attention by 75% of inputs", "attention 75%")
             label += f" (beyond: {it['perplexity']:.0f})" if y == top else ""
-            axes.annotate(label, (x, y), fontsize=6, xytext=offsets[0], textcoords="offset points")
+            axes.annotate(label, (x, y), fontsize=6, textcoords="offset points", **{"xytext": offsets[0]} | side)
             offsets = offsets[1:] + offsets[:1]
     axes.axhline(1.05 * base["perplexity"], color="0.7", linewidth=0.8, linestyle="--", label="dense + 5 %")
     axes.axvline(1.3e3 / base["ms 1"], color="0.7", linewidth=0.8, linestyle=":", label="dense × 1.3")
