@@ -14,6 +14,7 @@ from gatelet_lab.files import CheckpointError
 from gatelet_lab.training import fit, jobs, paper, recipes, vae
 from gatelet_lab.training.model import multiply_adds
 from gatelet_lab.training.paper import PaperTrainer
+from gatelet_lab.training.recipe import DEFAULTS
 from gatelet_lab.training.recipes import ROWS, recipe
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -439,10 +440,11 @@ def test_a_recipe_is_nested_and_its_files_are_flat():
 def test_every_kept_result_can_be_read(tmp_path):
     """Also one with fields that are no more, or from before others were there."""
     (tmp_path / "rows").mkdir()
-    for name in ("paper", "best"):
+    for name in ("paper", "paper_max_norm", "best", "best_voting"):
         for row in json.loads((RESULTS / f"{name}.json").read_text())["rows"]:
             recipe = recipes.ROWS.get(row["row"], recipes.best)()
-            known = recipe.but(**{key: value for key, value in row["config"].items() if key in recipe.flat()})
+            config = {key: value for key, value in row["config"].items() if key in recipe.flat()}
+            known = recipe.but(**{**DEFAULTS, **config})
             job = jobs.Job(known, row["seed"])
             (tmp_path / "rows" / f"{job.name}.json").write_text(json.dumps(row))
             assert jobs.read_result(tmp_path, job)["test_error"] == row["test_error"]
