@@ -79,8 +79,8 @@ def score_function() -> Recipe:
     of the input for many epochs (21 % validation error after 4 epochs, against 4.5 % after 3). The penalty's weight is
     the paper's 1 over its batch of 32: the original sums the estimator's gradient over the batch, we average it. The
     rate is as high as it can be: at 1 the first epoch diverges, at 0.3 the experts, each of which sees a tenth of the
-    images, learn slowly (2.26 % after 30 epochs, against 2.07 %). They need time: 1.92 % after 45 epochs (all with a max-norm
-    on the output layer).
+    images, learn slowly (2.26 % after 30 epochs, against 2.07 %). They need time: 1.92 % after 45 epochs. (All with a
+    max-norm on the output layer.)
     """
     return Recipe(
         row="score_function",
