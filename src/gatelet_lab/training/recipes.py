@@ -161,10 +161,10 @@ def best() -> Recipe:
     """Ours, with the paper's share of open units and a quarter of the dense network's multiply-adds in all.
 
     A gapped straight-through gate per pair of units, so that a gater of 134 costs 239,000 multiply-adds. The targets
-    are a dense teacher's class probabilities; half of the images are moved by adversarial steps. Chosen by validation
-    error, trained on 50,000 images (``docs/results.md`` has the runs): after 15 epochs 1.45 % with a gate per unit and
-    a gater of 86, 1.36 % with pairs, 1.24 % without dropped units. Then nine tenths of the validation images are
-    trained on too.
+    are a dense teacher's class probabilities; half of the images are moved by adversarial steps, the others are mixed.
+    Chosen by validation error, trained on 50,000 images (``docs/notes/results.md`` has the runs): after 15 epochs
+    1.45 % with a gate per unit and a gater of 86, 1.36 % with pairs, 1.24 % without dropped units; with mixed images
+    1.06 % after 60. Then nine tenths of the validation images are trained on too.
     """
     return Recipe(
         row="best",
