@@ -45,7 +45,7 @@ def main() -> None:
             raise ValueError("torchrun: this command is for one process; start it without torchrun")
         run[type(options)](options, console)
     except (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError, DataError, CheckpointError) as error:
-        Console(stderr=True).print(f"gatelet: {error}", style="bold red", highlight=False, markup=False)
+        Console(stderr=True, emoji=False).print(f"gatelet: {error}", style="bold red", highlight=False, markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
         how = " with --resume" if hasattr(options, "resume") else ""
@@ -75,9 +75,9 @@ def _console() -> "Console":
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    console = Console(markup=False)  # a path may hold brackets
+    console = Console(markup=False, emoji=False)  # a path may hold brackets, and a setting :b:
     # a file has no width
-    return console if console.is_terminal else Console(width=120, markup=False)
+    return console if console.is_terminal else Console(width=120, markup=False, emoji=False)
 
 
 if __name__ == "__main__":

@@ -135,8 +135,9 @@ def frontier(points: Sequence[Mapping[str, Any]], times: Mapping[str, Any], path
         axes.grid(alpha=0.3, which="both")
     panels[0].set(xlabel="thousand multiply-adds per image, gater included", ylabel="test error (%)")
     panels[1].set(xlabel="time, over a dense ReLU network's of the same width" if taken else "time: not measured yet")
-    for which in (panels[0].yaxis.set_major_formatter, panels[0].yaxis.set_minor_formatter):
-        which(mpl.ticker.FormatStrFormatter("%g"))
+    panels[0].yaxis.set_major_formatter(mpl.ticker.FormatStrFormatter("%g"))
+    for axis in (panels[0].yaxis, panels[1].xaxis):  # these span about a decade: their ticks are minor ones
+        axis.set_minor_formatter(mpl.ticker.FormatStrFormatter("%g"))
     panels[0].legend(fontsize=8)
     _save(figure, path)
 

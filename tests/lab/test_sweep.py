@@ -179,7 +179,7 @@ BAD = {
     "another word": (("sigmoid", "--space", "rate=0.1:1:lin"), "only :log"),
     "text for a number": (("sigmoid", "--space", "batch=1.5:3"), "must be int"),
     "text for the high end": (("sigmoid", "--space", "batch=1:x"), "must be int"),
-    "a range of words": (("sigmoid", "--space", "estimator=a:b"), "no number"),
+    "a range of words": (("sigmoid", "--space", "estimator=a:b"), "a:b: estimator is not a number"),
     "an impossible end": (("sigmoid", "--space", "momentum=0:1"), "momentum must lie in [0, 1)"),
     "an unknown choice": (("sigmoid", "--space", "estimator=sigmoid,sigmo"), "'sigmoid'"),
     "twice": (("sigmoid", "--space", "rate=0:1", "--space", "rate=0:1"), "twice"),
