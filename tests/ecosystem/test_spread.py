@@ -180,7 +180,9 @@ def ran(tmp_path_factory):
     torchrun, *words = command("torchrun --standalone --nproc-per-node 2 spread.py")
     ran = subprocess.run(
         [str(Path(sys.executable).with_name(torchrun)), *words],
-        env=os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        # Unbuffered, two processes' lines could run into one another.
+        env=os.environ
+        | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""},
         cwd=folder,
         capture_output=True,
         timeout=480,
