@@ -1,4 +1,4 @@
-"""What computes: the backends, one package each, and the one list of them.
+"""The backends, which compute the products: one package each, and the list of them.
 
 A new backend is a package with a class like :class:`gatelet.kernels.backends._protocol.Backend`, and a line here.
 """

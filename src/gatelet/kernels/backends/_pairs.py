@@ -1,4 +1,4 @@
-"""The products on lists of open pairs in plain PyTorch, on any device; the rows of all pairs exist at once."""
+"""The products on lists of open pairs in plain PyTorch, on any device. They copy one row per pair."""
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ def finish(z: Tensor, gate: Tensor | None, activation: str) -> Tensor:
 def pointwise(
     upper: Tensor, pre: Tensor, gate: Tensor, need_gate: bool, need_coefficient: bool, activation: str
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Return what ``pointwise`` does, of pairs that are all open."""
+    """Return what ``Products.pointwise`` returns, for pairs that are all open."""
     coefficient = slopes = None
     if need_coefficient:
         coefficient = upper * gate

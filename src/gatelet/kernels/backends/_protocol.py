@@ -1,4 +1,4 @@
-"""What a backend is: a verifier that is cheap to ask, and the products that every op is made of."""
+"""What a backend is: cheap questions about what it can run and how fast, and the products that every op is made of."""
 
 from abc import ABC, abstractmethod
 from typing import Any, Literal, NamedTuple, Protocol
@@ -22,7 +22,7 @@ class Layer(NamedTuple):
         dtype: of the numbers.
         device: where they are.
         gradients: whether a backward pass follows.
-        rate: the share of open gates that the caller declares, None if it does not.
+        rate: the share of open gates, if the caller declares it; else None.
     """
 
     batch: int
@@ -40,8 +40,8 @@ class Worth(NamedTuple):
 
     Attributes:
         below: the share of open gates below which it is faster than dense: 0 for never, 1 for always.
-        yes: why it is taken there, in words.
-        no: why not, above.
+        yes: the reason for taking it below that share, in words.
+        no: the reason for not taking it above.
     """
 
     below: float
@@ -56,15 +56,15 @@ class Products(Protocol):
     (P,) in the pattern's order where it is :class:`~gatelet.kernels.pattern.Lists`. Without a pattern the pairs are
     those whose gate is not zero. Closed pairs count as zero, whatever is stored there. A weight may have any strides.
 
-    A backend may also have ``ffn(x, w1, b1, gate, activation, w2, b2)``, W2 by unit, which gives both layers of
-    ``gated_ffn`` in one pass without gradients, or None where it has no such way.
+    A backend may also have ``ffn(x, w1, b1, gate, activation, w2, b2)``, W2 by unit. It returns the result of both
+    layers of ``gated_ffn`` in one pass without gradients, or None for a layer it cannot take.
     """
 
     def pattern(self, gate: Tensor, units: int) -> Form | None:
         """Return the pattern of gates (B, G), both orders written."""
 
     def promise(self, gate: Tensor, units: int, keep: bool) -> Form | None:
-        """Return the pattern of gates that a ``dots`` reads next, which may write it on its way; None if none is read.
+        """Return the pattern of gates for the next ``dots``, which may fill it in; None if ``dots`` reads no pattern.
 
         ``keep`` says that a backward pass will read it too.
         """
@@ -141,11 +141,11 @@ class Backend(ABC):
     """A backend as the chooser sees it: asking imports and compiles nothing.
 
     Attributes:
-        name: as users ask for it.
-        device: the type of the devices that it serves under ``"auto"``; empty for any.
-        by_gate: whether its products go by the gates alone, so that no pattern need be built.
-        looks: whether ``"auto"`` may look at the gates; where that would make a device wait it may not.
-        spares: bytes of a matrix (B, N) from which a second pass is taken to save one; None for never.
+        name: what users write for ``backend=``.
+        device: the type of device for which ``"auto"`` considers it; empty for any.
+        by_gate: whether its products read only the gates, so that no pattern is needed.
+        looks: whether ``"auto"`` may look at the gates (not where the host would wait for a device).
+        spares: from this many bytes of a matrix (B, N) on, a second pass is taken to save its memory; None for never.
     """
 
     name: str
@@ -156,22 +156,22 @@ class Backend(ABC):
 
     @abstractmethod
     def missing(self) -> str | None:
-        """Return why the backend runs nowhere in this process, None if it does."""
+        """Return why the backend cannot run in this process, or None if it can."""
 
     @abstractmethod
     def cannot(self, layer: Layer) -> str | None:
-        """Return why the backend cannot run this layer, None if it can."""
+        """Return why the backend cannot run this layer, or None if it can."""
 
     @abstractmethod
     def worth(self, layer: Layer) -> Worth:
-        """Return below which share of open gates it is expected to be faster than dense."""
+        """Return the share of open gates below which it is expected to be faster than dense."""
 
     @abstractmethod
     def kernel(self, layer: Layer) -> Kernel:
         """Return which of its kernels runs."""
 
     def measure(self, enabled: bool) -> None:  # noqa: B027 (few backends have anything to time)
-        """Make ``worth`` use costs timed on this machine, or again those that are the same in every process."""
+        """Let ``worth`` use costs timed on this machine, or (``False``) again the fixed ones."""
 
     @property
     @abstractmethod

@@ -1,4 +1,4 @@
-"""Everything is computed in plain PyTorch, then closed units are discarded: what any device and dtype can do."""
+"""The dense backend: plain PyTorch computes all units, then discards closed ones. It runs on any device and dtype."""
 
 import math
 import sys
@@ -15,7 +15,7 @@ from gatelet.kernels.pattern import Bits, Form, Lists, bits_of, mask_of, spread
 
 
 class Dense(Backend):
-    """The backend that is always there."""
+    """The backend that is always available."""
 
     name = "dense"
     device = ""
@@ -32,7 +32,7 @@ class Dense(Backend):
         return None
 
     def worth(self, layer: Layer) -> Worth:
-        """Return that it is always worth running: it is what others are compared to."""
+        """Return that it is always worth running: the others are compared with it."""
         return Worth(1.0)
 
     def kernel(self, layer: Layer) -> Kernel:
@@ -158,7 +158,7 @@ def pointwise(
 
 
 def _fused(tensor: Tensor) -> Any:
-    """Return the kernels that do in one pass what is several operations of torch; None off CUDA devices."""
+    """Return kernels that do several operations of torch in one pass; None on devices other than CUDA."""
     there = tensor.device.type == "cuda" and tensor.dtype in triton.DTYPES and triton.missing() is None
     return triton.Triton().products if there else None
 
@@ -166,8 +166,8 @@ def _fused(tensor: Tensor) -> Any:
 def closed(product: Tensor, gate: Tensor) -> Tensor:
     """Return the product with the gate, where NaN and infinity times a closed gate are zero too.
 
-    One sum tells whether there are any; testing every number would cost as much as the product. On a GPU, waiting for
-    the sum would cost more than that.
+    One sum tells whether the product holds NaN or infinity; testing every number would cost as much as the product. On
+    a GPU every number is tested, because waiting for the sum would cost more.
     """
     if product.device.type != "cpu":
         return torch.where(gate != 0, product, 0)
@@ -189,10 +189,10 @@ def _open(coefficient: Tensor, pattern: Form | None) -> Tensor:
 
 
 def gathered(coefficient: Tensor, rows: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return coefficient @ rows + bias where a zero coefficient leaves its row out, be it NaN or infinite.
+    """Return coefficient @ rows + bias, where a zero coefficient leaves its row out even if that is NaN or infinite.
 
-    ``coefficient`` is (R, C), ``rows`` (C, D). One product, and the careful sum only when it went wrong. Off the CPU,
-    where asking would make the host wait, a kernel looks; without one, a sum that a bad row enters is NaN.
+    ``coefficient`` is (R, C), ``rows`` (C, D). One product is formed; only if the result is not finite, the careful sum
+    too. On a GPU, where the test would make the host wait, a kernel does it. Without a kernel such a sum is NaN.
     """
     if rows.device.type != "cpu":
         if fused := _fused(rows):
@@ -204,7 +204,7 @@ def gathered(coefficient: Tensor, rows: Tensor, bias: Tensor | None = None) -> T
         result = product(coefficient, torch.where(finite, rows, 0), bias)
         return result.masked_fill(spoilt.unsqueeze(1), torch.nan)
     result = product(coefficient, rows, bias)
-    probe = min(rows, result, key=Tensor.numel)  # a NaN in a row left out shows in both
+    probe = min(rows, result, key=Tensor.numel)  # a NaN in a row shows in both: look at the smaller
     if probe.numel() and not math.isfinite(probe.sum().item()):
         bad = (~rows.isfinite().all(1)).nonzero().flatten().tolist()
         finite = rows.clone()

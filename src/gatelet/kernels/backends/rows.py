@@ -1,4 +1,4 @@
-"""Weights kept in few bytes for inference: bfloat16, or int8 with a scale per row. Plain PyTorch."""
+"""Weights stored in few bytes for inference, as bfloat16 or as int8 with a scale per row, in plain PyTorch."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from gatelet.kernels.pattern import spread
 
 
 class Int8Rows(NamedTuple):
-    """A weight (N, D) as int8 with a scale per row: W[n] ≈ scales[n] · values[n], off by at most scales[n] / 2 each.
+    """A weight (N, D) as int8 with a scale per row: W[n] ≈ scales[n] · values[n], with errors of at most scales[n] / 2.
 
     Attributes:
         values: (N, D) int8, −127 … 127.
@@ -35,7 +35,7 @@ Rows = Tensor | Int8Rows
 def int8_rows(weight: Float[Tensor, "N D"]) -> Int8Rows:
     """Return a weight rounded to int8, each row scaled so that its largest number becomes ±127.
 
-    A product with it is off by at most scales[n] / 2 · Σ_d |x_d|, beside float32's own rounding.
+    The error of a product with it is at most scales[n] / 2 · Σ_d |x_d|, plus the rounding of float32.
 
     Args:
         weight: (N, D).
@@ -98,12 +98,13 @@ def ffn(
 class Decided(NamedTuple):
     """A feed-forward block for inference that decides by itself which of its N units are open.
 
-    With a = act(W_g x + b_g) and hidden = a ∘ (W1 x + b1) (a alone where there is no third map), unit n is looked at if
-    scale_n·|a_n| > limits[0], and open if besides norm_n·|hidden_n| > limits[1]; y = W2 (hidden ∘ open) + b2. With int8
-    copies of W_g and W1 (``near_first``, ``near_third``) it is looked at if scale_n·|hidden_n| by them exceeds that.
+    Let a = act(W_g x + b_g) and hidden = a ∘ (W1 x + b1), or hidden = a where there is no third map. Unit n is examined
+    if scale_n·|a_n| > limits[0]. An examined unit is open if norm_n·|hidden_n| > limits[1]. Then
+    y = W2 (hidden ∘ open) + b2. With int8 copies of W_g and W1 (``near_first``, ``near_third``), unit n is examined if
+    scale_n·|hidden_n|, computed from the copies, exceeds limits[0].
 
     Attributes:
-        first, third: W_g and W1 (N, D); where there is one, it is ``first``.
+        first, third: W_g and W1 (N, D). Without a gated unit there is only ``first``.
         down: W2 (N, O), by unit.
         scale, norm: (N,).
         limits: (2,).

@@ -17,21 +17,21 @@ DTYPES = (torch.float32, torch.float64)
 SMALLEST_GROUP = 4
 """Groups of at least this many units go through the group kernel, which multiplies four units at a time."""
 SMALL = 1 << 16
-"""Layers of fewer multiply-adds than this run dense: they are over before it matters, and nothing needs compiling."""
+"""Layers of fewer multiply-adds than this run dense: they take almost no time anyway, and nothing needs compiling."""
 PAIR, PLACE = 90, 50
-"""What an open pair costs beside its D multiply-adds, and what any pair costs, in dense multiply-adds: for the first
-its sum, bias and gate, for the second its bit in the pattern and the zero in its place."""
+"""Further costs, in multiply-adds of the dense product. PAIR: of an open pair, beside its D multiply-adds (sum, bias,
+gate). PLACE: of any pair (its bit in the pattern, and the zero that is written if it is closed)."""
 FEW = 8
-"""For so few examples the kernels win at any active fraction: dense products are then bound by reading weights too."""
+"""Up to this many examples the kernels win at any active fraction, as the dense product is bound by memory too."""
 NEAR = 1 << 22
-"""Bytes of weights that stay in the near caches: dense products with them do not wait for memory, so :data:`FEW` does
-not apply."""
+"""Weights of fewer bytes than this stay in the caches. A dense product with them does not wait for memory, so
+:data:`FEW` does not apply."""
 
 
 class Costs(NamedTuple):
-    """What a kernel takes, as a multiple of the dense product: ``fixed`` + ``slope`` · active fraction.
+    """A kernel's time as a multiple of the dense product's: ``fixed`` + ``slope`` · active fraction.
 
-    For many features; for D of them every pair costs :data:`PLACE` and every open one :data:`PAIR` multiply-adds more.
+    This holds for many features. With few, :data:`PLACE` per pair and :data:`PAIR` per open pair are added.
     """
 
     fixed: float
@@ -40,7 +40,7 @@ class Costs(NamedTuple):
 
 @functools.cache
 def missing() -> str | None:
-    """Return why the backend runs nowhere, None if it does. Nothing is imported to find out."""
+    """Return why the backend cannot run in this process, or None if it can. It imports nothing."""
     if not importlib.util.find_spec("numba"):
         return "numba is not installed"
     config = sys.modules.get("numba.core.config")
@@ -95,22 +95,22 @@ def limit(layer: Layer) -> float:
     """Return the active fraction at which kernel and dense product are expected to take the same time."""
     work = layer.batch * layer.units * layer.width
     if layer.batch <= FEW:
-        # A call costs about as much as SMALL multiply-adds; looking at the gates would cost more than a tenth of most.
+        # A call costs about as much as SMALL multiply-adds. Counting the open gates would add a tenth or more.
         return 1.0 if work >= 4 * SMALL else 1.0 - SMALL / max(work, SMALL)
     gradients, width = layer.gradients, layer.width
-    # Two of the three products of a training step are those of units: only the forward pass has a kernel for groups.
+    # Only the forward pass has a kernel for groups. The two other products of a training step run by unit.
     cost = costs("group" if layer.group >= SMALLEST_GROUP and not gradients else "unit", layer.dtype)
-    # The products of the backward pass form no pattern and finish no pairs, but they write: a weight's gradient is as
-    # large as the weight, however few the examples.
+    # The backward products build no pattern and apply no gates, but they write more: the gradient of a weight is as
+    # large as the weight, even for a few examples.
     each = 2 * width if gradients else width
     few = FEW if not gradients and layer.units * width * layer.dtype.itemsize >= NEAR else 0
     left = max(1 - cost.fixed - PLACE / each, 0.0)
     return min(1.0, left / (cost.slope * (1 + PAIR / each)) + few / layer.batch)
 
 
-# What the kernels cost beside dense products, by maker and vector width: these decide how fast dense products run.
-# AMD: timed by ``timing.costs`` on Zen 5 (512 bits) and Zen 3 (256). Intel: from one Xeon with 512 bits, on which
-# products at 10 % open took 0.4 to 0.5 of dense. Processors not named here get the highest costs.
+# Costs relative to dense products, by maker and vector width, which decide how fast dense products run.
+# AMD: timed by ``timing.costs`` on Zen 5 (512 bits) and Zen 3 (256 bits). All others: from one Intel Xeon with
+# 512 bits, on which products at 10 % open took 0.4 to 0.5 of the dense time.
 _COSTS: dict[tuple[str, str], dict[str, Costs]] = {
     ("AMD", "AVX512"): {"unit": Costs(0.05, 0.85), "group": Costs(0.0, 0.5)},
     ("AMD", "AVX2"): {"unit": Costs(0.1, 1.1), "group": Costs(0.0, 0.85)},
@@ -120,7 +120,7 @@ _timed = False
 
 
 def costs(kernel: Kernel, dtype: torch.dtype) -> Costs:
-    """Return what the kernel costs: on this processor's kind, or as timed where :func:`measure` asked for that."""
+    """Return the kernel's costs: from the table, or timed here if :meth:`Numba.measure` was called."""
     if _timed:
         return measured(kernel, dtype)
     return _COSTS.get(processor(), _COSTS["", ""])[kernel]

@@ -1,4 +1,4 @@
-"""One token at a time over weights that stay: kernels whose arguments are packed once."""
+"""One token at a time through weights that do not change: the arguments of each kernel are packed once."""
 
 from collections.abc import Callable
 
@@ -12,14 +12,14 @@ from gatelet.kernels.backends.numba.narrow_kernels import NEAR
 from gatelet.kernels.backends.rows import Decided, Int8Rows, Rows
 
 PARTS = 8
-"""Units are split into this many parts, each with its own sums, so that the number of threads changes no bit."""
+"""Units are split into this many parts, each with its own sums. So results do not depend on the number of threads."""
 BYTES = 32
 """For the choice of threads, reading this many bytes counts as passing over one number."""
 Run = Callable[[Tensor], Tensor]
 
 
 def linear(weight: Rows, bias: Tensor | None) -> Run:
-    """Return what maps x (D,) to x Wᵀ + b (N,)."""
+    """Return a function from x (D,) to x Wᵀ + b (N,)."""
     rows, scales = _stored(weight)
     units, width = rows.shape
     stride = 4 * NEAR + 1024
@@ -36,7 +36,7 @@ def linear(weight: Rows, bias: Tensor | None) -> Run:
         stride=stride,
         parts=PARTS,
     )
-    kept, numbers = (rows, scales, bias), rows.nbytes // BYTES  # what the packed addresses point at
+    kept, numbers = (rows, scales, bias), rows.nbytes // BYTES  # kept alive: the packed addresses point at them
 
     def call(x: Tensor) -> Tensor:
         out, scratch = torch.empty(units), torch.empty(PARTS * stride, dtype=torch.uint8)
@@ -48,7 +48,7 @@ def linear(weight: Rows, bias: Tensor | None) -> Run:
 
 
 def input_linear(weight: Rows, bias: Tensor | None, norm: Tensor, limit: Tensor) -> Run:
-    """Return what maps x (D,) to Σ_d x_d · W[d] + b (N,) over the inputs with |x_d|·norm_d above the limit."""
+    """Return a function from x (D,) to Σ_d x_d · W[d] + b (N,) over the inputs with |x_d|·norm_d above the limit."""
     rows, scales = _stored(weight)
     width, outputs = rows.shape
     stride = _stride(width)
@@ -79,7 +79,7 @@ def input_linear(weight: Rows, bias: Tensor | None, norm: Tensor, limit: Tensor)
 
 
 def ffn(given: Decided) -> Run:
-    """Return what maps x (D,) to the block's output (O,)."""
+    """Return a function from x (D,) to the block's output (O,)."""
     w1, s1 = _stored(given.first)
     w2, s2 = _stored(given.down)
     w3, s3 = (None, None) if given.third is None else _stored(given.third)

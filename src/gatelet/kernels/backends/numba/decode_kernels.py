@@ -1,7 +1,7 @@
 """One token through a feed-forward block in one pass, compiled by Numba. Import this module only to run them.
 
-Which units are open is decided on the way: by W_g x, computed in full, or by W_g x and W1 x from int8 copies of both.
-Rows of closed units are not read. Units are shared out in a fixed number of parts, each with sums of its own.
+The kernel decides which units are open: by the first product alone, or by estimates of both products from int8 copies.
+It does not read the other rows of closed units. Units are split into a fixed number of parts, each with its own sums.
 """
 
 from typing import Any
@@ -34,7 +34,7 @@ def numbered(target: Any, first: Any, last: Any) -> Any:  # pragma: no cover (co
     return last - first
 
 
-# Long, since Numba fixes a kernel's types and widths by what it closes over: each kernel is a function inside of it.
+# Long: the kernels are nested functions, because Numba fixes their types and widths by what they close over.
 def _make(kind: Any) -> dict[str, Any]:
     """Return the kernels, not yet compiled, for weights stored like ``kind``."""
     one, byte = np.float32(1), np.int8(1)
@@ -42,10 +42,12 @@ def _make(kind: Any) -> dict[str, Any]:
     def by_itself(p: Any) -> None:
         """out[part] = Σ_n hidden_n · W2[n] over the part's units that are open.
 
-        a = act(W_g x + b_g); unit n is listed if scale_n·|a_n| > limits[0]; hidden_n = a_n·(W1 x + b1)_n; of the listed
-        ones those count of which norm_n·|hidden_n| > limits[1]. Without W1 hidden is a. With ``near_g`` and ``near_1``,
-        int8 copies of W_g and W1 with scales ``sg`` and ``sn``, a unit is listed if norm_n·|act(W_g x)_n (W1 x)_n|, by
-        the copies, is above limits[0], and a_n is computed for the listed ones alone.
+        First a list: with a = act(W1 x + b1), unit n is listed if scale_n·|a_n| > limits[0]. Then, for listed units
+        only, hidden_n = a_n·(W3 x + b3)_n; unit n is open if norm_n·|hidden_n| > limits[1]. Without W3 hidden is a.
+
+        With ``near_1`` and ``near_3``, int8 copies of W1 and W3 (their scales are ``sn`` and ``sm``), the list is made
+        from the copies: unit n is listed if scale_n·|hidden_n|, computed from them, is above limits[0]. Then a_n,
+        too, is computed exactly for listed units only.
         """
         (
             counter,

@@ -1,7 +1,7 @@
-"""Vector microkernels over rows that a list of indices names, and what such kernels begin with.
+"""Vector microkernels over rows that a list of indices names, and how a kernel gets its arguments.
 
-Like :mod:`vector`'s, but rows may lie anywhere in a table: each is addressed by an int64 of the list, and the rows that
-the list names later are prefetched meanwhile, since no processor can predict them.
+They are like those of :mod:`vector`, but the rows may lie anywhere in a table: each is named by an int64 of a list.
+They prefetch the rows that come later in the list, because a processor cannot predict them.
 """
 
 import ctypes
@@ -103,7 +103,7 @@ def gather_axpy(
     fresh: Any,
     one: Any,
 ) -> Any:
-    """Add Σ_e scale[e] · table[i[e]] to the target's row; if ``fresh``, write it, whatever was there.
+    """Add Σ_e scale[e] · table[i[e]] to the target's row; if ``fresh``, overwrite the row.
 
     Arguments are as in ``gather_dots``.
     """
@@ -160,7 +160,7 @@ def above(typing: Any, address: Any, shift: Any, count: Any, floor: Any, one: An
             for part in range(64 // vector.count):
                 first = part * vector.count
                 value = builder.fadd(load(address, first), load(shift, first))
-                # Unordered: NaN is above everything, and everything above a floor of NaN.
+                # An unordered comparison: NaN is above every floor, and every number is above a floor of NaN.
                 flags = builder.fcmp_unordered(">", value, floor)
                 flags = builder.zext(builder.bitcast(flags, ir.IntType(vector.count)), _I64)
                 word = builder.or_(word, builder.shl(flags, _I64(first)))
@@ -211,9 +211,9 @@ arguments = _intrinsic(prefer_literal=True)(inspect.unwrap(_arguments))
 
 
 def slots(kernel: Any) -> tuple[str, ...]:
-    """Return the names of a kernel's arguments: what its first line unpacks from ``arguments``, behind the counters."""
+    """Return the names of a kernel's arguments: those its first line unpacks from ``arguments``, after the counters."""
     unpacked = next(each.argval for each in dis.get_instructions(kernel) if each.opname == "UNPACK_SEQUENCE")
-    # Local names are numbered in the order in which they are first bound; the first is the kernel's own argument.
+    # Python numbers local names in the order in which they are first bound. The first one is the kernel's own argument.
     return tuple(kernel.__code__.co_varnames[2 : 1 + unpacked])
 
 
@@ -245,7 +245,7 @@ class Kernels:
         team.run(address, [args[each] for each in names], threads)
 
     def prepare(self, name: str, bits: int, /, **args: int | None) -> team.Prepared:
-        """Return a kernel with its arguments; those that are None are given at the call, in the kernel's order."""
+        """Return a kernel with its arguments. Each call gives those that are None, in the order of the kernel."""
         _, address, names = self.find(name, bits)
         if len(args) != len(names):
             raise TypeError(f"{name} takes {names}, not {tuple(args)}")

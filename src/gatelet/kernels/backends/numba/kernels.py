@@ -6,16 +6,16 @@ Three products on a pattern of open (example, unit) pairs, with x (B, D), W (N, 
 ``by_example``   y[b] = Σ_n C[b, n] W[n] over open n: the gradient of x, and the next affine layer;
 ``by_unit``      V[n] = Σ_b C[b, n] x[b] over open b: the gradient of the weights.
 
-A pair costs D multiply-adds and, since nothing is shared between random pairs, one loaded vector per multiply-add
-at least. So everything is about where that vector comes from. Examples are taken in chunks of 64, the bits of a
-word, and rows in slices of 512 bytes: such a block stays in the first-level cache while all units pass over it.
-Blocks are packed, for rows a power of two apart would share a few cache sets; so are the sums of rows.
+A pair costs D multiply-adds. Random pairs share nothing, so each multiply-add needs at least one loaded vector, and
+the speed depends on where that vector comes from. Examples are taken in chunks of 64 (the bits of a word) and rows in
+slices of 512 bytes: such a block stays in the first-level cache while all units pass over it. Blocks and the sums of
+rows are packed, because rows whose distance is a power of two would share a few cache sets.
 
-Before that, pairs are listed: a record holds a unit and up to eight of its examples in the chunk (``listed``). A
-visit of a record keeps one running sum per pair in registers, and a weight is loaded once for all of them. Records of
-one size follow each other, each in code of its own: no loop over bits whose end the processor would guess wrong.
+Pairs are listed first (``listed``): a record holds a unit and up to eight of its examples in the chunk. A kernel keeps
+one running sum per pair of a record in registers, and loads a weight once for all of them. Records are ordered by size,
+and each size has its own code: a loop over the bits of a word would end at a point the processor cannot predict.
 
-``pointwise`` does what is left at open pairs: gates, activations, their gradients.
+``pointwise`` does the rest at open pairs: gates, activations and their gradients.
 """
 
 import inspect
@@ -33,7 +33,7 @@ RUNS = 128
 """Bytes that say where the records of each size start."""
 WORDS = 16
 """Words of units that are listed at once for ``by_example``."""
-# Module globals of this module itself, as Numba's cache wants them.
+# Numba's cache needs these as globals of this module.
 dot, axpy, gated, prefetch = v.dot, v.axpy, v.gated, v.prefetch
 TILE, tile, tile41, tile11 = v.TILE, v.tile, v.tile41, v.tile11
 nonzero_bits, lowest, take = v.nonzero_bits, v.lowest, v.take
@@ -68,8 +68,8 @@ def normal(z: Any, one: Any) -> Any:  # pragma: no cover (compiled)
         return 0.0
     if x > 3.92:
         return 1.0
-    # erf(x)/x as a ratio of polynomials in x², fitted to a relative error of 2e-8 up to |x| = 3.92, where float32 no
-    # longer tells it from 1: a third of the library's time, which would be a seventh of a layer's.
+    # erf(x)/x as a ratio of polynomials in x², fitted to a relative error of 2e-8 up to |x| = 3.92; beyond, erf is 1 in
+    # float32. It takes a third of the time of the library's erf, which would be a seventh of a layer's time.
     u = x * x
     upper, lower = P[5], Q[5]
     for k in range(4, -1, -1):
@@ -117,7 +117,7 @@ def open_word(row: Any, word: Any, N: Any, group: Any, size: Any, one: Any) -> A
     bits = 0
     last = min(first + 64, N)
     n = first
-    while n < last:  # one gate at a time, whose units may reach over the word's ends
+    while n < last:  # one gate at a time; its units may begin before the word and end after it
         end = min((n // group + 1) * group, last)
         if read(row + (n // group) * size, one) != 0:
             if end - n == 64:
@@ -130,7 +130,7 @@ def open_word(row: Any, word: Any, N: Any, group: Any, size: Any, one: Any) -> A
 
 @compiled
 def transpose(words: Any) -> None:  # pragma: no cover (compiled)
-    """Transpose a 64 × 64 matrix of bits, in place: halves are exchanged, then quarters, and so on."""
+    """Transpose a 64 × 64 matrix of bits in place: exchange halves, then quarters, and so on."""
     half = 32
     mask = 0xFFFFFFFF
     while half != 0:
@@ -153,7 +153,7 @@ def build(
     b0, b1 = 64 * c, min(64 * c + 64, B)
     for start in range(word0, word1, 8):
         end = min(start + 8, word1)
-        for b in range(b0, b1):  # along an example's gates, as memory likes it
+        for b in range(b0, b1):  # along an example's gates, in the order of memory
             for word in range(start, end):
                 bits = open_word(gate + b * gates * size, word, N, group, size, one)
                 block[word - start, b - b0] = bits
@@ -171,10 +171,10 @@ def build(
 def listed(
     records: Any, runs: Any, table: Any, pitch: Any, first: Any, last: Any
 ) -> Any:  # pragma: no cover (compiled)
-    """List the pairs of some words, the ``pitch``-th words of a table; return how many records.
+    """List the pairs of some words, every ``pitch``-th of a table; return how many records there are.
 
-    A record is the word's number and up to MOST of its bits, a byte each. They come by size: ``runs`` says where
-    those of each size start. A word with more bits is shared out evenly among records.
+    A record is the word's number and up to MOST of its bits, a byte each. Records are ordered by size, and ``runs``
+    says where each size starts. A word with more bits is split evenly into several records.
     """
     starts = np.zeros(MOST + 2, np.int64)
     for i in range(first, last):
@@ -224,7 +224,7 @@ def slicing(D: Any, lanes: Any, span: Any) -> Any:  # pragma: no cover (compiled
     return (vectors + each - 1) // each, each * lanes
 
 
-# Long, since Numba fixes a kernel's types and widths by what it closes over: each kernel is a function inside of it.
+# Long: the kernels are nested functions, because Numba fixes their types and widths by what they close over.
 def _kernels(one: Any) -> dict[str, Any]:
     """Return the kernels, not yet compiled, for numbers of the type of ``one``."""
     size = one.itemsize
@@ -259,7 +259,7 @@ def _kernels(one: Any) -> dict[str, Any]:
                         clear(target + count * size, (each - count) * size)
 
     def dots(p: Any) -> None:
-        """Pattern (unless given), products, and bias, activation, gate at the end; a task is some units × examples."""
+        """Pattern (unless given), products, then bias, activation and gate; a task is some units × examples."""
         # fmt: off
         (
             counter, packed, W, bias, mask, gate, rows, cols, out, pre, B, N, D,
@@ -311,8 +311,8 @@ def _kernels(one: Any) -> dict[str, Any]:
                     total += read_word(start + 8 * (MOST + 1))
             total = 0
             wide = (n1 - n0) * size
-            # Columns of a large matrix share cache sets: values are put in place in a small copy of the block. Gates
-            # come in by rows, whole vectors at a time, unless several units share one or closed units are not written.
+            # Columns of a large matrix share cache sets, so results are put into a small copy of the block first. Gates
+            # are read by rows, in whole vectors, unless units share a gate or closed units are not written.
             by_rows = fill != 0 and (gate == 0 or group == 1)
             for c in range(c0, c1):
                 first, last = 64 * c, min(64 * c + 64, B)
@@ -438,7 +438,7 @@ def _kernels(one: Any) -> dict[str, Any]:
                     clear(out + (b * N + n0) * size, group * size)
                     if pre != 0:
                         clear(pre + (b * N + n0) * size, group * size)
-            # Four rows of weights stay in the first-level cache while as many examples pass as the second one holds.
+            # Four rows of weights stay in the first-level cache; the second one holds the examples that pass over them.
             step = max((1 << 17) // max(D * size, 1) // TILE, 4) * TILE
             for e0 in range(0, count, step):
                 e1 = min(e0 + step, count)
@@ -473,7 +473,7 @@ def _kernels(one: Any) -> dict[str, Any]:
                     n += units
 
     def by_example(p: Any) -> None:
-        """A task is some slices of D × some examples, whose sums stay near; units pass in blocks of 64."""
+        """A task is some slices of D × some examples, whose sums stay in cache; units pass in blocks of 64."""
         counter, C, W, bias, rows, out, B, N, D, span_b, span_s, room, room_stride = arguments(p, 13)
         slices, each = slicing(D, lanes, span)
         stride = each * size
@@ -526,7 +526,7 @@ def _kernels(one: Any) -> dict[str, Any]:
                         count = read_word(start + 8 * (MOST + 1))
                         block, pitch = W + (64 * word * D + s * each) * size, D * size
                         if count != 0 and copies:
-                            # Meanwhile what is copied next is asked for.
+                            # Meanwhile the rows to be copied next are prefetched.
                             ahead = block + 64 * pitch
                             for n in range(min(64, N - 64 * word)):
                                 copy(scratch + n * stride, block + n * pitch, min(each, D - s * each) * size)
@@ -549,7 +549,7 @@ def _kernels(one: Any) -> dict[str, Any]:
                     copy(out + ((b0 + b) * D + s * each) * size, source, min(each, D - s * each) * size)
 
     def by_unit(p: Any) -> None:
-        """A task is some units; a slice of their rows of V stays near while the packed examples pass."""
+        """A task is some units; a slice of their rows of V stays in cache while the packed examples pass."""
         counter, C, packed, cols, V, total, B, N, D, span_n, room, room_stride = arguments(p, 12)
         chunks = (B + 63) // 64
         slices, each = slicing(D, lanes, span)
@@ -572,7 +572,7 @@ def _kernels(one: Any) -> dict[str, Any]:
             for c in range(chunks):
                 start = runs + c * RUNS
                 count = listed(records + have * RECORD, start, cols + (n0 * chunks + c) * 8, chunks, 0, n1 - n0)
-                # Collected once: C's columns lie far apart.
+                # Collected once, because the numbers of a column of C lie far apart.
                 for b in range(64 * c, min(64 * c + 64, B)):
                     copy(columns + (b - 64 * c) * wide, C + (b * N + n0) * size, wide)
                 for k in range(1, MOST + 1):
@@ -589,7 +589,7 @@ def _kernels(one: Any) -> dict[str, Any]:
                 have += count
             if V == 0:
                 continue
-            # One chunk of examples leaves most rows of V to one record, which writes them; others gather near.
+            # With one chunk of examples most rows of V belong to one record, which overwrites them.
             fresh = 1 if chunks == 1 else 0
             if fresh != 0:
                 for n in range(n0, n1):

@@ -1,10 +1,10 @@
 """The products over lists of open units, compiled by Numba. Import this module only to run them.
 
-A pair costs a row of the table, wherever it lies, and little else. So rows are asked for before they are used, eight at
-a time, and where the order is free, pairs go by unit: the large matrix, the weights, is then read or written once and
-in order, while the small one, the examples, stays near.
+A pair costs the reading of one row, which may lie anywhere in the table, and little else. So rows are prefetched, eight
+at a time. Where the order is free, pairs are taken by unit: then the large matrix (the weights) is read or written once
+and in order, while the small one (the examples) stays in cache.
 
-All lists are int64. Arguments named like tensors are addresses, 0 where there is none.
+All lists are int64. Arguments named like tensors are addresses, 0 for a tensor that is not given.
 """
 
 import math
@@ -19,7 +19,7 @@ PAIR = 16
 """Bytes of a pair while lists are turned around: unit and example, 32 bits each, and its place in the list."""
 AHEAD = 2 * v.MOST
 """How many pairs ahead rows are prefetched."""
-# Module globals of this module itself, as Numba's cache wants them.
+# Numba's cache needs these as globals of this module.
 arguments, gather_dots, gather_axpy = g.arguments, g.gather_dots, g.gather_axpy
 above = g.above
 take, lowest, prefetch = v.take, v.lowest, v.prefetch
@@ -29,13 +29,13 @@ clear, copy = v.clear, v.copy
 
 @compiled
 def bounded(value: Any) -> Any:  # pragma: no cover (compiled)
-    """Return a number that is ordered as NaN is here: as infinity."""
+    """Return the number, or infinity for NaN."""
     return value if value == value else math.inf
 
 
 @compiled
 def kth(near: Any, have: Any, most: Any, size: Any, one: Any) -> Any:  # pragma: no cover (compiled)
-    """Return the ``most``-th largest of ``have`` numbers, which are moved about: Hoare's selection."""
+    """Return the ``most``-th largest of ``have`` numbers, whose order changes: Hoare's selection."""
     low, high, wanted = 0, have - 1, most - 1
     while low < high:
         pivot = read(near + (low + high) // 2 * size, one)
@@ -64,7 +64,7 @@ def kth(near: Any, have: Any, most: Any, size: Any, one: Any) -> Any:  # pragma:
 def cut(
     values: Any, names: Any, have: Any, most: Any, near: Any, size: Any, one: Any
 ) -> Any:  # pragma: no cover (compiled)
-    """Leave the ``most`` largest of ``have`` numbers in a list, in order, of equals the first; return the least."""
+    """Keep the ``most`` largest of ``have`` numbers of a list, in order (among equals the first); return the least."""
     for i in range(have):
         write(near + i * size, type_as(bounded(read(values + i * size, one)), one))
     least = kth(near, have, most, size, one)
@@ -139,8 +139,8 @@ def _make(one: Any) -> dict[str, Any]:
     def by_unit(p: Any) -> None:
         """Σ values[i] · table[b] to sums, Σ values[i] to total, ⟨weight[n], table[b]⟩ to products, over units n.
 
-        A task is ``span`` touched units. ``dense``: sums and total have a row for every unit, cleared where
-        nothing is added; else one for every touched unit.
+        A task is ``span`` touched units. With ``dense``, sums and total have a row for every unit, zero for units that
+        no pair names; else they have a row for every touched unit.
         """
         (
             counter,
@@ -208,7 +208,7 @@ def _make(one: Any) -> dict[str, Any]:
                     write(total + row * size, whole)
 
     def add_rows(p: Any) -> None:
-        """weight[touched[t]] += scale · rows[t]; a task is ``span`` rows. ``scale`` is an address, too."""
+        """weight[touched[t]] += scale · rows[t]; a task is ``span`` rows. ``scale`` is an address too."""
         counter, rows, touched, weight, scale, order, count, width, span = arguments(p, 9)
         length, rest, pitch = width // lanes * VECTOR, width % lanes, width * size
         while True:
@@ -223,10 +223,10 @@ def _make(one: Any) -> dict[str, Any]:
                 gather_axpy(1, at, at, scale, rows, pitch, target, length, rest, 0, one)
 
     def select(p: Any) -> None:
-        """Keep the ``most`` largest of an example's numbers, of which ``width`` more have come; ties: the first ones.
+        """Take ``width`` more numbers of an example and keep the ``most`` largest so far; of equals, the first.
 
-        ``room`` numbers fit into an example's list; a full one is cut down to ``most``, in order, and nothing below
-        the smallest of them enters any more. ``last``: cut the lists at the end. NaN counts as infinity.
+        An example's list has room for ``room`` numbers. A full list is cut to ``most``, in order; after that, smaller
+        numbers are not added. With ``last``, all lists are cut at the end. NaN counts as infinity.
         """
         (
             counter,
@@ -282,9 +282,9 @@ def _make(one: Any) -> dict[str, Any]:
 
 # Long, since Numba fixes a kernel's types and widths by what it closes over: each kernel is a function inside of it.
 def _make_turning(one: Any) -> dict[str, Any]:
-    """Return the kernels that turn lists by example into lists by unit: a radix sort, whose tasks are parts of pairs.
+    """Return the kernels that turn lists by example into lists by unit: a radix sort; a task is a part of the pairs.
 
-    ``counters`` has a row of 2^bits for each part: how many pairs of a part have a digit, then where they go.
+    ``counters`` has a row of 2^bits for each part: first how many of its pairs have each digit, then where they go.
     """
 
     def pairs_of(p: Any) -> None:
@@ -313,7 +313,7 @@ def _make_turning(one: Any) -> dict[str, Any]:
                 write_word(at, read_word(at) + 1)
 
     def place(p: Any) -> None:
-        """Turn how many into where; one task."""
+        """Turn the counts into places; one task."""
         counter, counters, parts, bits = arguments(p, 4)
         if take(counter) == 0:
             before = 0

@@ -1,14 +1,16 @@
 """The products over lists of open units, as functions of tensors. No tensor of examples × units exists.
 
-Lists by example are two int64 tensors, those of CSR: example b has ``units[starts[b]:starts[b + 1]]`` open, and what
-belongs to a pair (values, coefficients, their gradients) has its place in a tensor (pairs,). For (B, K) indices,
+Lists by example are two int64 tensors, as in the CSR format: example b has ``units[starts[b]:starts[b + 1]]`` open.
+Numbers of pairs (values, coefficients, their gradients) are tensors (pairs,) in the same order. For (B, K) indices,
 ``fixed_starts(B, K)`` are the starts and ``indices.flatten()`` the units.
 
-A decoder, y[b] = Σ values · W[n] + bias, is ``by_example``. Its backward pass, for the gradient g (B, D) of y, is
-``backward(g, weight, values, turned(starts, units, N))``, which gives the gradients of the values and, of the weights,
-the rows that were touched. An encoder whose indices are given, z = ⟨x[b], W[n]⟩ + bias, is ``dots``; from the gradient
-c (pairs,) of its values, the gradient of x is ``by_example(c, weight, None, starts, units)``, that of the weight and
-bias ``by_unit(c, x, turned(…))``. An encoder that finds the indices itself is ``top_k``.
+* A decoder, y[b] = Σ values · W[n] + bias, is ``by_example``. Its backward pass, for the gradient g (B, D) of y, is
+  ``backward(g, weight, values, turned(starts, units, N))``: the gradients of the values, and the touched rows of the
+  weight's gradient.
+* An encoder whose indices are given, z = ⟨x[b], W[n]⟩ + bias, is ``dots``. From the gradient c (pairs,) of its values,
+  the gradient of x is ``by_example(c, weight, None, starts, units)``; those of weight and bias are
+  ``by_unit(c, x, turned(…))``.
+* An encoder that finds the indices itself is ``top_k``.
 """
 
 from typing import NamedTuple
@@ -22,17 +24,17 @@ from gatelet.kernels.backends.numba.list_kernels import PAIR, products, turning
 TASK = 256
 """About this many pairs make a task."""
 DIGIT = 11
-"""Bits of a unit's number that one pass of the sort looks at, at most: 2048 counters stay near."""
+"""The most bits of a unit's number that one pass of the sort takes: its 2048 counters stay in cache."""
 
 
 class Turned(NamedTuple):
-    """Lists by unit, of the units that are open for any example, in order.
+    """Lists by unit, for the units that are open for any example, in order.
 
     Attributes:
         touched: their numbers, (U,).
         starts: (U + 1,): the pairs of ``touched[t]`` are ``starts[t]`` to ``starts[t + 1]``.
         examples: the example of each pair, (pairs,), ascending within a unit.
-        places: where each pair stands in the lists by example.
+        places: the place of each pair in the lists by example.
         units: N.
     """
 
@@ -138,7 +140,7 @@ def by_example(values: Tensor, weight: Tensor, bias: Tensor | None, starts: Tens
 
 
 def turned(starts: Tensor, units: Tensor, count: int) -> Turned:
-    """Return the lists by unit: a stable radix sort, which takes time for pairs, not for units.
+    """Return the lists by unit, by a stable radix sort: its time grows with the pairs, not with the units.
 
     Args:
         starts: (B + 1,) int64.
@@ -193,12 +195,12 @@ def by_unit(
         table: (B, D), the examples.
         lists: from ``turned``.
         weight: (N, D), or None.
-        dense: give the sums of all N units, zero where none is open, not only those touched.
-        need_rows: whether the first is wanted.
-        need_total: whether the second is wanted.
+        dense: return the sums of all N units (zero where no pair is open), not only of the touched ones.
+        need_rows: whether to return the first result.
+        need_total: whether to return the second result.
 
     Returns:
-        (U, D) or (N, D), (U,) or (N,), (pairs,); None for what is not wanted.
+        (U, D) or (N, D), (U,) or (N,), (pairs,); None for each that is not needed.
     """
     width, pairs, count = table.shape[1], len(lists.places), len(lists.touched)
     rows = lists.units if dense else count
@@ -234,16 +236,16 @@ def by_unit(
 
 
 def backward(grad: Tensor, weight: Tensor, values: Tensor, lists: Turned, dense: bool = False) -> tuple[Tensor, Tensor]:
-    """Return the gradients of ``by_example``'s values (pairs,) and weights, those of touched rows unless ``dense``.
+    """Return the gradients of ``by_example``'s values (pairs,) and weight (its touched rows only, unless ``dense``).
 
-    One pass by unit does both, so that each row of the weights is read once and in order.
+    One pass over the units forms both, so each row of the weight is read once and in order.
 
     Args:
         grad: (B, D), the gradient of y.
         weight: (N, D).
         values: (pairs,).
         lists: from ``turned``.
-        dense: give the weights' gradient (N, D), not only the rows touched, (U, D).
+        dense: return the weight's gradient (N, D), not only its touched rows (U, D).
     """
     sums, _, found = by_unit(values, grad, lists, weight=weight, dense=dense, need_total=False)
     assert sums is not None
@@ -258,7 +260,7 @@ def as_sparse(rows: Tensor, lists: Turned) -> Tensor:
 
 
 def add_rows(weight: Tensor, rows: Tensor, lists: Turned, scale: float) -> None:
-    """Add scale · rows[t] to weight[touched[t]], in place: a step of gradient descent that costs what was touched."""
+    """Add scale · rows[t] to weight[touched[t]] in place: a step of gradient descent on the touched rows only."""
     count, width = rows.shape
     if not rows.numel():
         return
@@ -277,14 +279,14 @@ def add_rows(weight: Tensor, rows: Tensor, lists: Turned, scale: float) -> None:
 
 
 BLOCK, CHUNK = 1024, 1024
-"""Latents and examples of a block of an encoder's product: 4 MB of float32, read while still in the caches."""
+"""Latents and examples of one block of an encoder's product: 4 MB of float32, which are still in cache when read."""
 
 
 def top_k(x: Tensor, weight: Tensor, bias: Tensor | None, most: int, *, half: bool = False) -> tuple[Tensor, Tensor]:
-    """Return each example's ``most`` largest of x Wᵀ + b, and where they are, in the order of the units.
+    """Return each example's ``most`` largest of x Wᵀ + b and their indices, in the order of the units.
 
-    The product is taken in blocks, of which an example keeps what may yet be among its largest: no (B, N) tensor
-    exists. Among equals the first units count. NaN counts as infinity.
+    The product is formed in blocks. After each block an example keeps only candidates for its largest, so no (B, N)
+    tensor exists. Of equals the first ones are taken. NaN counts as infinity.
 
     Args:
         x: (B, D).
@@ -299,7 +301,7 @@ def top_k(x: Tensor, weight: Tensor, bias: Tensor | None, most: int, *, half: bo
     batch, units = len(x), len(weight)
     if not 1 <= most <= units:
         raise ValueError(f"most must be between 1 and the number of units, {units}, not {most}")
-    # A list is cut when it is full: more room, fewer cuts.
+    # A list is cut when it is full, so more room means fewer cuts.
     room = 2 * most + 32
     bias = weight.new_zeros(units) if bias is None else bias
     values, names = x.new_empty((batch, room)), torch.empty((batch, room), dtype=torch.int64)

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 LARGE = 1 << 22
-"""Bytes of a result from which it pays to ask: the C library takes and gives such memory back at every call."""
+"""Results of at least this many bytes get huge pages. The C library maps memory of this size anew at every call."""
 POPULATE = 23
-"""Linux's MADV_POPULATE_WRITE: give the pages now. Threads that meet in a page not yet there wait for each other."""
+"""Linux's MADV_POPULATE_WRITE: provide the pages now. Else threads that first write to one page wait for each other."""
 SAMPLE = 4
-"""Pages that are looked at. Asking for pages that are all there takes longer than to write them."""
+"""How many pages are looked at. Where all pages are there, asking for them would take longer than writing them."""
 
 
 class _System(NamedTuple):
@@ -24,7 +24,7 @@ class _System(NamedTuple):
 
 @functools.cache
 def _system() -> _System | None:
-    """Return the C library's functions, None where they are not there, or no large pages."""
+    """Return the C library's functions, or None if there are none or no huge pages."""
     try:
         library = ctypes.CDLL(None)
         found = _System(library.madvise, library.mincore)
@@ -36,10 +36,10 @@ def _system() -> _System | None:
 
 
 def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Return ``like.new_empty(shape)``; what is large and new is then written at a fault per 2 MB, not per 4 KB."""
+    """Return ``like.new_empty(shape)``. New large memory comes in huge pages: one page fault per 2 MB, not per 4 KB."""
     found = like.new_empty(shape)
     if found.nbytes >= LARGE and (system := _system()) is not None:
-        # Whole pages inside; a refusal changes nothing.
+        # Only whole pages inside the memory. If the system refuses, nothing changes.
         begin = -(-found.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
         pages = (found.data_ptr() + found.nbytes - begin) // mmap.PAGESIZE
         if not _there(system, begin, pages):
@@ -49,7 +49,7 @@ def empty(like: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _there(system: _System, begin: int, pages: int) -> bool:
-    """Whether the system has given this memory's pages already, by a few of them from its first to its last."""
+    """Return whether the memory's pages are there already, judged by a few of them from first to last."""
     told = ctypes.create_string_buffer(1)
     for each in range(SAMPLE):
         place = begin + (pages - 1) * each // (SAMPLE - 1) * mmap.PAGESIZE

@@ -1,7 +1,7 @@
-"""One to sixteen examples and weights of few bytes, as functions of tensors; inference alone, no gradients.
+"""One to sixteen examples and weights of few bytes, as functions of tensors; for inference only, without gradients.
 
-A weight is float32 or bfloat16 (N, D), or ``Int8Rows``. Activations are float32 or bfloat16; products are summed in
-float32, and results have the activations' type.
+A weight is float32 or bfloat16 (N, D), or ``Int8Rows``. Activations are float32 or bfloat16. Products are summed in
+float32, and results have the activations' dtype.
 """
 
 import torch
@@ -13,11 +13,11 @@ from gatelet.kernels.backends.numba.narrow_kernels import NEAR, narrow
 from gatelet.kernels.backends.rows import Int8Rows, Rows
 
 PARTS = 8
-"""Units are split into this many parts, each with its own sums, so that the number of threads changes no bit."""
+"""Units are split into this many parts, each with its own sums. So results do not depend on the number of threads."""
 
 
 def linear(x: Tensor, weight: Rows, bias: Tensor | None, gate: Tensor, activation: str = "identity") -> Tensor:
-    """Return act(x Wᵀ + b) ∘ gate, zero where the gate is; closed rows are not read.
+    """Return act(x Wᵀ + b) ∘ gate, zero where the gate is zero; rows of closed units are not read.
 
     Args:
         x: (B, D), B at most 16, float32 or bfloat16.
@@ -58,10 +58,10 @@ def linear(x: Tensor, weight: Rows, bias: Tensor | None, gate: Tensor, activatio
 
 
 def input_linear(hidden: Tensor, weight: Rows, bias: Tensor | None) -> Tensor:
-    """Return Σ_n hidden[b, n] · W[n] + bias, reading the rows of open units alone.
+    """Return Σ_n hidden[b, n] · W[n] + bias; only the rows of open units are read.
 
     Args:
-        hidden: (B, N), B at most 16, float32 or bfloat16; what is zero is closed.
+        hidden: (B, N), B at most 16, float32 or bfloat16; zero means closed.
         weight: (N, O), by unit.
         bias: (O,).
 

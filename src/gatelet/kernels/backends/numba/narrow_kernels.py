@@ -1,11 +1,11 @@
 """One to sixteen examples and weights of few bytes, compiled by Numba. Import this module only to run them.
 
-The time is that of reading the rows of the units that are open for any example. So rows are stored in few bytes
-(float32, bfloat16, or int8 with a scale per row) and read once: for a single example eight rows at a time, as many as
-the processor has streams for, and one by one for several. Rows of few bytes are asked for before, for the processor
-does not foresee them in time. Numbers are multiplied and added as float32.
+Most of the time goes into reading the rows of the units that are open for any example. So rows are stored in few bytes
+(float32, bfloat16, or int8 with a scale per row) and each is read once. For a single example eight rows are read at a
+time, because a processor can follow about that many streams; for several examples, one row at a time. Rows of few
+bytes are prefetched, because the processor does not predict them in time. Numbers are multiplied and added as float32.
 
-Units are shared out in a fixed number of parts, each with sums of its own: results do not depend on who comes first.
+Units are split into a fixed number of parts, each with its own sums, so results do not depend on the order of threads.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ read, write, read_word, write_word, clear = v.read, v.write, v.read_word, v.writ
 def listed(
     target: Any, gate: Any, examples: Any, units: Any, group: Any, first: Any, last: Any, one: Any
 ) -> Any:  # pragma: no cover (compiled)
-    """List the units of words ``first`` to ``last`` that are open for any example, and their masks; return how many."""
+    """List the units of words ``first`` to ``last`` that any example has open, with their masks; return how many."""
     count, gates = 0, units // group
     for word in range(first, last):
         either = 0
@@ -69,7 +69,7 @@ def shifted(z: Any, scales: Any, bias: Any, unit: Any, one: Any) -> Any:  # prag
     return z + read(bias + 4 * unit, one) if bias != 0 else z
 
 
-# Long, since Numba fixes a kernel's types and widths by what it closes over: each kernel is a function inside of it.
+# Long: the kernels are nested functions, because Numba fixes their types and widths by what they close over.
 def _make(kind: Any) -> dict[str, Any]:
     """Return the kernels, not yet compiled, for weights stored like ``kind``."""
     size, one = kind.itemsize, np.float32(1)
@@ -117,7 +117,7 @@ def _make(kind: Any) -> dict[str, Any]:
     def ffn(p: Any) -> None:
         """out[part] = Σ_n hidden[b, n] · W2[n] over the part's units; hidden = act(x W1ᵀ + b1) ∘ (x W3ᵀ + b3) ∘ gate.
 
-        Without W3 its factor is left out; without W1 hidden is the gate.
+        Without W3 there is no second factor; without W1 hidden is the gate.
         """
         (
             counter,

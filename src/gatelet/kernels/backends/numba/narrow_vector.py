@@ -1,6 +1,6 @@
 """Vector microkernels over rows of float32, bfloat16 or int8 numbers, multiplied as float32.
 
-The argument ``kind`` carries nothing but how a row's numbers are stored: float32, bfloat16 as uint16, or int8.
+The argument ``kind`` only says how a row's numbers are stored: float32, bfloat16 (as uint16) or int8.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ MOST = 4
 ROWS = 8
 """Rows that are multiplied with a single example at once."""
 BEGIN = 256
-"""So many bytes of the next listed rows are asked for: of a long row the processor foresees all but its beginning."""
+"""Bytes prefetched of the beginning of a float32 row; the processor itself predicts the rest of it."""
 LANES = v.VECTOR // 4
 SIZES = {types.float32: 4, types.uint16: 2, types.int8: 1}
 """Bytes of a stored number."""
@@ -46,7 +46,7 @@ def _whole(builder: Any, address: Any, offset: int, kind: Any) -> Any:
 
 
 def _part(builder: Any, address: Any, count: Any, kind: Any) -> Any:
-    """Return the first ``count`` numbers, zero behind them, without touching memory there; none if it is negative."""
+    """Return the first ``count`` numbers (none if negative), then zeros; memory behind them is not read."""
     stored = _stored(kind)
     lanes = ir.Constant(ir.VectorType(_I64, LANES), list(range(LANES)))
     mask = builder.icmp_signed("<", lanes, v._splat(builder, count, LANES))
@@ -179,7 +179,7 @@ def _listed(builder: Any, base: Any, pitch: Any, units: Any, k: int) -> list[Any
 
 
 def _ask_for_begin(builder: Any, ahead: list[Any], bytes_: int) -> None:
-    """Ask for the first lines of long rows; of short ones all lines are asked for on the way."""
+    """Prefetch the first lines of float32 rows. Rows of fewer bytes are prefetched line by line in the loop."""
     for line in range(0, BEGIN if bytes_ == 4 else 0, 64):
         for each in ahead:
             v._prefetch(builder, builder.add(each, _I64(line)))
@@ -192,7 +192,7 @@ def rows_dots(
     """Write ⟨row of a unit, x⟩ to ``result`` for ``size`` listed units, at most ROWS; those at ``later`` are
     prefetched.
 
-    Rows begin at ``base``, one behind the other: as many are read at once as the processor has streams for.
+    Rows follow each other from ``base`` on. ROWS of them are read at once, as many streams as a processor follows.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:

@@ -19,7 +19,7 @@ def _bits(tensor: Tensor) -> int:
 
 
 def _aligned(size: int) -> int:
-    """Return the size in whole pairs of cache lines, for one thread's memory must not share lines with another's."""
+    """Return the size rounded up to pairs of cache lines: threads must not share a line."""
     return -(-size // 128) * 128 + 128
 
 
@@ -40,7 +40,7 @@ def pattern(gate: Tensor, units: int) -> Bits:
 
 
 def promise(gate: Tensor, units: int, keep: bool) -> Bits:
-    """Return the pattern of gates (B, G), which the next product writes on its way."""
+    """Return the pattern of gates (B, G), whose bits the next product writes."""
     gate = gate.contiguous()
     return Bits(*_reserve(gate, units), pending=gate)
 
@@ -66,7 +66,7 @@ def _build(gate: Tensor, rows: Tensor | None, cols: Tensor | None, units: int) -
 
 
 def _slicing(width: int, size: int) -> tuple[int, int]:
-    """Return how many slices a row of ``width`` numbers has, and the numbers in each, as the products cut it."""
+    """Return into how many slices the products cut a row of ``width`` numbers, and the numbers in each."""
     lanes = VECTOR // size
     vectors = -(-width // lanes)
     slices = max(-(-vectors * VECTOR // SLICE), 1)
@@ -75,7 +75,7 @@ def _slicing(width: int, size: int) -> tuple[int, int]:
 
 
 def _span(units: int, team: int) -> int:
-    """Return how many units a task has: many share a pass over the examples, and every thread has some tasks."""
+    """Return how many units a task has: many, as they share a pass over the examples, but some tasks per thread."""
     span = 256
     while span > 64 and units < 4 * span * team:
         span //= 2
@@ -89,7 +89,7 @@ def _records(words: int, bits: int, size: int) -> int:
 
 
 def pack(x: Tensor) -> Tensor:
-    """Return x (B, D) in slices, as the products read it; a single example is in that order already."""
+    """Return x (B, D) in slices, as the products read it; a single example already has that order."""
     batch, width = x.shape
     lanes = VECTOR // x.element_size()
     if batch == 1 and width % lanes == 0:
@@ -130,7 +130,7 @@ def dots(
     if isinstance(pattern, Bits):
         rows, cols, mask = pattern.rows, pattern.cols, pattern.pending
         pattern.pending = None
-    elif batch > 1:  # the pattern is built on the way and dropped
+    elif batch > 1:  # the product builds the pattern and drops it
         cols = x.new_empty((units, words(batch)), dtype=torch.int64)
     group = units // gate.shape[1] if gate is not None else pattern.group if isinstance(pattern, Bits) else 1
     _dots(x, weight, bias, gate, mask, rows, cols, out, pre if keep else None, group, activation, fill)
@@ -140,7 +140,7 @@ def dots(
 def ffn(
     x: Tensor, w1: Tensor, b1: Tensor | None, gate: Tensor, activation: str, w2: Tensor, b2: Tensor | None
 ) -> Tensor | None:
-    """Return (act(x W1ᵀ + b1) ∘ gate) W2 + b2 for a few examples, in one pass; None for more, or other numbers."""
+    """Return (act(x W1ᵀ + b1) ∘ gate) W2 + b2 of a few float32 examples, in one pass; None for others."""
     return narrow.ffn(x, w1, b1, gate, activation, w2, b2) if _few(x) else None
 
 
@@ -169,7 +169,7 @@ def _dots(
     code = ACTIVATIONS.index(activation)
     name = "one_dots" if batch == 1 else "group_dots" if group >= SMALLEST_GROUP else "dots"
     if mask is not None and (name == "group_dots" or batch > 64):
-        # Along the examples' rows in a pass of its own; a few examples are looked at on the way.
+        # Written in a pass of its own, along the examples' rows. For a few examples the product does it.
         _build(mask, rows, cols, units)
         mask = None
     args = {
@@ -215,8 +215,8 @@ def by_example(
     team = _team.threads(batch * units * width // _team.DENSE)
     size = weight.element_size()
     slices, each = _slicing(width, size)
-    # Threads share out the examples, so that pairs are listed once; the slices where examples are few, for each
-    # thread would pass over all of W for them.
+    # Each thread takes some of the examples, so that pairs are listed once. Where there are few examples it takes some
+    # of the slices instead, since every thread would read all of W.
     by_batch = batch >= 64 * team or slices < 2 * team
     span = min(256, -(-batch // team) if by_batch else batch)
     span_s = slices if by_batch else -(-slices // team)
@@ -271,7 +271,7 @@ turned = turn.turned
 
 
 def _by_rows(weight: Tensor) -> Tensor:
-    """Return the weight with its rows together."""
+    """Return the weight with contiguous rows."""
     if weight.is_contiguous():
         return weight
     return turned(weight.t()) if weight.t().is_contiguous() else weight.contiguous()
@@ -309,7 +309,7 @@ def pointwise(
 
 
 def touched(coefficient: Tensor, x: Tensor, pattern: Lists) -> Tensor:
-    """Return V of ``by_unit`` as a coalesced sparse COO tensor of the units that any pair names."""
+    """Return V of ``by_unit`` as a coalesced sparse COO tensor with the rows of the units that any pair names."""
     turned = _turned(pattern)
     rows, _, _ = lists.by_unit(coefficient.contiguous(), x.contiguous(), turned, need_total=False)
     assert rows is not None

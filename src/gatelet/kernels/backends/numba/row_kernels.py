@@ -18,7 +18,7 @@ take, read, write, read_word = v.take, v.read, v.write, v.read_word
 
 
 def loosely(function: Any) -> Any:
-    """Numba's decorator; sums may be formed in any order, so that loops become vectors."""
+    """Numba's decorator, with sums in any order, so that the compiler can use vectors."""
     return njit(error_model="numpy", fastmath={"contract", "reassoc", "nsz", "arcp"})(inspect.unwrap(function))
 
 
@@ -37,7 +37,7 @@ def adam_row(
     size: Any,
     one: Any,
 ) -> Any:  # pragma: no cover (compiled)
-    """Step a row, with ``along`` times the row taken off its gradient; return the row's new squared length."""
+    """Step a row, after subtracting ``along`` times the row from its gradient; return the row's new squared length."""
     length = one - one
     for j in range(width):
         at = j * size
@@ -67,7 +67,7 @@ def _make(one: Any) -> dict[str, Any]:
     lanes = VECTOR // size
 
     def adam(p: Any) -> None:
-        """Step the rows ``touched``; a task is ``span`` rows. ``numbers``: rate, 1 − β₁, 1 − β₂, ε; room for dots."""
+        """Step the rows ``touched``; a task is ``span`` rows. ``numbers``: rate, 1 − β₁, 1 − β₂, ε."""
         counter, w, m, s, grad, touched, count, width, unit, numbers, scratch, span = arguments(p, 12)
         room = scratch + take(counter + 8) * 128
         pitch, length, rest = width * size, width // lanes * VECTOR, width % lanes

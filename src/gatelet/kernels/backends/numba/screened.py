@@ -1,9 +1,10 @@
-"""The k largest outputs of a linear map, found by a product in bfloat16 and settled by exact ones.
+"""The k largest outputs of a linear map: candidates from a product in bfloat16, then exact products for them alone.
 
-Where a processor multiplies bfloat16 several times faster than float32, most outputs need no exact product. With x̃
-and w̃ rounded to bfloat16 and z̃ the rounded product, Cauchy and Schwarz give |z − z̃| ≤ m = (‖x − x̃‖ + 2⁻⁸‖x‖)·‖w‖ +
-2⁻⁸|z̃|. The k-th largest of z̃ − m is at most the k-th largest z, and whatever has z̃ + m below it is not among them. The
-others are computed exactly. The result is that of the float32 product, ties apart.
+Some processors multiply bfloat16 several times faster than float32; there, most outputs need no exact product. With x̃
+and w̃ rounded to bfloat16 and z̃ the rounded product, the Cauchy–Schwarz inequality gives
+|z − z̃| ≤ m = (‖x − x̃‖ + 2⁻⁸‖x‖)·‖w‖ + 2⁻⁸|z̃|. The k-th largest z is at least t, the k-th largest z̃ − m. So outputs
+with z̃ + m < t are not among the k largest. The others are computed exactly. The result is that of the float32 product,
+except for the order of equals.
 """
 
 import torch
@@ -17,21 +18,21 @@ UNIT = 2.0**-8
 SUMS = 2.0**-12
 """More than the relative error of a sum of thousands of float32 products."""
 LEAST = 256
-"""Fewer examples are not worth the rounding of the weights."""
+"""For fewer examples, rounding the weights costs more than it saves."""
 FIRST = 8
-"""One in this many examples tests whether the bound tells latents apart."""
+"""One in this many examples tests whether the bound excludes enough latents."""
 FAILING = 0.3
-"""If it fails for more than this share of them, the other examples are computed without it."""
+"""If it fails for more than this share of them, the other examples are computed in float32."""
 
 
 def worth(x: Tensor, weight: Tensor) -> bool:
-    """Return whether screening is expected to pay: many examples, float32, a processor that multiplies bfloat16."""
+    """Return whether screening should be faster: many examples, float32, a processor that multiplies bfloat16."""
     fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return fast and x.dtype == torch.float32 and len(x) >= LEAST and weight.shape[1] >= 64
 
 
 def screened_top_k(x: Tensor, weight: Tensor, bias: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Return each example's ``most`` largest of x Wᵀ + b, and where they are, in the order of the units.
+    """Return each example's ``most`` largest of x Wᵀ + b and their indices, in the order of the units.
 
     Args:
         x: (B, D), float32.
@@ -53,7 +54,7 @@ def screened_top_k(x: Tensor, weight: Tensor, bias: Tensor, most: int) -> tuple[
 
 
 def _screened(x: Tensor, weight: Tensor, bias: Tensor, most: int, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return values and units (B, K) by way of a list of candidates, and where more may lie beyond the list, (B,)."""
+    """Return values and units (B, K) chosen from candidates, and whether there may be more candidates, (B,)."""
     units = len(weight)
     listed = min(units, 6 * most + 64)
     near, at = top_k(x, weight, bias, listed, half=True)

@@ -1,14 +1,14 @@
-"""The threads that run a kernel: those of torch's own OpenMP pool, as long as they come when called.
+"""The threads that run a kernel: torch's own OpenMP pool, or the calling thread alone while the cores are busy.
 
-Numba's ``prange`` brings a second pool of threads; while torch's idle threads still spin, the two fight for
-the cores, and its ``workqueue`` layer dies when two Python threads enter it. So kernels here are compiled as plain
-functions that share out tasks through an atomic counter, and the OpenMP runtime that torch is linked with starts
-them: one pool, ``torch.set_num_threads`` respected, any number of Python threads at once.
+Numba's ``prange`` brings a second pool of threads. While torch's idle threads still spin, the two pools compete for the
+cores, and Numba's ``workqueue`` layer aborts when two Python threads enter it. So kernels here are plain compiled
+functions that take tasks from an atomic counter, and the OpenMP runtime that torch is linked with starts them. There is
+one pool, ``torch.set_num_threads`` holds, and any number of Python threads may call at once.
 
-OpenMP ends a region when all of its threads have been there, though the others may have done all the work before the
-system started the last one: on a busy machine a call of 50 µs then takes milliseconds. So regions tell when their first
-thread ran out of tasks. What passed after that was waiting; a region that was mostly waiting shows that the cores are
-taken, and for a while, in proportion to what was lost, kernels run on the calling thread alone.
+An OpenMP region ends when all of its threads have run, even if the others did all the work before the system started
+the last one. On a busy machine a call of 50 µs then takes milliseconds. So each region notes when its first thread ran
+out of tasks; the time after that is waiting. If a region was mostly waiting, the cores are taken: for a while, in
+proportion to the time lost, kernels run on the calling thread alone.
 """
 
 import ctypes
@@ -34,16 +34,16 @@ FEW = 1 << 15
 """Passing over fewer numbers than this takes less time than waking a thread."""
 
 DENSE = 1 << 5
-"""So many multiply-adds of the dense product count as one number to pass over: a tenth of them is done, by vectors."""
+"""This many multiply-adds of the dense product count as one number to pass over: a tenth is computed, with vectors."""
 
 WAITED = 0.75
-"""A region that was waiting for more than this share of its time lost by having threads,"""
+"""Threads did not pay in a region that was waiting for more than this share of its time,"""
 SLACK = 100_000
-"""unless it waited for less than this, in nanoseconds: threads are woken, and tasks differ."""
+"""and for longer than this, in nanoseconds (threads take time to wake, and tasks differ in length)."""
 LEAST, MOST, GROWTH, DECAY = 2.0, 256.0, 4.0, 0.95
-"""Kernels then run alone for a multiple of what was lost. It grows with every loss, up to where trying whether cores
-are free costs under half a percent, and shrinks with every region that did not lose: a quiet machine is forgiven its
-interruptions while they are under 4 % of the regions."""
+"""Kernels then run on one thread for a multiple of the time lost. The multiple grows with every loss, up to a point
+where testing whether cores are free costs under half a percent. It shrinks with every region that lost nothing, so
+interruptions of up to 4 % of the regions have little effect."""
 
 call, note_time = vector.call, vector.note_time
 _callable = functools.cache(ctypes.CFUNCTYPE(None, ctypes.c_void_p))
@@ -56,9 +56,9 @@ _announced = False
 
 
 def _find_parallel() -> Any:
-    """Return GOMP_parallel of the runtime that torch is linked with, None if there is no such."""
+    """Return GOMP_parallel of the OpenMP runtime that torch is linked with, or None if it has no such function."""
     try:
-        # A lookup in torch's library also searches what it is linked with.
+        # A lookup in torch's library also searches the libraries it is linked with.
         found = ctypes.CDLL(torch._C.__file__).GOMP_parallel
     except (OSError, AttributeError):
         return None
@@ -81,7 +81,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def threads(numbers: int | None = None) -> int:
-    """Return how many threads a kernel may use now; one where it only passes over a few ``numbers``."""
+    """Return how many threads a kernel may use now: one if it passes over only a few ``numbers``."""
     few = numbers is not None and numbers < FEW
     if few or _forked or _parallel is None or (_alone_until and time.monotonic_ns() < _alone_until):
         return 1
@@ -94,9 +94,9 @@ def run(kernel: int, args: Sequence[int], team: int) -> None:
 
 
 class Prepared:
-    """A kernel and its arguments but for a few (None), which every call gives; any number of Python threads may call.
+    """A kernel with its arguments packed, except for a few (None) that each call gives. Any Python thread may call it.
 
-    Packing two dozen arguments takes longer than a small kernel.
+    Packing two dozen arguments takes longer than a small kernel runs.
     """
 
     def __init__(self, kernel: int, args: Sequence[int | None]) -> None:
@@ -123,7 +123,7 @@ def _run(kernel: int, packed: "array[int]", team: int) -> None:
 
 
 def _judge(begin: int, left: int, end: int) -> None:
-    """Decide, after a region whose first thread left at a time, whether the next ones run alone."""
+    """Decide from a region's times whether the next ones run alone; at ``left`` a thread first found no more tasks."""
     global _alone_until, _multiple
     waited = end - left
     if waited > SLACK and waited > WAITED * (end - begin):
@@ -134,7 +134,7 @@ def _judge(begin: int, left: int, end: int) -> None:
 
 
 def compiled(function: Any, **options: Any) -> Any:
-    """Compile a function of one address for calls from C, and keep the result on disk where that can be written."""
+    """Compile a function of one address for calls from C; keep the result on disk if Numba's cache can be written."""
     decorate = functools.partial(cfunc, types.void(types.voidptr), **options)
     try:
         return decorate(cache=True)(function)
@@ -148,15 +148,15 @@ def _announce_no_cache(why: str) -> None:
     if not _announced:
         _announced = True
         warnings.warn(
-            f"gatelet.kernels: every process compiles its kernels anew, for Numba's cache is of no use here ({why}); "
-            "NUMBA_CACHE_DIR may name a folder that can be written",
+            f"gatelet.kernels: every process compiles its kernels again, because Numba's cache cannot be used ({why}); "
+            "set NUMBA_CACHE_DIR to a folder that can be written",
             UserWarning,
             stacklevel=2,
         )
 
 
 def _run_timed(p: Any) -> None:  # pragma: no cover (compiled)
-    """Run a region's kernel, and note when the first thread is through."""
+    """Run a region's kernel, and note when its first thread has finished."""
     head = carray(p, (HEAD,), types.int64)
     call(head[0], head.ctypes.data + 8 * HEAD)
     note_time(head.ctypes.data + 8, CLOCK)

@@ -1,4 +1,4 @@
-"""A large matrix laid out the other way, by columns instead of rows, on all threads."""
+"""Transposes a large matrix in memory, on all threads."""
 
 from typing import Any
 
@@ -13,15 +13,15 @@ STRIP = 64
 """Rows of a task."""
 LINE = 64
 """Bytes of a cache line."""
-# Module globals of this module itself, as Numba's cache wants them.
+# Numba's cache needs these as globals of this module.
 arguments, take, read, write = gather.arguments, v.take, v.read, v.write
 
 
 @v.intrinsic
 def square(typing: Any, source: Any, pitch: Any, target: Any, target_pitch: Any, one: Any) -> Any:
-    """Copy a square, a cache line's numbers on a side, and exchange its rows and columns.
+    """Copy a square whose side is a cache line, with rows and columns exchanged.
 
-    Blocks of the square are exchanged across its diagonal, halves first, then quarters, and so on.
+    Blocks of the square are exchanged across its diagonal: halves first, then quarters, and so on.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -57,7 +57,7 @@ def _kernels(one: Any) -> dict[str, Any]:
     side = LINE // size
 
     def turn(p: Any) -> None:
-        """A task is a strip of rows, in squares; what is left over goes number by number."""
+        """A task is a strip of rows, copied in squares; numbers outside of whole squares are copied one by one."""
         counter, source, target, R, C = arguments(p, 5)
         while True:
             r0 = take(counter) * STRIP

@@ -1,9 +1,9 @@
 """Vector microkernels, written as LLVM IR that Numba compiles into its callers.
 
-A Python loop leaves the compiler to guess what lives in registers; the products need their sums there. Vectors are as
-wide as the processor's registers: split in two by LLVM, the sums of a record would not fit.
+In a Python loop the compiler decides what stays in registers, but the products need their sums there. A vector is as
+wide as a register of the processor: LLVM would split wider ones in two, and the sums of a record would not fit.
 
-Addresses are int64. The argument ``one`` carries nothing but the type of the numbers.
+Addresses are int64. The argument ``one`` only gives the type of the numbers.
 """
 
 import inspect
@@ -17,18 +17,17 @@ from numba.extending import intrinsic as _intrinsic
 
 _FEATURES = config.CPU_FEATURES or get_host_cpu_features().flatten()
 VECTOR = 64 if "+avx512f" in _FEATURES else 32
-"""Bytes of a vector: a register's, of the processor that Numba compiles for."""
+"""Bytes of a vector, as many as a register of the processor that Numba compiles for."""
 SLICE = 512
-"""The most bytes of a row that a block holds: 64 rows are then as large as most first-level caches."""
+"""The most bytes of a row in a block: 64 such rows are as large as most first-level caches."""
 ALONE = 32
-"""The bit of a record's first word that says that no other record has the same row; the bits below are its number."""
+"""This bit of a record's first word says that no other record has the same row; the bits below are the row's number."""
 RECORD, MOST = 16, 8
-"""Bytes of a record of pairs, and how many pairs it holds: as many chains of multiply-adds hide their latency, and with
-the weights they share they fit in 16 registers."""
+"""Bytes of a record of pairs, and the most pairs in it: eight chains of multiply-adds hide their latency, and the sums
+and weights fit in 16 registers."""
 
 AHEAD = 4
-"""A weight's slice is prefetched this many records ahead, more where they are small: no processor predicts slices of
-rows."""
+"""A weight's slice is prefetched this many records ahead (more if it is small): processors do not predict it."""
 
 _I32, _I64, _BIT = ir.IntType(32), ir.IntType(64), ir.IntType(1)
 
@@ -71,7 +70,7 @@ def _store(builder: Any, value: Any, address: Any, offset: int) -> None:
 
 
 def _masked(builder: Any, address: Any, count: Any, vector: Any) -> Any:
-    """Load the first ``count`` numbers, zero for the rest, without touching memory behind them."""
+    """Load the first ``count`` numbers, then zeros; memory behind them is not read."""
     lanes = ir.Constant(ir.VectorType(_I64, vector.count), list(range(vector.count)))
     mask = builder.icmp_signed("<", lanes, _splat(builder, count, vector.count))
     name = f"llvm.masked.load.{_suffix(vector)}.p0{_suffix(vector)}"
@@ -125,7 +124,7 @@ def _ctz(builder: Any, word: Any) -> Any:
 
 
 class _Loop:
-    """A loop from 0 to ``end``, by ``step``. ``carry`` gives its changing values, ``close`` their next ones."""
+    """A loop from 0 to ``end`` by ``step``. ``carry`` adds a value that changes, ``close`` takes the next values."""
 
     def __init__(self, builder: Any, end: Any, step: int) -> None:
         self.builder, self.step = builder, step
@@ -186,16 +185,15 @@ def _places(builder: Any, record: Any, k: int, block: Any, stride: Any) -> list[
 
 
 def _across(builder: Any, sums: list[Any], lanes: int) -> Any:
-    """Add up ``lanes`` vectors, of which missing ones count as zero, to one vector of their totals, in 128 bits.
+    """Return one 128-bit vector with the totals of ``lanes`` vectors; missing ones count as zero.
 
-    Transposing on the way: log2(lanes) steps of as few shuffles as there are vectors left, where totals one by one
-    would take as many steps for each.
+    The vectors are transposed while they are added: log2(lanes) steps for all of them, instead of as many for each.
     """
     vector = sums[0].type
     count, zero = vector.count, ir.Constant(vector, None)
     width = 1
     while len(sums) > 1 or width < lanes:
-        # Within each 128 bits, pieces of ``width`` lanes of two vectors take turns.
+        # Within each 128 bits, pieces of ``width`` lanes of the two vectors alternate.
         low, high = [], []
         for start in range(0, count, lanes):
             for turn in range(lanes // width // 2):
@@ -226,8 +224,8 @@ def dot(
 ) -> Any:
     """Add ⟨w[n], block[e]⟩ to the sums of ``count`` records of ``size`` pairs (n, e).
 
-    Rows of w are ``pitch`` bytes apart, those of the block ``stride``. Over ``length`` bytes, whole vectors, and
-    ``rest`` numbers after them, which are read by mask.
+    Rows of w are ``pitch`` bytes apart, rows of the block ``stride`` bytes. A row has ``length`` bytes of whole
+    vectors, then ``rest`` numbers, which are read through a mask.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -302,7 +300,7 @@ def axpy(
 ) -> Any:
     """Add Σ_e scale[e] · block[e] to target[n], for ``count`` records of ``size`` pairs (n, e).
 
-    Arguments are as in ``dot``. If ``fresh``, records that have their row for themselves write it, whatever was there.
+    Arguments are as in ``dot``. If ``fresh``, a record that is alone on its row overwrites the row.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -391,7 +389,7 @@ def _tile(units: int, examples: int) -> Any:
             builder.position_at_end(tail)
             rest = builder.sub(length, whole)
             offset = builder.mul(whole, _I64(size))
-            # The masked tail reads nothing where D is a multiple of the vector.
+            # The masked end reads nothing if D is a multiple of the vector.
             b = [_masked(builder, builder.add(address, offset), rest, vector) for address in right]
             totals = []
             for u in range(units):
@@ -409,7 +407,7 @@ def _tile(units: int, examples: int) -> Any:
 
 
 TILE = 4 if VECTOR == 64 else 3
-"""Examples in a tile of four units: sums and what is multiplied fit in registers, 32 of AVX-512 or 16 of AVX2."""
+"""Examples in a tile of four units: the sums and factors fit in the registers (32 with AVX-512, 16 with AVX2)."""
 tile, tile41, tile11 = _tile(4, TILE), _tile(4, 1), _tile(1, 1)
 
 
@@ -419,7 +417,7 @@ def _load_int(builder: Any, address: Any, offset: int) -> Any:
 
 @intrinsic
 def gated(typing: Any, out: Any, values: Any, gate: Any, count: Any, one: Any) -> Any:
-    """Write values · gate for ``count`` numbers, zero where the gate is zero whatever the value."""
+    """Write values · gate for ``count`` numbers; where the gate is zero, write zero even if the value is NaN."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         out, values, gate, count, _ = args
@@ -472,7 +470,7 @@ def lowest(typing: Any, word: Any) -> Any:
 
 @intrinsic
 def take(typing: Any, address: Any) -> Any:
-    """Return a counter's value and add one to it, atomically: how threads share out tasks."""
+    """Return a counter's value and add one to it, atomically. So threads take tasks."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.atomic_rmw("add", _at(builder, args[0], 0, _I64), _I64(1), "monotonic")
@@ -603,7 +601,7 @@ def call(typing: Any, function: Any, argument: Any) -> Any:
 
 @intrinsic
 def note_time(typing: Any, address: Any, clock: Any) -> Any:
-    """Write 1 and what a clock of the system shows, seconds and nanoseconds, unless the word at ``address`` is 1."""
+    """Write 1 and the time of a system clock (seconds, nanoseconds) at ``address``, unless 1 stands there already."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         first = builder.atomic_rmw("xchg", _at(builder, args[0], 0, _I64), _I64(1), "monotonic")

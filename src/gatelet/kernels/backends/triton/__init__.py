@@ -16,7 +16,7 @@ FEW = 16
 """For at most this many examples, programs read only the rows of open units, and the time is that of reading them."""
 SMALLEST_LIST = 16
 """Groups of at least this many units are multiplied by lists of their examples; tensor cores have no smaller tiles."""
-# The rule of ``worth``, from what was measured on an H100 (docs/gpu.md).
+# The rule of ``worth``, from measurements on an H100 (docs/gpu.md).
 BYTES = {False: 1 << 23, True: 1 << 25}
 """Few examples read smaller weights in about the time of starting a kernel; without and with a backward pass."""
 READ = 0.6
@@ -33,7 +33,7 @@ RATE = {False: 0.4, True: 0.25}
 
 @functools.cache
 def missing() -> str | None:
-    """Return why the backend runs nowhere, None if it does. Nothing is imported to find out."""
+    """Return why the backend cannot run in this process, or None if it can. It imports nothing."""
     if not importlib.util.find_spec("triton"):
         return "triton is not installed (pip install 'gatelet[triton]')"
     if not torch.cuda.is_available() and not _interpreted():
@@ -42,7 +42,7 @@ def missing() -> str | None:
 
 
 def _interpreted() -> bool:
-    # Triton's own switch, which must stand in the environment before triton is imported.
+    # Triton's own switch; it must be set before triton is imported.
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "y", "on", "true")
 
 

@@ -1,26 +1,29 @@
 """The Triton kernels all ops are made of. Import this module only to run them.
 
-The same three products as on the CPU, on a pattern of open (example, unit) pairs, with x (B, D), W (N, D) and a
-coefficient C (B, N); each where a GPU can gain by it:
+They form the same three products as on the CPU, on a pattern of open (example, unit) pairs, with x (B, D), W (N, D) and
+a coefficient C (B, N), in the cases where a GPU gains by it:
 
 ``dots``         z[b, n] = ⟨x[b], W[n]⟩ at open pairs: the forward pass, and the gradient of a hidden layer;
 ``by_example``   y[b] = Σ_n C[b, n] W[n] over open n: the gradient of x, and the next affine layer;
 ``by_unit``      V[n] = Σ_b C[b, n] x[b] over open b: the gradient of the weights.
 
-*Few examples* (``few_dots``, ``one_by_example``): a program takes some units, and reads the rows of those alone that
-are open for any example. *Groups* (``group_…``): the examples of a group are listed first (``lists``), and tiles gather
-and scatter their rows by that list, so nothing is padded or copied. *Pairs* (``pair_…``): a program follows one list,
-of open units or of examples. For all else the products are torch's own, dense, and one kernel does what is left:
-``finish`` after the forward product, ``pointwise`` before the backward ones.
+* *Few examples* (``few_dots``, ``one_by_example``): a program takes some units and reads only those rows that are open
+  for any example.
+* *Groups* (``group_…``): the examples of each group are listed first (``lists``). Tiles gather and scatter rows by that
+  list, so nothing is padded or copied.
+* *Pairs* (``pair_…``): a program follows one list, of open units or of examples.
 
-Every number that is written belongs to one program, which adds up in a fixed order: results do not change from call to
-call, and there is no atomic operation but the counting of ``sample``, where order does not matter.
+In all other cases torch's dense products are used, and one kernel does the rest: ``finish`` after the forward product,
+``pointwise`` before the backward ones.
 
-What is closed does not reach a result, be it NaN: where examples share a sum with a unit that only some of them have
-open, a sum that is not finite is formed again, pair by pair (``careful``).
+One program writes each number and adds up in a fixed order, so results do not change from call to call. The only atomic
+operation is the counting of ``sample``, where the order does not matter.
+
+A closed unit does not reach a result, even if it is NaN. Where a sum includes a unit that only some of the examples
+have open and is not finite, it is formed again, pair by pair (``careful``).
 """
 
-# ruff: noqa: SIM102, SIM108 (Triton drops branches that are decided when it compiles: they stand alone)
+# ruff: noqa: SIM102, SIM108 (Triton removes a branch that it can decide at compile time, if it stands alone)
 
 import inspect
 from typing import Any
@@ -98,7 +101,7 @@ def pattern(gate, rows, cols, batch, units, gates, group, row_words, col_words):
     b, n = (e * 64 + lane).to(tl.int64), (w * 64 + lane).to(tl.int64)
     inside = (b < batch)[:, None] & (n < units)[None, :]
     bits = open_pairs(None, gate, b[:, None], n[None, :], inside, gates, group, row_words).to(tl.int64)
-    # The bits of a sum of distinct powers of two; bit 63 is the sign, and the sum wraps around to it.
+    # A sum of distinct powers of two has these bits; bit 63 is the sign, which the sum reaches by wrapping around.
     shift = lane.to(tl.int64)
     tl.store(rows + b * row_words + w, tl.sum(bits << shift[None, :], 1), mask=b < batch)
     tl.store(cols + n * col_words + e, tl.sum(bits << shift[:, None], 0), mask=n < units)
@@ -328,7 +331,7 @@ def careful(  # type: ignore[no-untyped-def]
     BD: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Return the sum of C R over R's rows from low to high, one after the other: those with C = 0 are left out."""
+    """Return the sum of C R over R's rows from low to high, one after the other, without those with C = 0."""
     acc = tl.zeros((BM, BD), ACC)
     zero = tl.zeros((), tl.int64)
     for index in range(low, high):
@@ -423,7 +426,7 @@ def group_by_unit(  # type: ignore[no-untyped-def]
 ):
     """Write the sums over a group's examples, of BN of its units: of C x for BD columns, or of C alone.
 
-    ACROSS tiles side by side come one after the other, before those of the next group: they read the same coefficients.
+    ACROSS neighbouring tiles run one after the other, before those of the next group: they read the same coefficients.
     """
     blocks = tl.cdiv(group, BN)
     count = tl.num_programs(0) // ACROSS
@@ -491,9 +494,9 @@ def repair(  # type: ignore[no-untyped-def]
     BD: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Form tiles of C R + bias again, in place, if they are not finite: a row of R that has C = 0 may have spoilt them.
+    """Form tiles of C R + bias again, in place, if they are not finite: a row of R with C = 0 may be the cause.
 
-    Where no flag of R is set, no tile is looked at.
+    Where no flag of R is set, no tile is read.
     """
     columns = tl.cdiv(width, BD)
     tiles = tl.cdiv(height, BM) * columns
@@ -538,7 +541,7 @@ def pair_dots(  # type: ignore[no-untyped-def]
     BK: tl.constexpr,
     ACC: tl.constexpr,
 ):
-    """Write ⟨x[b], W[n]⟩ + bias[n] for the pairs of an example's list: every ``parts``-th block of KP of them."""
+    """Write ⟨x[b], W[n]⟩ + bias[n] for an example's list of pairs: every ``parts``-th block of KP of them."""
     b = tl.program_id(0).to(tl.int64)
     first = tl.load(starts + b)
     last = tl.load(starts + b + 1)
@@ -583,7 +586,8 @@ def pair_sums(  # type: ignore[no-untyped-def]
 ):
     """Write Σ values · table[name] + bias over a list, for BD columns; and the sum of the values.
 
-    A list is an example's, of units, or a unit's, of examples; then ``places`` says where its values stand.
+    A list is that of an example (of units), or that of a unit (of examples); for the latter ``places`` says where its
+    values are.
     """
     row = tl.program_id(0).to(tl.int64)
     d = (tl.program_id(1) * BD + tl.arange(0, BD)).to(tl.int64)
@@ -655,7 +659,7 @@ def pointwise(  # type: ignore[no-untyped-def]
         within = (k < size) & (n < units)
         inside = valid[:, None] & within[None, :]
         at = b[:, None] * units + n[None, :]
-        # Single units are read whether open or not: reading around the closed ones takes longer.
+        # Single units are read whether open or not: skipping the closed ones takes longer.
         if UNIT:
             value = tl.load(gate + at, mask=inside, other=0).to(ACC)
             found = value != 0
@@ -723,7 +727,7 @@ def sample(  # type: ignore[no-untyped-def]
     bits, shift = found.to(tl.int64), lane.to(tl.int64)
     tl.store(rows + b * row_words + w, tl.sum(bits << shift[None, :], 1), mask=b < batch)
     tl.store(cols + n * col_words + e, tl.sum(bits << shift[:, None], 0), mask=n < units)
-    # A group's units all find the same; its first one writes. Whole numbers add up to the same in any order.
+    # All units of a group find the same; the first one writes. The order does not matter for whole numbers.
     leads = (n < units) & (n % group == 0)
     tl.store(gate + at, tl.where(found, 1.0, 0.0).to(gate.dtype.element_ty), mask=inside & leads[None, :])
     tl.atomic_add(counts + n // group, tl.sum(found.to(tl.int32), 0), mask=leads)

@@ -80,13 +80,13 @@ def launch(kernel: Any, grid: tuple[int, ...], like: Tensor, args: tuple[Any, ..
     """Run a kernel on the device of ``like``; ``meta`` is what it is compiled for."""
     if 0 in grid:
         return
-    # Interpreted, what is NaN or overflows does so silently, as on a GPU.
+    # In the interpreter, NaN and overflow are silent, as on a GPU.
     with np.errstate(all="ignore") if INTERPRETED else nullcontext(), torch.cuda.device_of(like):
         kernel[grid](*args, **meta)
 
 
 def _precision() -> str:
-    """Return how float32 is multiplied: as torch's own setting for matrix products says."""
+    """Return how float32 is multiplied, by torch's setting for matrix products."""
     matmul = torch.backends.cuda.matmul
     try:
         return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
@@ -95,7 +95,7 @@ def _precision() -> str:
 
 
 def _types(dtype: torch.dtype) -> dict[str, Any]:
-    """Return the types in which a product of this dtype adds up and multiplies."""
+    """Return the types in which a product of this dtype is summed and multiplied."""
     factor = _TYPES[dtype]
     if INTERPRETED and dtype == torch.bfloat16:  # numpy has none; its products are exact in float32
         factor = tl.float32
@@ -120,7 +120,7 @@ def pattern(gate: Tensor, units: int) -> Bits:
 
 
 def promise(gate: Tensor, units: int, keep: bool) -> Bits | None:
-    """Return the pattern of gates where it is read: for groups that go by lists, and backward for few examples."""
+    """Return the pattern of gates where it is needed: for groups with lists, and for few examples with gradients."""
     few, listed = len(gate) <= FEW, units // max(gate.shape[1], 1) >= SMALLEST_LIST
     return _promised(gate, units) if (keep if few else listed) else None
 
@@ -139,7 +139,7 @@ def _write(gate: Tensor, rows: Tensor, cols: Tensor) -> None:
 
 
 def _listed(pattern: Form | None) -> GroupLists | None:
-    """Return the examples of each group; None where groups are too small, or examples too few, to go by lists."""
+    """Return the examples of each group; None where groups are too small or examples too few for lists."""
     if not isinstance(pattern, Bits) or pattern.group < SMALLEST_LIST or len(pattern.rows) <= FEW:
         return None
     if pattern.notes is None:
@@ -192,7 +192,7 @@ def dots(
     product = F.linear(x, weight, bias)
     if gate is None and not fill:
         return product, product if keep else x.new_empty(0)
-    # Where there are gates, these say what is open: they are read anyway.
+    # If gates are given they say what is open, as they are read anyway.
     rows = _rows(pattern) if gate is None else None
     out = finish(product, gate, rows, activation, in_place=not keep)
     return out, product if keep else x.new_empty(0)
@@ -306,7 +306,7 @@ def _group_dots(
     pre = x.new_empty((batch, units)) if keep else None
     tile = _group_tile(x, units, listed.group)
     chunk_words = max(1, min(words(batch), CHUNK // (64 * width * x.element_size())))
-    # More and smaller chunks where there are fewer programs than the GPU runs at a time.
+    # More and smaller chunks if there are fewer programs than the GPU can run at once.
     chunk_words = max(min(tile.least, chunk_words), min(chunk_words, words(batch) * units // listed.group // PROGRAMS))
     tile_n = _power(listed.group, 16, tile.units)
     gates = units // listed.group
@@ -348,7 +348,7 @@ def by_example(
 
 
 def _closed(coefficient: Tensor, pattern: Form | None, own: bool) -> Tensor:
-    """Return the coefficients with zeros at closed pairs: our own kernels leave them so, others may not."""
+    """Return the coefficients with zeros at closed pairs. Our kernels already wrote zeros there; others may not."""
     rows = _rows(pattern)
     return coefficient if own or rows is None else finish(coefficient, None, rows)
 
@@ -358,7 +358,7 @@ def _one_by_example(coefficient: Tensor, weight: Tensor, bias: Tensor | None) ->
     accumulator = _types(weight.dtype)["ACC"]
     tile_d = _power(width, 16, 512 // weight.element_size())
     columns = -(-width // tile_d)
-    # Enough parts to keep the GPU busy, of some spans each.
+    # Enough parts to keep the GPU busy; each has some spans.
     each = SPAN * max(1, -(-units * columns // (FEW_PROGRAMS * SPAN)))
     count = -(-units // each)
     parts = weight.new_empty((count, width), dtype=_sums_dtype(weight.dtype))
@@ -386,12 +386,12 @@ def _one_by_example(coefficient: Tensor, weight: Tensor, bias: Tensor | None) ->
 
 
 def repair(product: Tensor, coefficient: Tensor, rows: Tensor, bias: Tensor | None = None) -> None:
-    """Form C R + bias (M, D) again, in place, where it is not finite: a row of R whose C is zero may have spoilt it."""
+    """Form C R + bias (M, D) again, in place, where it is not finite: a row of R with C = 0 may be the cause."""
     (height, depth), width = coefficient.shape, rows.shape[1]
     tile = 128
     flags = None
     grid = tiles = -(-height // tile) * -(-width // tile)
-    if rows.numel() < product.numel():  # the smaller of both is looked at: what is bad shows in either
+    if rows.numel() < product.numel():  # a bad number shows in both: look at the smaller
         grid = min(tiles, PROGRAMS)
         flags = product.new_empty((-(-depth // tile), -(-width // tile)), dtype=torch.int32)
         launch(
@@ -456,7 +456,7 @@ def _group_by_unit(coefficient: Tensor, x: Tensor, listed: GroupLists, transpose
     _, tile_d, tile_m = _TILES[x.element_size()]
     tile_n = _power(listed.group, 16, tile_d)
     columns = -(-width // tile_d)
-    # Tiles side by side that read a share of x's columns small enough for the cache.
+    # Neighbouring tiles that read few enough columns of x for the cache.
     across = _power(CHUNK // max(1, batch * tile_d * x.element_size()), 1, 1 << (columns.bit_length() - 1))
     launch(
         kernels.group_by_unit,
@@ -550,7 +550,7 @@ def _pair_dots(
     x = x.contiguous()
     (batch, width), pairs = x.shape, len(lists.units)
     pre = x.new_empty(pairs)
-    each = -(-pairs // max(batch, 1))  # pairs of an example, on average: the host knows no more
+    each = -(-pairs // max(batch, 1))  # pairs per example, on average; the host does not know more
     at_a_time = 4
     parts = max(1, -(-each // at_a_time))
     launch(
@@ -600,9 +600,9 @@ def touched(values: Tensor, x: Tensor, lists: Lists) -> Tensor:
 
 
 def turn(lists: Lists) -> ByUnit:
-    """Return the pairs by unit, the examples of each ascending. Nothing reaches the host."""
+    """Return the pairs by unit, with ascending examples. The host does not wait."""
     if lists.by_unit is None:
-        # A stable sort of half as wide numbers takes half as long.
+        # A stable sort of numbers half as wide takes half as long.
         found, places = torch.sort(lists.units.int(), stable=True)
         every = torch.arange(lists.count + 1, device=found.device, dtype=torch.int32)
         example = torch.searchsorted(lists.starts[1:], places, right=True)
@@ -622,7 +622,7 @@ def _pair_sums(
 ) -> None:
     """Write Σ values · table[name] + bias over every list to ``out`` (lists, D), the sums of the values to ``sums``."""
     width = table.shape[1]
-    # An example has many units, and there are few examples; a unit has few examples, and there are many units.
+    # Lists of examples are few and long; lists of units are many and short.
     at_a_time, each, warps = (8, 512, 1) if places is None else (1, 4096, 2)
     tile_d = _power(width, 16, each // table.element_size())
     launch(
