@@ -1,5 +1,6 @@
 """Statistics over the batches of all processes of torch.distributed."""
 
+import ctypes
 import os
 import threading
 import time
@@ -8,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float
@@ -142,8 +144,16 @@ class _Group:
         self.group = torch.distributed.new_group(timeout=timedelta(days=1))
         self.count, self.given_up = 0, False
 
+    def give_up(self) -> None:
+        """Exchange no more, and let the group be: to end it would mean to wait for those who do not come."""
+        if not self.given_up:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.group))  # it outlives the interpreter, too
+        self.given_up = True
 
-_groups: dict[Any, _Group] = {}
+
+# A group lives no longer than the program's: its threads have to end with destroy_process_group(). One that still holds
+# a tensor when the interpreter ends aborts the process (pytorch issue 190489).
+_groups: WeakKeyDictionary[Any, _Group] = WeakKeyDictionary()
 
 
 def exchanged(values: Tensor, how: Literal["sum", "min", "gather"] = "sum") -> Tensor:
@@ -169,7 +179,7 @@ def exchanged(values: Tensor, how: Literal["sum", "min", "gather"] = "sum") -> T
     try:
         _wait(work, values.device.type, f"gatelet/step/{ours.count}")
     except RuntimeError as error:
-        ours.given_up = True
+        ours.give_up()
         if str(error).startswith(_AGREE):
             raise
         raise RuntimeError(f"{_AGREE}, and not all of them came to this one ({str(error).splitlines()[0]})") from error
