@@ -13,7 +13,7 @@ from gatelet.convert.block import METHOD, NATIVE, Block, BlockGating, Options, a
 from gatelet.convert.describe import note
 from gatelet.convert.find import find
 from gatelet.convert.place import blocks, put, without_nested_tensors
-from gatelet.convert.promise import Promise, promise
+from gatelet.convert.block_times import BlockTimes, time_block
 from gatelet.convert.report import others_of
 from gatelet.convert.run import Swapped
 from gatelet.estimators import Estimator, resolve
@@ -32,15 +32,15 @@ class Conversion:
     """Block's name -> what it is."""
     left: dict[str, str] = field(default_factory=dict)
     """Block's name -> why it was left dense."""
-    promises: dict[str, Promise] = field(default_factory=dict)
-    """Block's name -> its expected time, if ``batch`` was given."""
+    times: dict[str, BlockTimes] = field(default_factory=dict)
+    """Block's name -> its times, if ``batch`` was given."""
 
     def __repr__(self) -> str:
         """Show both lists."""
         lines = [f"converted {len(self.converted)}, left {len(self.left)}"]
         for name, what in self.converted.items():
-            promised = f"; {self.promises[name]}" if name in self.promises else ""
-            lines.append(f"  {name or '(the model)'}: {what}{promised}")
+            times = f"; {self.times[name]}" if name in self.times else ""
+            lines.append(f"  {name or '(the model)'}: {what}{times}")
         lines += [f"  {name or '(the model)'}: left, {why}" for name, why in self.left.items()]
         return "\n".join(lines)
 
@@ -119,7 +119,7 @@ def convert(
     if isinstance(target_rate, Mapping):
         found = {name: isinstance(block, Block) and chosen(name, owner) for name, owner, _, block in candidates}
         _check_names(target_rate, found)
-    seen, timed = 0, dict[tuple[str, float], Promise]()
+    seen, timed = 0, dict[tuple[str, float], BlockTimes]()
     for name, owner, holder, block in candidates:
         if not chosen(name, owner):
             continue
@@ -137,8 +137,8 @@ def convert(
             continue
         if batch is not None:
             gating = cast(BlockGating, holder._modules["gating"])
-            timed[what, rate] = timed.get((what, rate)) or promise(owner, gating, batch, others_of(model))
-            report.promises[name] = timed[what, rate]
+            timed[what, rate] = timed.get((what, rate)) or time_block(owner, gating, batch, others_of(model))
+            report.times[name] = timed[what, rate]
     if not report.converted:
         if not seen:
             names = [name or "(the model)" for name, *_ in candidates]

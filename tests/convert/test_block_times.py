@@ -1,4 +1,4 @@
-"""convert(batch=...): what to expect of each block; nothing of the model's state is touched."""
+"""convert(batch=...): each block is timed, and the model's state does not change."""
 
 import importlib
 
@@ -9,9 +9,9 @@ from torch import nn
 
 import gatelet
 from gatelet.convert import blocks, swap
-from gatelet.convert.promise import Promise
+from gatelet.convert.block_times import BlockTimes
 
-promise_module, report = (importlib.import_module(f"gatelet.convert.{name}") for name in ("promise", "report"))
+block_times, report = (importlib.import_module(f"gatelet.convert.{name}") for name in ("block_times", "report"))
 
 
 def model():
@@ -19,24 +19,24 @@ def model():
 
 
 def test_words():
-    assert str(Promise(1, 2.0, 1.0)) == "1.000 ms for 1 token, dense 2.000"
-    assert str(Promise(32, 2.0, 1.95)) == "1.950 ms for 32 tokens, dense 2.000: promises nothing"
-    kept = str(Promise(1, 2.0, 2.5, 1.2, 0.8))
-    assert kept == ("2.500 ms for 1 token, dense 2.000: promises nothing; with keep_rows 0.800, all units open 1.200")
-    assert str(Promise(1, 2.0, 2.5, 1.2, 1.15)).endswith("keep_rows 1.150, all units open 1.200: promises nothing")
+    assert str(BlockTimes(1, 2.0, 1.0)) == "1.000 ms for 1 token, dense 2.000"
+    assert str(BlockTimes(32, 2.0, 1.95)) == "1.950 ms for 32 tokens, dense 2.000: saves no time"
+    kept = str(BlockTimes(1, 2.0, 2.5, 1.2, 0.8))
+    assert kept == ("2.500 ms for 1 token, dense 2.000: saves no time; with keep_rows 0.800, all units open 1.200")
+    assert str(BlockTimes(1, 2.0, 2.5, 1.2, 1.15)).endswith("keep_rows 1.150, all units open 1.200: saves no time")
 
 
 @pytest.mark.parametrize("gater", ["mlp", "self"])
 @pytest.mark.parametrize("tokens", [1, 100])
 def test_each_shape_is_timed_once_and_the_state_stays(gater, tokens, monkeypatch):
     seen = []
-    made = swap.promise
-    monkeypatch.setattr(swap, "promise", lambda *args: seen.append(args[2]) or made(*args))
+    made = swap.time_block
+    monkeypatch.setattr(swap, "time_block", lambda *args: seen.append(args[2]) or made(*args))
     net = model()
     found = gatelet.convert(net, target_rate=0.25, bottleneck=4, gater=gater, batch=tokens)
     assert seen == [tokens]
-    assert list(found.promises) == list(found.converted) == ["0", "3", "6"]
-    assert all(each.tokens == tokens and each.ms > 0 and each.dense_ms > 0 for each in found.promises.values())
+    assert list(found.times) == list(found.converted) == ["0", "3", "6"]
+    assert all(each.tokens == tokens and each.ms > 0 and each.dense_ms > 0 for each in found.times.values())
     assert f" ms for {tokens} token" in repr(found)
     for _, gating in blocks(net).values():
         assert gating.training
@@ -53,7 +53,7 @@ def test_a_block_whose_rows_can_be_kept_is_timed_so_too(gater):
     net = transformers.LlamaForCausalLM(config)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     found = gatelet.convert(net, target_rate=0.4, bottleneck=4, gater=gater, batch=1)
-    assert all(each.kept_ms > 0 and each.kept_open_ms > 0 for each in found.promises.values())
+    assert all(each.kept_ms > 0 and each.kept_open_ms > 0 for each in found.times.values())
     assert " with keep_rows " in repr(found)
     assert type(net.model.layers[0].mlp).__name__ == "ConditionalLlamaMLP"
     assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
@@ -62,8 +62,8 @@ def test_a_block_whose_rows_can_be_kept_is_timed_so_too(gater):
 
 def test_rates_of_their_own_are_timed_each(monkeypatch):
     seen = []
-    made = swap.promise
-    monkeypatch.setattr(swap, "promise", lambda *args: seen.append(args[1].unit.target_rate) or made(*args))
+    made = swap.time_block
+    monkeypatch.setattr(swap, "time_block", lambda *args: seen.append(args[1].unit.target_rate) or made(*args))
     gatelet.convert(model(), target_rate={"0": 0.2, "3": 0.4, "6": 0.2}, bottleneck=4, batch=1)
     assert seen == [0.2, 0.4]
 
@@ -73,7 +73,7 @@ def test_other_weights_pass_between_two_runs(monkeypatch):
     read = []
     made = report.in_turns
     monkeypatch.setattr(
-        promise_module, "in_turns", lambda runs, seconds, others, x: read.append(others) or made(runs, 0.0, others, x)
+        block_times, "in_turns", lambda runs, seconds, others, x: read.append(others) or made(runs, 0.0, others, x)
     )
     net = model()
     gatelet.convert(net, target_rate=0.25, gater="self", batch=1)
@@ -82,7 +82,7 @@ def test_other_weights_pass_between_two_runs(monkeypatch):
 
 
 def test_without_a_batch_nothing_is_timed():
-    assert gatelet.convert(model(), bottleneck=4).promises == {}
+    assert gatelet.convert(model(), bottleneck=4).times == {}
 
 
 def test_bad_batch():

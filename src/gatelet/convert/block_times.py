@@ -1,4 +1,4 @@
-"""What a block's gates promise on this machine, before anything is fitted: its time with random gates beside dense."""
+"""The time of one converted block on this machine, with random gates and dense, before anything is fitted."""
 
 from dataclasses import dataclass
 
@@ -13,49 +13,51 @@ from gatelet.nn.conditional_layer import fully_open
 from gatelet.sparsity import calibrate_thresholds
 
 LITTLE = 0.95
-"""Share of the dense time from which on gates are not worth their trouble."""
+"""Gates save time if they take less than this share of the dense time."""
 TOKENS = 64
-"""Random tokens that set the threshold for the trial."""
+"""How many random tokens set the thresholds for the measurement."""
 
 
 @dataclass(frozen=True)
-class Promise:
-    """Milliseconds of a block for this many tokens, gates at random: as converted, and with its rows kept to decode."""
+class BlockTimes:
+    """Milliseconds of a block for some tokens, with random gates: as converted, and as ``keep_rows`` would decode."""
 
     tokens: int
     dense_ms: float
     ms: float
     kept_open_ms: float | None = None
-    """With float32 rows kept (:func:`gatelet.convert.keep_rows`), all units open; None where that is impossible."""
+    """With float32 rows kept (:func:`gatelet.convert.keep_rows`) and all units open; None where that is impossible."""
     kept_ms: float | None = None
-    """With float32 rows kept, and gates."""
+    """With float32 rows kept, and with gates."""
 
     @property
     def saves(self) -> bool:
-        """Whether the gates save time in the block as it is."""
+        """Whether the gates save time in the converted block."""
         return self.ms < LITTLE * self.dense_ms
 
     @property
     def saves_kept(self) -> bool:
-        """Whether the gates save time beside the same kernels with all units open."""
+        """Whether the gates save time compared with the same kernels and all units open."""
         kept, kept_open = self.kept_ms, self.kept_open_ms
         return kept is not None and kept_open is not None and kept < LITTLE * kept_open
 
     def __str__(self) -> str:
         """Return the times in words."""
         tokens = "1 token" if self.tokens == 1 else f"{self.tokens} tokens"
-        said = f"{self.ms:.3f} ms for {tokens}, dense {self.dense_ms:.3f}" + (": promises nothing" * (not self.saves))
+        said = f"{self.ms:.3f} ms for {tokens}, dense {self.dense_ms:.3f}" + (": saves no time" * (not self.saves))
         if self.kept_ms is None:
             return said
-        nothing = ": promises nothing" * (not self.saves_kept)
+        nothing = ": saves no time" * (not self.saves_kept)
         return f"{said}; with keep_rows {self.kept_ms:.3f}, all units open {self.kept_open_ms:.3f}{nothing}"
 
 
-def promise(owner: nn.Module, gating: BlockGating, tokens: int, others: int = 0, seconds: float = 0.03) -> Promise:
-    """Time the block on random tokens with gates open at its rate, gater included; its state stays what it was.
+def time_block(
+    owner: nn.Module, gating: BlockGating, tokens: int, others: int = 0, seconds: float = 0.03
+) -> BlockTimes:
+    """Time the block on random tokens, gater included, with gates open at its rate; its state does not change.
 
-    Random gates are the worst case: those of real tokens have units in common, which several tokens read once.
-    ``others``: bytes of other weights that pass between two runs.
+    Random gates are the worst case: real tokens often open the same units, whose weights are then read once for all.
+    ``others``: bytes of other weights that are read between two runs.
     """
     block = gating.block
     weight = affine_at(owner, block.up).weight
@@ -76,7 +78,7 @@ def promise(owner: nn.Module, gating: BlockGating, tokens: int, others: int = 0,
             kept, kept_open = RowsFFN(owner, gating, "float32"), RowsFFN(owner, all_open(owner, block), "float32")
             runs |= {"kept": lambda: kept(some), "kept open": lambda: kept_open(some)}
         found = in_turns(runs, seconds, others, x)
-        return Promise(tokens, found["dense"], found["gated"], found.get("kept open"), found.get("kept"))
+        return BlockTimes(tokens, found["dense"], found["gated"], found.get("kept open"), found.get("kept"))
     finally:
         gating.unit.threshold.copy_(threshold)
         gating.train(training)
