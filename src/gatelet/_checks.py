@@ -30,7 +30,7 @@ def check_logits(logits: Any, name: str = "logits") -> None:
         raise ValueError(f"{name} must have at least one dimension (..., N), not be a scalar")
     if not at_hand(logits):
         return
-    # One reduction over the values; the exact test only where it says something is off (or overflowed).
+    # One sum over the values; the exact test runs only if the sum is not finite.
     if not math.isfinite(logits.detach().sum().item()) and not logits.detach().isfinite().all():
         bad = int((~logits.detach().isfinite()).sum())
         raise ValueError(f"{name} holds {bad} values that are NaN or infinite (of {logits.numel()})")
@@ -42,7 +42,7 @@ def at_hand(tensor: Tensor) -> bool:
 
 
 def values_hidden(tensor: Tensor) -> bool:
-    """Whether what is computed must not depend on the tensor's values: transformed, fake, or traced for others."""
+    """Whether the code must not depend on the tensor's values: transformed, fake, or traced for other values."""
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     if torch._C._get_tracing_state() is not None or _is_wrapped(tensor):
@@ -51,7 +51,7 @@ def values_hidden(tensor: Tensor) -> bool:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether this runs under a mode of tensors without numbers (FakeTensorMode, make_fx)."""
+    """Whether this runs in a mode whose tensors hold no numbers (FakeTensorMode, make_fx)."""
     return torch._C._len_torch_dispatch_stack() > 0 and detect_fake_mode(tensor) is not None
 
 
@@ -63,7 +63,7 @@ def is_transformed(tensor: Tensor) -> bool:
 def check_input(x: Any, weight: Tensor | Callable[[], Tensor], name: str = "x") -> None:
     """Raise unless ``x`` is an input (..., D) of a linear map with this weight (N, D), without NaN and infinity."""
     check_logits(x, name)
-    if callable(weight):  # quantised modules give theirs when called
+    if callable(weight):  # quantised modules return their weight when called
         weight = weight()
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -111,7 +111,7 @@ def check_count(value: int, name: str) -> int:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a finite number that a float holds, and no truth value."""
+    """Whether it is a finite number that a float can hold, and not a boolean."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and abs(value) <= sys.float_info.max  # no float() first: it raises for a long integer
 

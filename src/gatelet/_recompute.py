@@ -1,6 +1,6 @@
-"""Activation checkpointing: whether a forward pass is the repetition of an earlier one, and what that one had seen.
+"""Activation checkpointing: whether a forward pass repeats an earlier one, and what the earlier one recorded.
 
-``torch.utils.checkpoint`` runs a module a second time, during the backward pass, for the values that it did not keep.
+``torch.utils.checkpoint`` runs a module again during the backward pass, to obtain the values that it did not keep.
 The second run must do what the first did (same noise, same state of the controllers), and must not change any state
 again.
 """
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 KEPT = 256
-"""First passes that are remembered until their repetition: more than any pipeline has micro-batches under way."""
+"""How many first passes are remembered until their repetition: more than a pipeline has micro-batches at a time."""
 SAMPLE = 64
-"""How many numbers of the input tell apart passes that drew no noise."""
+"""How many numbers of the input distinguish passes that drew no noise."""
 
 
 def recomputing() -> bool:
@@ -23,12 +23,12 @@ def recomputing() -> bool:
 
 
 def to_be_repeated() -> bool:
-    """Whether something, such as activation checkpointing, decides what is kept of this pass."""
+    """Whether this pass may be repeated: activation checkpointing, or other code, decides what is kept of it."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 class _Pass:
-    """A first pass: how to know it again, and what it saw."""
+    """A first pass: how to recognise it, and what it recorded."""
 
     def __init__(self, x: Tensor, state: Tensor | None, values: Any) -> None:
         self.shape, self.state, self.values = x.shape, state, values
@@ -42,9 +42,9 @@ class _Pass:
 class Passes:
     """The first passes of one module that may be repeated.
 
-    A repetition is known by the state of torch's random generator, which checkpointing restores: a pass that draws
-    the same noise is the same pass. Where none is drawn, and several passes have the same state, their inputs tell them
-    apart.
+    A repetition is recognised by the state of torch's random generator, which checkpointing restores: a pass that draws
+    the same noise is the same pass. If no noise is drawn, several passes may have the same state; then their inputs
+    distinguish them.
     """
 
     def __init__(self) -> None:

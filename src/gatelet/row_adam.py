@@ -13,7 +13,7 @@ from gatelet.kernels.ops._declare import plain
 
 
 class RowAdam(torch.optim.Optimizer):
-    """Adam whose step costs what was touched: rows without a gradient, and their moments, stay as they are.
+    """Adam whose step costs only the rows with a gradient; the other rows and their moments do not change.
 
     For the rows that a sparse gradient g names, m ← m + (1 − β₁)(g − m), v ← v + (1 − β₂)(g² − v) and
     w ← w − η·√(1 − β₂ᵗ)/(1 − β₁ᵗ)·m/(√v + ε): the arithmetic of ``torch.optim.SparseAdam``, in one pass over memory.
@@ -91,7 +91,7 @@ class RowAdam(torch.optim.Optimizer):
 def _distinct(grad: Tensor) -> tuple[Tensor, Tensor]:
     """Return the rows that a sparse gradient names, each once, and their values.
 
-    Autograd hands a coalesced gradient on as one that is not. Ascending rows show that it is; no copy is needed then.
+    Autograd marks a coalesced gradient as uncoalesced. If its rows ascend it is coalesced, and no copy is needed.
     """
     rows = grad._indices()[0]
     if not grad.is_coalesced() and bool((rows[1:] <= rows[:-1]).any()):

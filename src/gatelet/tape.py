@@ -30,9 +30,9 @@ class _Record(NamedTuple):
 
 
 class Tape:
-    """Remembers the score-function units of a forward pass, to give them each example's loss.
+    """Remembers the score-function units of a forward pass, and later gives them the loss of each example.
 
-    Theorem 1: a unit needs only the loss, broadcast to it; no gradient comes down through its gates.
+    Theorem 1: a unit needs only the loss, broadcast to it; no gradient passes through its gates.
     :meth:`surrogate` adds to each example's loss a zero whose gradient to the logits is the estimator's,
     (h − σ(a))·(L − L̄) for :class:`~gatelet.estimators.ScoreFunction`. Units of other kinds do not use the
     tape and are not touched by it, so a training loop may always use one.
@@ -51,7 +51,7 @@ class Tape:
     """
 
     def __init__(self) -> None:
-        self._records: list[_Record] | None = []  # None: spent
+        self._records: list[_Record] | None = []  # None: already used
         self.samples = 1
         self._open = False
         self._outer: Tape | None = None
@@ -118,7 +118,7 @@ class Tape:
                 times.
 
         Returns:
-            equal to ``loss``, floating where that was boolean or of integers. Reduce it as you would the loss:
+            a tensor equal to ``loss``, floating if the loss was boolean or integer. Reduce it as you would the loss:
             ``.mean().backward()``.
 
         Raises:
@@ -135,14 +135,14 @@ class Tape:
             raise TypeError(f"loss must be a torch.Tensor, not {type(loss).__name__}")
         if loss.is_complex():
             raise TypeError(f"loss must be real, not {loss.dtype}")
-        if not loss.is_floating_point():  # a count, or right and wrong: its sum could carry no gradient
+        if not loss.is_floating_point():  # a count or a boolean: its sum could carry no gradient
             loss = loss.to(self._records[0].logits.dtype if self._records else torch.get_default_dtype())
         for record in self._records:
             self._check(record, loss)
         records, self._records = self._records, None
         if not records:
             return loss
-        # An estimator that ran several times is asked once: its baseline must not see this loss between two uses.
+        # An estimator that ran several times is called once: its baseline must not see this loss between two uses.
         uses: dict[tuple[int, int], list[_Record]] = {}
         for record in records:
             uses.setdefault((id(record.estimator), record.logits.shape[-1]), []).append(record)
@@ -181,10 +181,10 @@ _COMPARED = 4096  # about this many logits of each replica are compared
 
 
 def _equal_replicas(logits: Tensor) -> bool:
-    """Whether (K, B, ..., N) is K times the same, but for rounding: a product may add up its rows in several orders."""
+    """Whether (K, B, ..., N) is K times the same up to rounding (a product may sum its rows in different orders)."""
     if not logits.numel():
         return True
-    # A layer of gates below makes replicas differ almost everywhere, so comparing some thousand places is enough.
+    # A layer of gates below makes replicas differ almost everywhere, so comparing a few thousand numbers is enough.
     each = logits.detach().flatten(1)
     some = each[:, :: each.shape[1] // _COMPARED | 1]
     if torch.equal(some, some[:1].expand_as(some)):

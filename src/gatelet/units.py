@@ -67,7 +67,7 @@ class StochasticUnit(nn.Module):
         self.register_buffer("threshold", torch.tensor(at))
         self.sample_in_eval = False
         self._passes = Passes()
-        self.mask: Tensor | None = None  # tokens of the coming call that are not padding; calibration looks at it
+        self.mask: Tensor | None = None  # which tokens of the next call are not padding; calibration reads it
 
     def forward(
         self,
@@ -118,7 +118,7 @@ class StochasticUnit(nn.Module):
     def _sampled(self, logits: Tensor, noise: Tensor | None, generator: torch.Generator | None) -> Tensor:
         """Return gates without gradient, and tell the tape, whose loss the estimator needs."""
         learns = logits.requires_grad and torch.is_grad_enabled()
-        if self.estimator.antithetic and not learns:  # without a gradient no antithetic pair is needed
+        if self.estimator.antithetic and not learns:  # without gradients no antithetic pair is needed
             return self.estimator.sample(logits, UNIFORM.sample(logits.shape, logits, generator))
         again = learns and recomputing()  # the tape recorded the first run, and is closed
         tape = Tape.current() if learns and not again else None
@@ -152,7 +152,7 @@ class StochasticUnit(nn.Module):
         return gates.reshape(logits.shape)
 
     def _samples_of_the_first_run(self, logits: Tensor, draws: bool) -> int:
-        """Return how many replicas the tape had when the pass ran that activation checkpointing now repeats."""
+        """Return how many replicas the tape had in the pass that activation checkpointing now repeats."""
         found: int | None = self._passes.recall(logits, draws, type(self).__name__)
         if found is None:
             raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Options that are truth values, not finite or beyond the machine's numbers are refused by their names."""
+"""Options that are booleans, not finite or too large are refused by their names."""
 
 import inspect
 

@@ -139,5 +139,5 @@ def test_generate_with_a_padding_mask(llama, options):
     torch.manual_seed(0)
     assert torch.equal(padded, llama.generate(ids, **named))  # padding is attended by nobody
     first = torch.randint(1, 11, (2, 5))
-    with masking(llama, mask), pytest.raises(ValueError, match="mask must be one truth value per token"):
+    with masking(llama, mask), pytest.raises(ValueError, match="mask must be one boolean per token"):
         llama(first)

@@ -157,7 +157,7 @@ def test_calibration_leaves_padding_out():
 @pytest.mark.usefixtures("as_user")
 def test_bad_masks():
     for mask in (torch.ones(3), torch.ones(2, 3, 8), [True]):
-        with pytest.raises(ValueError, match=r"mask must be one truth value per token, shape \(2, 3\)"):
+        with pytest.raises(ValueError, match=r"mask must be one boolean per token, shape \(2, 3\)"):
             layer()(torch.randn(2, 3, 8), mask=mask)
 
 

@@ -1,4 +1,4 @@
-"""A feed-forward block of a model: where its parts lie, and the gating that is put into it."""
+"""A feed-forward block of a model: where its parts are, and the gating that is put into it."""
 
 import copy
 import operator
@@ -82,7 +82,7 @@ class Options:
 
 
 class BlockGating(ConditionalLayer):
-    """The gating of a converted block; knows where its weights lie, and how it was made."""
+    """The gating of a converted block. It records where the block's weights are and how it was made."""
 
     block: Block
     options: Options
@@ -108,7 +108,7 @@ def module_path(path: str) -> str:
 
 
 class _Half(nn.Module):
-    """A half of what a module (``whole``) gives, where that module must be called to know it."""
+    """One half of a module's output, for a module (``whole``) that must be called."""
 
     def __init__(self, whole: nn.Module, place: int) -> None:
         super().__init__()

@@ -402,7 +402,7 @@ def _but_first(loader: Iterable[Any], count: int) -> Iterator[Any]:
 
 
 def _endless(loader: Iterable[Any], skip: int) -> Iterator[Any]:
-    """Yield the loader's batches over and over, without the first ``skip``."""
+    """Yield the loader's batches again and again, without the first ``skip``."""
     while True:
         any_left = False
         for batch in _but_first(loader, skip):

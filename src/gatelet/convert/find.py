@@ -41,7 +41,7 @@ def which_activation(function: Callable[[Tensor], Any]) -> str | None:
     try:
         with torch.no_grad():
             found = function(grid.clone())
-    except Exception:  # whatever it is, it is not an activation
+    except Exception:  # it is not an activation
         return None
     if not isinstance(found, Tensor) or found.shape != grid.shape:
         return None
@@ -158,7 +158,7 @@ def _sequential(name: str, module: nn.Sequential) -> Iterator[tuple[str, nn.Modu
 
 
 def _by_structure(module: nn.Module, affine: dict[str, nn.Module]) -> Block | str | None:
-    """Recognise an MLP module by trying what it computes; None for what does not even look like one."""
+    """Recognise an MLP module by trying what it computes; None if it does not look like one."""
     shapes = {key: _shape(child) for key, child in affine.items()}
     downs = []
     for key, (_, hidden) in shapes.items():

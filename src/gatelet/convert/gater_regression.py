@@ -9,13 +9,13 @@ from gatelet.nn.gaters import Gater, SelfGater
 RIDGE = 1e-3
 """Ridge of the regression, as a share of the inputs' mean variance."""
 LINEAR = 0.2
-"""Standard deviation in front of tanh, which is nearly linear there."""
+"""Standard deviation of tanh's argument, small enough that tanh is nearly linear."""
 SPREAD = 2.0
 """Standard deviation of the logits, over tokens and gates."""
 TOKENS = 32
-"""Inputs per feature that are enough."""
+"""This many inputs per feature are enough."""
 ENOUGH = 4096
-"""Inputs that are enough for a scale."""
+"""This many inputs are enough for a scale."""
 
 
 class GaterRegression:

@@ -1,4 +1,4 @@
-"""``from_pretrained`` of converted Hugging Face models; importing this module is what makes it work.
+"""``from_pretrained`` for converted Hugging Face models. Import this module to make it work.
 
 transformers lets a package change a model between its construction and the loading of its weights, if
 ``quantization_config`` in ``config.json`` names the package. This module uses that; nothing is quantised.
@@ -49,7 +49,7 @@ class Converter(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> nn.Module:
         for _, gating in blocks(model).values():
             gating.reset_statistics()
-        self.remove_quantization_config(model)  # nothing is quantised: it moves and trains as others do
+        self.remove_quantization_config(model)  # nothing is quantised: it moves and trains like other models
         model.config.quantization_config = self.quantization_config.to_dict()
         model.config._is_quantized = False
         found: nn.Module = model

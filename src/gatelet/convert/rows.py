@@ -1,4 +1,4 @@
-"""A converted model for inference alone: weights by unit in float32, bfloat16 or int8, few calls per token."""
+"""A converted model for inference only: weights by unit in float32, bfloat16 or int8, few calls per token."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, cast
@@ -31,7 +31,7 @@ from gatelet.nn.parts import Affine, part_of
 
 KEPT = ("float32", "bf16", "int8")
 SAMPLE = 1 << 15
-"""So many inputs of a batch tell a map's threshold."""
+"""This many inputs of a batch set a map's threshold."""
 ALIGNED = 64
 """Weights begin at multiples of this many bytes."""
 NEVER = -1.0
@@ -39,7 +39,7 @@ NEVER = -1.0
 
 
 class _Rows(nn.Module):
-    """Weights by unit, kept in few bytes; what is made of them for decoding is made at the first call."""
+    """Weights by unit, kept in few bytes; the kernel that decodes is prepared at the first call."""
 
     def __init__(self, weights: str) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class _Rows(nn.Module):
         return cast(Tensor, values) if scales is None else Int8Rows(cast(Tensor, values), scales)
 
     def _decode(self, make: Callable[[], Decode]) -> Decode:
-        """Return what decodes, made anew where a buffer was replaced by another tensor."""
+        """Return the prepared kernel; it is prepared again after a buffer was replaced by another tensor."""
         now, ready = list(self._buffers.values()), self.__dict__["_ready"]
         if ready is None or any(one is not other for one, other in zip(now, ready[0], strict=True)):
             ready = self.__dict__["_ready"] = (now, make())
@@ -81,7 +81,7 @@ class _Rows(nn.Module):
 
 
 class RowsLinear(_Rows):
-    """A linear map whose weights cannot learn any more: x Wᵀ + b, its rows kept in few bytes.
+    """A linear map for inference: x Wᵀ + b, with rows in few bytes; its weights can no longer be trained.
 
     Args:
         linear: an affine map, nothing else.
@@ -106,7 +106,7 @@ class RowsLinear(_Rows):
 class InputRows(_Rows):
     """A linear map that reads only the columns of inputs whose size is above a threshold (TEAL): x̃ Wᵀ + b.
 
-    x̃_d = x_d where |x_d| > limit, 0 elsewhere. Its weights cannot learn any more.
+    x̃_d = x_d where |x_d| > limit, 0 elsewhere. Its weights can no longer be trained.
 
     Args:
         linear: an affine map, nothing else.
@@ -139,14 +139,14 @@ class InputRows(_Rows):
 
 
 class RowsFFN(_Rows):
-    """A converted block whose weights cannot learn any more: rows of open units are all that a token reads.
+    """A converted block for inference: a token reads only the rows of open units; nothing can be trained any more.
 
     y = W2 (act(W_g x + b_g) ∘ (W1 x + b1) ∘ h) + b2, h = 1[gater(x) > threshold], as the block computed it in
     ``eval()``; without W_g, y = W2 (act(W1 x + b1) ∘ h) + b2. Sums are formed in float32. Products with int8 weights
-    are off by at most half a step per number (:func:`gatelet.kernels.int8_rows`; a scale per unit of W_g and W1, per
-    output of W2); bfloat16 by 2⁻⁹ of each. A
-    :class:`gatelet.nn.PreviewGater` decides by int8 copies of W_g and W1, which are kept besides; where the weights
-    are bfloat16 or int8, by them, and only W2 is spared: copies would cost what they save.
+    have an error of at most half a step per number (:func:`gatelet.kernels.int8_rows`; a scale per unit of W_g and W1,
+    per output of W2), products with bfloat16 of 2⁻⁹ of each number. With float32 weights a
+    :class:`gatelet.nn.PreviewGater` decides by additional int8 copies of W_g and W1. With bfloat16 or int8 weights it
+    decides by these weights themselves, and only W2 is saved, because copies would cost as much as they save.
 
     Args:
         owner, gating: the converted block.
@@ -187,7 +187,7 @@ class RowsFFN(_Rows):
         self.register_buffer("scale", self.gater.scale.detach().float().clone())
 
     def _keep_down(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Keep W2 (O, N) by unit; its int8 scales are the outputs', or a few large ones would coarsen all units."""
+        """Keep W2 (O, N) by unit; int8 has a scale per output, as a few large outputs would make scales per unit coarse."""
         if self.weights != "int8":
             self._keep("down", weight.t(), bias)
             return
@@ -273,7 +273,7 @@ class RowsFFN(_Rows):
 
 
 def all_open(owner: nn.Module, block: Block) -> BlockGating:
-    """Return gates for a dense block of which none closes a unit; they are not put into it."""
+    """Return a gating for a dense block that leaves all units open; it is not put into the block."""
     up, down = affine_at(owner, block.up).weight, affine_at(owner, block.down).weight
     flops = 2 * ((2 if block.glu else 1) * up.shape[1] + down.shape[0])
     gating = Options(0.5, 1, "straight_through", 1, "self").gating(up.shape[1], up.shape[0], flops)
@@ -290,10 +290,10 @@ def keep_rows(model: nn.Module, weights: str = "int8", rest: bool = False) -> nn
     Args:
         model: converted and calibrated. Blocks that are modules of their own (Llama's, GPT-2's, T5's) are replaced.
         weights: ``"float32"``, ``"bf16"`` or ``"int8"`` (a scale per row).
-        rest: replace all else that reads weights too, all of it open: blocks that are dense (all of them, in a model
-            that was not converted), attention's maps, and the one into the vocabulary (which no longer shares its
-            weight with the embedding then). Their bytes count like the converted blocks', and for one token the
-            kernels read faster than the products of PyTorch.
+        rest: also replace the other linear maps and dense blocks, with all of their units open: blocks that were not
+            converted, attention's maps, and the map into the vocabulary (which then no longer shares its weight with
+            the embedding). Their bytes count like those of the converted blocks, and for one token the kernels read
+            faster than the products of PyTorch.
 
     Returns:
         the same model, in ``eval()``.
@@ -324,7 +324,7 @@ def keep_rows(model: nn.Module, weights: str = "int8", rest: bool = False) -> nn
 
 
 def _open_rows(model: nn.Module, weights: str, inside: tuple[str, ...]) -> dict[str, nn.Module]:
-    """Return what takes the place of dense blocks and linear maps on the CPU, if they are none of these nor in one."""
+    """Return the replacements of dense blocks and linear maps on the CPU, except for those given and their parts."""
     made: dict[str, nn.Module] = {}
     paths = [(owner, path) for owner, gating in blocks(model).values() for path in gating.block.maps]
     theirs = {id(at(owner, path)) for owner, path in paths}
@@ -344,7 +344,7 @@ def _open_rows(model: nn.Module, weights: str, inside: tuple[str, ...]) -> dict[
 
 
 def _is_plain(block: nn.Module) -> bool:
-    """Whether nothing hangs on a block's maps but weight and bias."""
+    """Whether a block's maps have a weight and a bias and nothing else."""
     return all(isinstance(part_of(each), Affine) for each in block.children() if any(True for _ in each.parameters()))
 
 
@@ -356,7 +356,7 @@ def skip_inputs(
     where: Callable[[str], bool] = lambda name: True,
     rest: bool = False,
 ) -> nn.Module:
-    """Let a model's linear maps read, in place, only what their large inputs meet: activation sparsity (TEAL).
+    """Replace a model's linear maps, in place, by ones that read only the columns of large inputs (TEAL).
 
     Every map gets the threshold above which the share ``rate`` of its inputs' absolute values lies, over the loader's
     tokens in the dense model. For decoding one token at a time on a CPU; there is no way back.
@@ -434,7 +434,7 @@ def _put(model: nn.Module, made: dict[str, nn.Module]) -> nn.Module:
 
 @torch.no_grad()
 def _lay_together(modules: Iterable[nn.Module]) -> None:
-    """Move the weights into one piece of memory, in large pages where there are such: rows are found faster there."""
+    """Move the weights into one piece of memory, in large pages if the system has them, where rows are found faster."""
     places = [
         (part, name, value)
         for module in modules

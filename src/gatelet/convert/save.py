@@ -73,7 +73,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     if model is None:
         if "model" not in described:
             raise ValueError(
-                f"model: must be given, for {directory} holds no Hugging Face model, which describes itself"
+                f"model: must be given, because {directory} holds no Hugging Face model, which describes itself"
             )
         return _hugging_face(directory, described["model"])
     restore(model, described["blocks"])

@@ -15,9 +15,9 @@ from gatelet.convert.place import blocks
 from gatelet.convert.progress import Progress
 
 SAMPLE = 1 << 16
-"""So many costs of units, of each batch, tell how they are distributed in a block."""
+"""This many costs of units are sampled from each batch, to know their distribution in a block."""
 LEAST, MOST = 0.05, 0.98
-"""Between these shares a block's rate lies."""
+"""The least and the largest rate of a block."""
 
 
 def spread_rate(
@@ -31,10 +31,10 @@ def spread_rate(
 
     Of unit n of block l, closing it costs c² = (hidden_n · ‖W2 column n‖)² of the block's output. With D_l the
     divergence KL(dense ‖ with block l alone at the target rate) of the model's output and E_l the sum of what is closed
-    there, s_l = D_l / E_l is what the output suffers per cost in block l. The sum Σ_l s_l · E_l is smallest, at a given
-    mean of the shares, where all blocks close what lies under the same s_l · c² = λ; λ is found by bisection.
+    there, s_l = D_l / E_l is the harm to the output per cost in block l. At a given mean of the shares, the sum
+    Σ_l s_l · E_l is smallest if all blocks close the units under the same s_l · c² = λ; λ is found by bisection.
 
-    The costs are those of dense inputs, and effects of several blocks are taken to add up. There is nothing random.
+    The costs are those of dense inputs, and the effects of several blocks are assumed to add up. Nothing is random.
 
     Args:
         model: dense, on any device; its state stays what it was.

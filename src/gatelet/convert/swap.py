@@ -10,10 +10,10 @@ from torch import nn
 
 from gatelet._checks import check_count, check_rate
 from gatelet.convert.block import METHOD, NATIVE, Block, BlockGating, Options, affine_at, at, holder_in
+from gatelet.convert.block_times import BlockTimes, time_block
 from gatelet.convert.describe import note
 from gatelet.convert.find import find
 from gatelet.convert.place import blocks, put, without_nested_tensors
-from gatelet.convert.block_times import BlockTimes, time_block
 from gatelet.convert.report import others_of
 from gatelet.convert.run import Swapped
 from gatelet.estimators import Estimator, resolve
@@ -59,9 +59,9 @@ def convert(
     """Give a model's feed-forward blocks gates, in place; its weights stay the parameters they are.
 
     Every block W2 act(W1 x + b1) + b2 becomes W2 (act(W1 x + b1) ∘ h) + b2, gated blocks likewise, h = gate(gater(x)).
-    Found are: ``Linear, activation, Linear`` in a Sequential, with dropout behind the activation or without; modules
-    that compute such a block, whatever they are called, the MLPs of GPT-2 and Llama among them (they are recognised by
-    trying them on an input); ``nn.TransformerEncoderLayer`` and ``DecoderLayer``; layers built as BERT's.
+    It finds: ``Linear, activation, Linear`` in a Sequential, with or without dropout after the activation; modules of
+    any name that compute such a block, such as the MLPs of GPT-2 and Llama (recognised by trying them on an input);
+    ``nn.TransformerEncoderLayer`` and ``DecoderLayer``; layers built like BERT's.
 
     The blocks' owners change their class to a subclass and get a submodule ``gating`` (in a Sequential, the first
     Linear gets it), so that a ``state_dict`` of the dense model loads; names, values, dtype and device of weights are
@@ -79,14 +79,14 @@ def convert(
         group_size: consecutive units that share a gate.
         gater: ``"mlp"``, ``"two_stage"``, or a module that maps (..., D) to (..., N / group_size) logits, of which
             every block gets a copy (:class:`gatelet.nn.ConditionalLinear`); or ``"self"``: the block's own activation
-            decides, by a threshold, and nothing is to be fitted; next comes
+            decides, by a threshold, and nothing has to be fitted; next comes
             :func:`gatelet.sparsity.calibrate_thresholds`, or ``distil``, which calibrates too
             (:class:`gatelet.nn.ConditionalFFN`); or ``"preview"``: what units add to the output decides, which pays
             once :func:`gatelet.convert.keep_rows` has replaced the blocks.
-        batch: for how many tokens at once to say what to expect: each block is then timed with random gates beside
-            dense (once per shape and rate), as it is and, where that is possible, as
-            :func:`gatelet.convert.keep_rows` would make it, beside the same kernels with all units open. Other weights
-            pass between two runs, as they do in the model. Where nothing is saved the list says so.
+        batch: if given, time each block for this many tokens (once per shape and rate): with random gates beside dense
+            and, where that is possible, as :func:`gatelet.convert.keep_rows` would make it, beside the same kernels
+            with all units open. Other weights are read between two runs, as in the model. The list says where the
+            gates save no time.
         options: further ones of :class:`gatelet.nn.ConditionalFFN`: ``sparsity``, ``detach_gater_input``.
 
     Returns:
@@ -161,7 +161,7 @@ def _check_names(rates: Mapping[str, float], chosen: dict[str, bool]) -> None:
 
 
 def _uses(model: nn.Module) -> dict[int, int]:
-    """Return in how many places each parameter stands, by its id."""
+    """Return in how many places each parameter is used, by its id."""
     found: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         found[id(parameter)] = found.get(id(parameter), 0) + 1

@@ -26,7 +26,7 @@ def draw(rows: Mapping[str, Sequence[Row]], budget: Budget | None, path: str | P
         panel_titles = ("bias² (hollow: none)", "variance (hollow: none)")
         values = ([row.bias**2 for row in each], [row.variance for row in each])
         for axes, label, heights in zip(pair, panel_titles, values, strict=True):
-            # A logarithmic axis has no zero: what rounding left of one is drawn at its foot.
+            # A logarithmic axis has no zero: numbers that are zero up to rounding are drawn at its lower end.
             seen = [height for height in heights if height > _ZERO]
             foot = min(seen, default=1.0) / 10
             for row, height in zip(each, heights, strict=True):

@@ -32,7 +32,7 @@ _WARM_UP = 100
 _REFERENCE_REPLICAS = 8
 _TIMED_CALLS, _TIMED_SECONDS = 31, 0.5
 
-# What an estimator's call may end with on an objective that does not suit it; its row says so.
+# Errors that an estimator may raise on an objective that does not suit it; its row then says so.
 _UNSUITABLE = (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError)
 
 
@@ -138,7 +138,7 @@ class _Chosen(NamedTuple):
 def _choose(estimators: Estimators | None, kind: Kind) -> dict[str, _Chosen]:
     """Return the estimators (copies) by the names of their rows."""
     if estimators is None:
-        # One that is unbiased for gates of its own kind (a noisy rectifier's) has nothing to do with this gradient.
+        # An estimator that is unbiased for its own gates only (a noisy rectifier's) does not estimate this gradient.
         estimators = [
             name for name, cls in ALL.items() if kind.name in cls.kinds and (bool(cls.binary) or not bool(cls.unbiased))
         ]
@@ -188,7 +188,7 @@ class _Problem:
         self.events = events = kind.event_dims
         self.examples = logits.shape[:-events].numel()
         self.outcomes = kind.count(logits.shape)
-        # Every error of the objective itself shows here, before an estimator could be blamed for it.
+        # An error of the objective itself shows here, before it could be taken for an estimator's.
         gates = kind.threshold(logits).unsqueeze(0)
         with torch.no_grad():
             first, again = (evaluate(objective, gates, events) for _ in range(2))

@@ -81,9 +81,9 @@ def diagnose_model(
     """Bias, variance and cost of estimators at every stochastic layer of a network, layer by layer.
 
     A layer's objective is the network above its gates: h ↦ L(h), as :func:`gatelet.diagnose` takes it, at the logits
-    that one forward pass of the batch gave. Layers below keep the gates of that pass. Layers above draw theirs anew at
-    every call, with the estimators they have, under a Tape; their noise is part of the layer's variance. Where such a
-    layer's estimator needs several replicas, the score function draws the same gates instead.
+    that one forward pass of the batch gave. Layers below keep the gates of that pass. Layers above draw new gates at
+    every call, with their own estimators and under a Tape; their noise is part of the layer's variance. If the
+    estimator of such a layer needs several replicas, the score function is used there; it draws the same gates.
 
     The model runs in the mode it is in, but its units draw their gates in ``eval()`` too. In ``train()`` the noise of
     dropout is part of every estimator's variance, and can hide that of the gates; ``model.eval()`` leaves it out.
@@ -221,7 +221,7 @@ def _replaced(gates: Mapping[StochasticUnit, Tensor]) -> Iterator[None]:
     """Let units give these gates, whatever their logits."""
     try:
         for unit, value in gates.items():
-            # Not a forward hook: the unit's own estimator, which may ask for more replicas, must not run.
+            # Not a forward hook: the unit's own estimator, which may need more replicas, must not run.
             vars(unit)["forward"] = lambda logits, *, noise=None, generator=None, value=value: value
         yield
     finally:

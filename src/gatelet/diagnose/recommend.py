@@ -62,7 +62,7 @@ def _with_unbiased(unbiased: Sequence[Row], biased: Sequence[Row], budget: Budge
     if error(rival) >= CLEARLY_SMALLER * best.variance:
         no_better = f"; the best biased one, {rival.name}, has no clearly smaller mean squared error at that cost"
         return Recommendation(best.name, f"{reason}{no_better} ({number(error(rival))})")
-    # The bias stays however much is averaged, so there is a number of calls beyond which the unbiased one wins.
+    # Averaging does not reduce the bias, so beyond some number of calls the unbiased estimator wins.
     seen, turn = rival.bias > 2 * rival.bias_error, ""
     if seen:  # a bias that is not seen may well be measured as 0
         calls = number((best.variance - product(rival) / best.cost(budget)) / rival.bias**2)

@@ -25,10 +25,10 @@ class Row:
     exact: bool = False
     """Whether mean and variance were enumerated, not measured."""
     bias: float = math.nan
-    """‖E[ĝ] − ∇E[L]‖; where it was measured, what remains of it after ``bias_error`` is taken off in squares."""
+    """‖E[ĝ] − ∇E[L]‖; if it was measured, after ``bias_error``² was subtracted from its square."""
     bias_error: float = math.nan
-    """Standard error of the difference, in the same norm: how far off ‖E[ĝ] − ∇E[L]‖ may be. A bias well under it
-    cannot be seen."""
+    """Standard error of the difference, in the same norm: how wrong ‖E[ĝ] − ∇E[L]‖ may be. A much smaller bias cannot
+    be detected."""
     variance: float = math.nan
     """E‖ĝ − E[ĝ]‖² of one call with K replicas."""
     variance_error: float = math.nan

@@ -52,7 +52,7 @@ class Estimator(nn.Module):
     kinds: ClassVar[tuple[KindName, ...]] = ("bernoulli",)
     """What units there is a form for (:mod:`gatelet.estimators._kinds`)."""
     law: Noise = UNIFORM
-    """The law of the noise; a class says that of a Bernoulli unit, and ``kind.noise`` translates."""
+    """The law of the noise. A class gives the law for a Bernoulli unit, and ``kind.noise`` translates it."""
     more: tuple[Noise, ...] = ()
     """Laws of further noise per unit; the noise then has a last dimension (K, B, N, 1 + more), first of it ``law``."""
     replicas: ClassVar[int] = 1
@@ -62,7 +62,7 @@ class Estimator(nn.Module):
     several_layers: ClassVar[bool] = True
     """Whether the estimate stays right where the logits of one stochastic layer depend on another's gates."""
     rated: bool = True
-    """Whether a share of open gates can be held and a threshold found; not where the estimator settles which open."""
+    """Whether a share of open gates can be held and a threshold found; not if the estimator fixes how many open."""
 
     def __init__(self, kind: AnyKind = "bernoulli", k: int | None = None) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class Estimator(nn.Module):
     ) -> Float[Tensor, "..."]:
         """Draw the units' noise for replicated logits (K, *lead, N), from ``generator`` or torch's global one.
 
-        Methods with a path ask for no replicas: theirs are any (*lead, N).
+        Methods with a path need no replicas: their logits may be any (*lead, N).
 
 
         Half-precision logits get float32 noise: a uniform number in bfloat16 has 8 bits, which would make
@@ -258,7 +258,7 @@ class Evaluating(Sampled):
         losses: Float[Tensor, "K *batch"],
         noise: Float[Tensor, "..."],
     ) -> Float[Tensor, "K *lead N"]:
-        """Return each replica's estimate; the gates and their losses are there, further ones it evaluates itself."""
+        """Return each replica's estimate. The gates and their losses are given; it evaluates further ones itself."""
         raise NotImplementedError(f"{type(self).__name__} does not say how it estimates")
 
 
@@ -278,7 +278,7 @@ def carry(
 def evaluate(
     objective: Objective, gates: Float[Tensor, "K *lead N"], event_dims: int = 1, *, differentiable: bool = False
 ) -> Float[Tensor, "K *batch"]:
-    """Call the objective and check what it returns; counts and truth values become numbers of the gates' dtype.
+    """Call the objective and check what it returns; counts and booleans become numbers of the gates' dtype.
 
     ``differentiable``: the caller takes the objective's derivative by the gates, which counts do not have.
     """

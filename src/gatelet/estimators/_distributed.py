@@ -24,7 +24,7 @@ class _Exchange(threading.local):
     noted: "list[Tensor] | None" = None
     """Results are put here, for a repetition of this forward pass."""
     repeated: "Iterator[Tensor] | None" = None
-    """Results come from here: this is a repetition, which the other processes may run at another time."""
+    """Results are read from here: this is a repetition, which the other processes may run at another time."""
 
 
 _exchange = _Exchange()
@@ -32,10 +32,10 @@ _exchange = _Exchange()
 
 @contextmanager
 def alone(on: bool = True) -> Iterator[None]:
-    """Exchange nothing with other processes of torch.distributed inside the block: each goes by its own batch.
+    """Exchange nothing with other processes of torch.distributed inside the block: each uses only its own batch.
 
-    Where one process runs a layer that the others do not run (to look at something), the exchange would wait for them,
-    and then fail. Forward and backward pass both belong into the block.
+    If one process runs a layer that the others do not run (for a check, say), the exchange would wait for them and
+    then fail. Put both the forward and the backward pass into the block.
 
     Args:
         on: False: exchange as usual.
@@ -77,7 +77,7 @@ def batch_mean(values: Float[Tensor, "*lead N"]) -> Float[Tensor, " N"] | None:
     """Return the mean over all dimensions but the last, of all processes together; None if none has an example.
 
     Its gradient for this process's values is such that the processes' *mean* gradient, which DDP and FSDP form, is
-    that of the mean over all examples. Every process takes part, one with an empty batch too: the others would wait.
+    that of the mean over all examples. Every process must take part, even with an empty batch, or the others wait.
     """
     rows = values.reshape(-1, values.shape[-1])
     own = rows.sum(0)
@@ -128,19 +128,19 @@ _AGREE = (
 _LATE = "where one is late for good reasons, the environment variable GATELET_PATIENCE gives it more seconds"
 _ALONE = f"a process that runs a layer by itself does so under `with gatelet.sparsity.alone():`; {_LATE}"
 _PIECE = 1.0
-"""Seconds after which one who waits looks how long it has waited."""
+"""A waiting process checks after every so many seconds how long it has waited."""
 
 
 class _Group:
     """A process group of gatelet's own.
 
-    What a process sends in it by itself meets no message of the program, and a backward pass may exchange while
+    Its messages cannot be confused with the program's own, and a backward pass may exchange while
     DistributedDataParallel sends gradients.
     """
 
     def __init__(self) -> None:
         meet("a layer in training", patience(), f"does so under `with gatelet.sparsity.alone():`; {_LATE}")
-        # Who waits decides for how long; the group itself must not decide before.
+        # The waiting process decides how long it waits; the group's own limit must not end the wait earlier.
         self.group = torch.distributed.new_group(timeout=timedelta(days=1))
         self.count, self.given_up = 0, False
 
@@ -203,9 +203,9 @@ def patience() -> float:
 
 
 class _Patience:
-    """The seconds of a wait. They count anew when a process that does not wait gives a sign of life.
+    """The seconds of a wait. The count starts again when another process shows that it is alive.
 
-    Only seconds in which this process ran are counted: one that was stopped does not put the blame on others.
+    Only seconds in which this process ran are counted: a process that was stopped does not blame the others.
     """
 
     def __init__(self, key: str, seconds: float) -> None:
@@ -214,25 +214,25 @@ class _Patience:
         self.signs = self.store.add("gatelet/alive", 0)
 
     def over(self, seconds: float) -> bool:
-        """Return whether none are left after so many more."""
+        """Return whether no seconds are left after so many more."""
         self.spent += seconds
         if self.spent >= self.seconds and (signs := self.store.add("gatelet/alive", 0)) != self.signs:
             self.spent, self.signs = 0.0, signs
         return self.spent >= self.seconds
 
     def leave(self) -> list[int]:
-        """Wait no longer; return the processes that did not come."""
+        """Stop waiting; return the processes that did not come."""
         missing = [r for r in range(torch.distributed.get_world_size()) if not self.store.add(f"{self.key}/{r}", 0)]
         self.store.add(f"{self.key}/{torch.distributed.get_rank()}", -1)
         return missing
 
 
 def _wait(work: Any, device: str, key: str) -> None:
-    """Wait until an exchange is over. After a third of the patience say so, after all of it raise."""
+    """Wait until an exchange is over. Warn after a third of the patience, and raise after all of it."""
     seconds, limit, warned = patience(), None, False
     piece = min(_PIECE, seconds / 10)
     while not _over(work, device, piece):
-        limit = _Patience(key, seconds) if limit is None else limit  # an exchange that is soon over asks no store
+        limit = _Patience(key, seconds) if limit is None else limit  # a short exchange does not read the store
         if limit.over(piece):
             who = ", ".join(map(str, limit.leave()))
             raise RuntimeError(f"{_AGREE}; process {who} did not come to this one within {seconds:g} s; {_ALONE}")
@@ -265,7 +265,7 @@ _next_sign = 0.0
 
 
 def sign_of_life() -> None:
-    """Let others that wait in a training step know that this process does something else: it evaluates, say."""
+    """Tell processes that wait in a training step that this one is alive but busy, for example with evaluation."""
     global _next_sign
     now = time.monotonic()
     if now > _next_sign and _has_others():
@@ -283,7 +283,7 @@ _meetings = 0
 def meet(what: str, timeout: float, by_itself: str = "says local=True") -> None:
     """Wait until all processes are here.
 
-    Nothing is sent through the process group before: one that came alone leaves it as it was.
+    Nothing is sent through the process group before that, so a process that came alone does not change it.
 
     Raises:
         RuntimeError: if some process does not come within ``timeout`` seconds.
@@ -324,7 +324,7 @@ def pooled_quantile(values: Float[Tensor, " n"], rate: float, kept: float) -> Fl
     saw.
 
     The order statistic that ``kthvalue`` finds in all values together: by bisection over the floating numbers in their
-    order, so that no process sends what it has.
+    order, so that no process has to send its values.
     """
     bits, most = values.double().view(torch.int64), 2**63 - 1
     keys = (bits ^ ((bits >> 63) & most)).sort().values  # integers in the numbers' order

@@ -1,4 +1,4 @@
-"""The kinds of unit: gates of their own each, one-hot classes, exactly k of N. What a method asks of all of them."""
+"""The kinds of unit: independent gates, one-hot classes, exactly k of N. Each answers what the methods need to know."""
 
 import itertools
 import math

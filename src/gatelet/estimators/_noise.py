@@ -53,13 +53,13 @@ def below(noise: Float[Tensor, "*s"], bound: Float[Tensor, "*s"], dtype: torch.d
     """Return 1[noise < bound] as numbers, without gradient."""
     noise, bound = noise.detach(), bound.detach()
     alike = noise.shape == bound.shape and noise.dtype == bound.dtype and type(noise) is type(bound) is Tensor
-    if alike and at_hand(noise) and at_hand(bound):  # no booleans on the way: the same numbers, six times faster
+    if alike and at_hand(noise) and at_hand(bound):  # without a boolean tensor: the same numbers, six times faster
         return torch.lt(noise, bound, out=torch.empty_like(noise)).to(dtype)
     return (noise < bound).to(dtype)
 
 
 def given(generator: torch.Generator | None) -> dict[str, Any]:
-    """Return the argument if there is one: with ``generator=None`` torch.compile traces no batch of varying size."""
+    """Return the argument if there is one. (With ``generator=None`` torch.compile cannot trace batches of any size.)"""
     return {} if generator is None else {"generator": generator}
 
 

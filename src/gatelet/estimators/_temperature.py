@@ -1,4 +1,4 @@
-"""What relaxed units share: a temperature, and the relaxation at it."""
+"""What relaxed units share: a temperature, and the relaxation at this temperature."""
 
 import torch
 from jaxtyping import Float
@@ -38,7 +38,7 @@ def _check_above_zero(value: Tensor, name: str) -> None:
 
 
 def at(value: float | Tensor, dtype: torch.dtype, name: str = "temperature") -> float | Tensor:
-    """Return a temperature in this dtype, after the check that learning has not moved it to 0 or below."""
+    """Return a temperature in this dtype, after a check that training has not moved it to 0 or below."""
     if isinstance(value, Tensor):
         _check_above_zero(value, name)
         return value.to(dtype)
@@ -46,5 +46,5 @@ def at(value: float | Tensor, dtype: torch.dtype, name: str = "temperature") -> 
 
 
 def relax(z: Float[Tensor, "*lead N"], temperature: float | Tensor, kind: Kind) -> Float[Tensor, "*lead N"]:
-    """Return the relaxed gates of perturbed logits z, σ(z/τ) or the kind's like."""
+    """Return the relaxed gates of perturbed logits z: σ(z/τ), or the corresponding map of the kind."""
     return kind.relax(z, at(temperature, z.dtype))

@@ -1,4 +1,4 @@
-"""Leave-one-out whose losses are freed of their first-order expansion, by the other samples' gradients."""
+"""Leave-one-out whose losses have their first-order expansion subtracted, by the other samples' gradients."""
 
 import torch
 from jaxtyping import Float
@@ -10,7 +10,7 @@ from gatelet.estimators._noise import wide
 
 
 class DoubleControlVariates(Evaluating):
-    """Leave-one-out score function of the losses less what the other samples' gradients predict of them.
+    """Leave-one-out score function of the losses minus what the other samples' gradients predict.
 
     p = σ(a), g_{−k} the mean of ∂L/∂h at the other samples, c_k = α·g_{−k}·(h_k − p):
     ĝ = (1/K) Σ_k [((L_k − c_k) − mean_{j≠k}(L_j − c_j))·(h_k − p) + α·g_{−k} ∘ p(1 − p)].
@@ -56,7 +56,7 @@ class DoubleControlVariates(Evaluating):
         losses: Float[Tensor, "K *batch"],
         noise: Float[Tensor, "..."],
     ) -> Float[Tensor, "K *lead N"]:
-        """Return the score of the freed losses, and the expansion's own gradient."""
+        """Return the score of the remaining losses, and the expansion's own gradient."""
         slope = torch.func.grad(lambda h: evaluate(objective, h, self.event_dims).sum())(gates).to(wide(logits))
         exact = logits.to(wide(logits)).contiguous()
         p = exact.sigmoid()

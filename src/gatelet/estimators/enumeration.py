@@ -42,7 +42,7 @@ class Enumeration(Evaluating):
     reference = "Bengio, Léonard, Courville 2013, arXiv:1308.3432, proof of Theorem 1"
 
     def forward(self, logits: Float[Tensor, "*lead N"], noise: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:
-        """Return the most probable gates: without noise there is nothing to draw, and the surrogate draws nothing."""
+        """Return the most probable gates; there is no noise, and the surrogate draws nothing."""
         return self.threshold(logits)
 
     def surrogate(

@@ -22,7 +22,7 @@ class JumpReLU(Estimator):
     Bias: none for a, wherever h has a derivative (unbiased, as the rectifier). For θ, over the law of a: the estimate
     is −(θ/ε)·E[L′(h)·1[|a − θ| ≤ ε/2]], which tends to −θ·½(L′(0) + L′(θ))·f(θ), f the density of a, as ε → 0. That is
     ∂E[L]/∂θ = −(L(θ) − L(0))·f(θ) for a loss quadratic in h; the error is that of the trapezoid rule otherwise.
-    Variance: for a none. For θ it grows as 1/ε: only logits within ε/2 of the threshold speak.
+    Variance: for a none. For θ it grows as 1/ε: only logits within ε/2 of the threshold contribute.
 
     Args:
         threshold: θ at the start: a number for all units, or a tensor (N,), one per unit. (The source: 0.001.)

@@ -1,4 +1,4 @@
-"""The score function of what a first-order expansion around the mean field leaves over."""
+"""The score function of the remainder of a first-order expansion around the mean field."""
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,7 @@ from gatelet.estimators._noise import wide
 
 
 class MuProp(Evaluating):
-    """Score function of the loss less its Taylor expansion at the mean gates, whose own gradient is known exactly.
+    """Score function of the loss minus its Taylor expansion at the mean gates, whose own gradient is known exactly.
 
     With μ = σ(a) and s = ∂L/∂h at h = μ:
     ĝ = (1/K) Σ_k (h_k − μ)·(L_k − L(μ) − s·(h_k − μ)) + s ∘ μ(1 − μ).

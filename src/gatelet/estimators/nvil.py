@@ -27,7 +27,7 @@ class NVIL(Sampled):
     (DistributedDataParallel, ``torch.compile``). At the start b = 0: the plain score function.
 
     Bias: none, whatever the network predicts, since b(a) does not depend on this layer's h.
-    Variance: that of the score function of L − b(a); the part of the loss that the logits foretell is gone.
+    Variance: that of the score function of L − b(a); the part of the loss that the logits predict is gone.
 
     Args:
         hidden: tanh units of the network.
@@ -92,7 +92,7 @@ class NVIL(Sampled):
         return zero + (error - error.detach()).to(losses.dtype)
 
     def predict(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead"]:
-        """Return b(a), the expected loss as the network has it; it sends no gradient to the logits."""
+        """Return b(a), the loss that the network predicts; it sends no gradient to the logits."""
         units = logits.shape[-1]
         if self.weight.shape[1] == 0:
             self._size(units)

@@ -135,7 +135,7 @@ class SPSA(_Perturbation):
 
 
 class FieteSeung(_Perturbation):
-    """Correlates a Gaussian perturbation of the logits with what it does to the loss.
+    """Correlates a Gaussian perturbation of the logits with the change of the loss.
 
     ĝ = (1/K) Σ_k (L(h(a + s z_k; u_k)) − L(h(a; u_k)))·z_k/s, z ~ N(0, 1), h(a; u) = 1[u < σ(a)].
 

@@ -100,7 +100,7 @@ class ScoreFunction(Sampled):
     def update(self, difference: Float[Tensor, "*lead N"], losses: Float[Tensor, "*lead 1"]) -> None:
         """Take a batch into the two moving averages, that of all processes under torch.distributed.
 
-        A loss that is not finite (a step that gradient scaling will skip) is left out: it would stay for ever.
+        A loss that is not finite (a step that gradient scaling will skip) is left out, or it would stay in the average.
         """
         losses = losses.reshape(1, -1)
         finite = losses.isfinite()

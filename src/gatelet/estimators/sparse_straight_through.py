@@ -82,5 +82,5 @@ class StraightThroughSampled(Estimator):
         return straight_through(gates, logits * weight)
 
     def computed(self, noise: Float[Tensor, "*lead N 2"]) -> Tensor:
-        """Return which units are computed though closed."""
+        """Return which closed units are computed."""
         return noise[..., 1] < self.share

@@ -16,7 +16,7 @@ from gatelet.kernels.backends._protocol import Kernel
 from gatelet.kernels.pattern import flat
 
 SAMPLE = 1 << 12
-"""Gates that are looked at to measure the active fraction."""
+"""How many gates are read to measure the active fraction."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Choice:
     Attributes:
         backend: ``"dense"``, ``"numba"`` or ``"triton"``.
         kernel: ``"dense"``, ``"unit"`` or ``"group"``.
-        active_fraction: the share of open gates it measured, on a sample of examples, or was told; None where it did
-            not look.
+        active_fraction: the share of open gates, measured on a sample of examples or declared; None if it did not
+            look.
         limit: the active fraction below which the sparse kernel is expected to be faster.
         reason: in words.
     """
@@ -43,13 +43,13 @@ class Choice:
         """Say why."""
         if self.why or self.active_fraction is None:
             return self.why
-        # Put into words only when read, since that takes longer than deciding.
+        # The words are made only when they are read, because that takes longer than deciding.
         side = "over" if self.backend == "dense" else "under"
         return f"{self.active_fraction:.1%} of the gates are open, {side} break-even at {self.limit:.0%}"
 
 
 _known = functools.cache(Choice)
-"""The choices that involve no measured number, kept because making one takes as long as a small layer."""
+"""Choices that need no measurement; they are stored, because making one takes as long as a small layer."""
 
 
 @functools.cache
@@ -116,7 +116,7 @@ def choose(backend: str, layer: Layer, look: Callable[[], float], announce: bool
 
 
 def choose_for_lists(backend: str, layer: Layer) -> str:
-    """Return the backend for given lists of open units. Its products cost only what is open, so no share is
+    """Return the backend for given lists of open units. Their products compute open pairs only, so no share has to be
     measured."""
     if backend != "auto":
         _refuse_unable(backend, layer)
@@ -196,7 +196,7 @@ def running(backend: str, layer: Layer, look: Callable[[], float]) -> Backend:
 
 
 def builder(backend: str, layer: Layer) -> Any:
-    """Return the products that build a pattern under this backend: the kernels cost little, whatever follows."""
+    """Return the products that build a pattern under this backend; the kernels build it cheaply, whatever runs next."""
     for each in BACKENDS.values():
         wanted = each.name == backend or (backend == "auto" and each.device == layer.device.type)
         if wanted and not each.cannot(layer):

@@ -82,7 +82,7 @@ class Lists:
 
     def tensors(self) -> list[Tensor]:
         """Return what an op of torch takes instead; :func:`form_of` is the way back."""
-        # N, told by a tensor's size, so that no value need be read.
+        # N as the size of a tensor, so that no value has to be read.
         return [self.starts, self.units, self.starts.new_empty((0, self.count))]
 
 
@@ -115,7 +115,7 @@ def form_of(tensors: list[Tensor], group: int = 1) -> Form | None:
 
 @dataclass(frozen=True)
 class OpenPattern:
-    """Which units are open for which examples: built once, read by every product of forward and backward.
+    """Which units are open for which examples; built once, and read by every product of the forward and backward pass.
 
     Attributes:
         form: :class:`Bits` or :class:`Lists`.

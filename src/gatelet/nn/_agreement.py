@@ -1,4 +1,4 @@
-"""What the processes of torch.distributed tell each other about their parts of a batch."""
+"""What the processes of torch.distributed exchange about their parts of a batch."""
 
 from torch import Tensor
 

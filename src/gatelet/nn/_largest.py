@@ -9,7 +9,7 @@ from gatelet.nn._lists import compiled
 NUMBERS = 1 << 22
 """Outputs that are formed at once, and searched while they are still in the caches."""
 FEW = 16
-"""For fewer examples the product alone is what takes time."""
+"""For fewer examples the product takes nearly all of the time."""
 
 
 def largest(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ def largest(x: Tensor, weight: Tensor, bias: Tensor, k: int) -> tuple[Tensor, Te
 def largest_in_groups(
     x: Tensor, weight: Tensor, bias: Tensor, k: int, opened: Tensor, groups: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the same of the units of each example's open groups, the only ones that are computed.
+    """Return the same among the units of each example's open groups; only these are computed.
 
     Args:
         x: (B, D).

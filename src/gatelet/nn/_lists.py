@@ -1,4 +1,4 @@
-"""Autograd over lists of open (example, latent) pairs, and the three products that it is made of.
+"""Autograd over lists of open (example, latent) pairs, and the three products it uses.
 
 The products are the kernels' (:mod:`gatelet.kernels.backends`) where these take the tensors, else PyTorch's operators
 for embeddings, which form no row per pair, on any device and inside of tracing.
@@ -81,7 +81,7 @@ def _rows(sparse: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rows_as_gradient(latents: Tensor, rows: Tensor, like: Tensor, sparse: bool) -> Tensor:
-    """Return rows of a matrix as a gradient of it: a coalesced sparse tensor, or a dense one with zeros elsewhere."""
+    """Return rows as the gradient of a matrix: a coalesced sparse tensor, or a dense one with zeros elsewhere."""
     if sparse:
         return torch.sparse_coo_tensor(latents[None], rows, like.shape, is_coalesced=True, check_invariants=False)
     return torch.zeros_like(like).index_copy_(0, latents, rows)
@@ -113,7 +113,7 @@ class ListedLinear(torch.autograd.Function):
 
 
 class ListedSum(torch.autograd.Function):
-    """y[b] = Σ value · W[n] over the listed pairs; of unit rows the gradient's parallel part can be taken off."""
+    """y[b] = Σ value · W[n] over the listed pairs; for unit rows the gradient's parallel part can be removed."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, weight: Tensor, lists: Lists, sparse: bool, unit_rows: bool) -> Tensor:
@@ -138,7 +138,7 @@ class ListedSum(torch.autograd.Function):
 
 
 def tangent_(gradient: Tensor, weight: Tensor, latents: Tensor) -> None:
-    """Take the part of each latent's gradient (R, D) that is parallel to its row of the weight off, in place."""
+    """Remove from each latent's gradient (R, D), in place, the part that is parallel to its row of the weight."""
     for part, names in zip(gradient.split(TOGETHER), latents.split(TOGETHER), strict=True):
         rows = weight[names]
         share = torch.linalg.vecdot(part, rows) / torch.linalg.vecdot(rows, rows)
@@ -146,7 +146,7 @@ def tangent_(gradient: Tensor, weight: Tensor, latents: Tensor) -> None:
 
 
 class UnitRows(torch.autograd.Function):
-    """A matrix whose rows keep their length: it is itself, and its gradient is without the rows' parallel parts."""
+    """The identity for a matrix whose rows keep their length; from its gradient the parts along the rows are removed."""
 
     generate_vmap_rule = True
 

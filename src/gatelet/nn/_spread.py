@@ -1,4 +1,4 @@
-"""What :func:`gatelet.nn.spread` makes of a layer; apart, as torch's tensor parallelism takes long to import."""
+"""How :func:`gatelet.nn.spread` changes a layer; a file of its own, as torch's tensor parallelism imports slowly."""
 
 from typing import Any, cast
 
@@ -21,8 +21,8 @@ from gatelet.nn.sparse_code import SparseCode
 class Spread(Units):
     """The units of one process among those of a mesh.
 
-    Every method that meets the other processes must be called by all, in the same order. Its gradient is right for a
-    loss that all compute alike.
+    All processes must call a method that communicates, in the same order. Its gradient is right for a loss that all
+    processes compute alike.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:
@@ -33,7 +33,7 @@ class Spread(Units):
         return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
     def enter(self, x: Tensor) -> Tensor:
-        """Return what all have, for this process's units: the gradient of it is the sum of all processes'."""
+        """Return what all processes have, for this process's units; its gradient is summed over the processes."""
         if not x.requires_grad:
             return x
         return self._as(x, Replicate()).to_local(grad_placements=[Partial()])
@@ -52,7 +52,7 @@ class Spread(Units):
         return self.enter(whole).narrow(-1, self.rank * width, width)
 
     def same_noise(self, device: torch.device) -> None:
-        """Let every process go on with the first one's random state."""
+        """Give every process the random state of the first one."""
         on_cpu = device.type == "cpu"
         state = torch.get_rng_state() if on_cpu else torch.get_device_module(device).get_rng_state(device)
         sent = state.to(device)
@@ -161,7 +161,7 @@ def _shard(module: nn.Module, split: Spread, **dims: int) -> None:
 
 @torch.no_grad()
 def _alike(module: nn.Module, split: Spread) -> None:
-    """Copy the first process's numbers to what every process holds whole."""
+    """Copy the first process's numbers into the tensors that every process holds whole."""
     for tensor in (*module.parameters(), *module.buffers()):
         if not isinstance(tensor, DTensor):
             dist.broadcast(tensor, group_src=0, group=split.mesh.get_group())

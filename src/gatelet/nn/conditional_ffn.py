@@ -69,7 +69,7 @@ def _gated(
     glu: Part | None,
     dropout: float,
 ) -> Tensor:
-    """Return what the gated units give, computed densely only where that is asked for."""
+    """Return the gated units' part of the output, computed densely only if ``dense`` asks for it."""
     if gating.needs_dense(x, gates) or not all_affine(up, down, glu):
         each = gates.repeat_interleave(gating.group_size, dim=-1) if gating.group_size > 1 else gates
         return apply(down, F.dropout(hidden_layer(x, activation, up, glu) * each, dropout, dropout > 0))

@@ -100,7 +100,7 @@ class ConditionalLayer(Penalised):
         self.mask: Tensor | None = None
         self.mask_met = False  # whether a call has had the mask's own shape since it was set
         self.tokens = 0
-        self._opened: Tensor | None = None  # no buffer: to_empty() would leave rubbish in it
+        self._opened: Tensor | None = None  # not a buffer: to_empty() would leave it undefined
         self._passes = Passes()
         self.laid = ByUnit()
         self._last: tuple[Tensor, Any] | None = None  # counts and tokens of the last forward pass
@@ -122,7 +122,9 @@ class ConditionalLayer(Penalised):
         if not estimator.rated:
             target_rate = None
         self.unit = StochasticUnit(estimator, 0.5 if target_rate is None else None, target_rate)
-        if target_rate is not None:  # start at the target: the paper starts at 0, most gates open, and loses epochs
+        if (
+            target_rate is not None
+        ):  # start at the target rate; from 0, where the paper starts, most gates are open and epochs are lost
             if (start_at := getattr(self.gater, "start_at", None)) is not None:
                 start_at(estimator.logit_at(target_rate), target_rate)
             self._check_saves(target_rate, named)
@@ -148,9 +150,9 @@ class ConditionalLayer(Penalised):
 
     @property
     def flops_gater(self) -> int:
-        """What a token spends on the gates: for ``"self"`` and ``"preview"`` the maps that are computed in full.
+        """FLOPs of a token for the gates: for ``"self"`` and ``"preview"`` the maps that are computed in full.
 
-        A gater that does not say it itself (``flops``) has what was counted in its matrix products.
+        If a gater has no ``flops``, those of its matrix products were counted.
         """
         if isinstance(self.gater, SelfGater):
             return self._flops_in_full * self.units
@@ -169,7 +171,7 @@ class ConditionalLayer(Penalised):
 
     @property
     def flops_open(self) -> int:
-        """What else a token spends on an open unit."""
+        """Further FLOPs of a token for an open unit."""
         return self.flops_per_unit - (self._flops_in_full if isinstance(self.gater, SelfGater) else 0)
 
     def _check_saves(self, target_rate: float, named: bool) -> None:
@@ -226,7 +228,7 @@ class ConditionalLayer(Penalised):
         return self.decide_unpadded(*self.without_padding(x, mask), noise, generator, activation)
 
     def without_padding(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return the input with zeros at padding, whatever stood there, and which tokens are none."""
+        """Return the input with zeros at padding, and which tokens are not padding."""
         if not hasattr(x, "dim"):
             check_logits(x, "x")  # says what it is
         mask = self._mask_of(x) if mask is None else _as_mask(mask, x)
@@ -252,7 +254,7 @@ class ConditionalLayer(Penalised):
             return settled, None
         if torch.compiler.is_compiling() or not self.training or is_transformed(x):
             gates, support, term = self._drawn(x, mask, noise, generator, activation)
-        elif not torch.is_grad_enabled():  # a look: nothing moves, and no other process is waited for
+        elif not torch.is_grad_enabled():  # without gradients: no state moves, and no other process is waited for
             with self._state(self._snapshot()), alone():
                 gates, support, term = self._drawn(x, mask, noise, generator, activation)
         else:
@@ -278,7 +280,7 @@ class ConditionalLayer(Penalised):
 
     @contextmanager
     def _state(self, state: list[dict[str, Tensor]]) -> Iterator[None]:
-        """Let the controllers go by copies of this state inside the block; afterwards theirs is what it was."""
+        """Give the controllers copies of this state inside the block; afterwards they have their own again."""
         parts = [part for control in self.sparsity for part in control.modules()]
         before = [dict(part._buffers) for part in parts]
         try:
@@ -454,7 +456,7 @@ class ConditionalLayer(Penalised):
         return f"{self.in_features}, {self.units}, group_size={self.group_size}"
 
     def _mask_of(self, x: Tensor) -> Tensor | None:
-        """Return what :func:`masking` says of these tokens; of those that ``generate()`` adds, that they are none."""
+        """Return the mask of :func:`masking` for these tokens; tokens that ``generate()`` adds are not padding."""
         if self.mask is None:
             return None
         mask, lead = self.mask, x.shape[:-1]
@@ -481,7 +483,7 @@ def _at(generator: torch.Generator | None, state: Tensor | None) -> torch.Genera
 def _as_mask(mask: Tensor, x: Tensor) -> Tensor:
     if not isinstance(mask, Tensor) or mask.shape != x.shape[:-1]:
         found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"mask must be one truth value per token, shape {tuple(x.shape[:-1])}, not {found}")
+        raise ValueError(f"mask must be one boolean per token, shape {tuple(x.shape[:-1])}, not {found}")
     return mask.bool()
 
 

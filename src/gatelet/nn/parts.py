@@ -22,14 +22,14 @@ class Affine(NamedTuple):
 
 
 Part = Affine | nn.Module
-"""An affine map; or a module, where something was added to it that only its own forward computes."""
+"""An affine map; or a module, if something was added to it that only its own forward computes."""
 
 
 def more_than_affine(module: Any) -> str | None:
     """Return what this module does besides x Wᵀ + b, so that its weight must not be read alone; None for nothing.
 
-    Linear is known, and Conv1D as GPT-2 has it. A parametrization (``torch.nn.utils.parametrize``) is read with the
-    weight, so it does not count.
+    Linear and GPT-2's Conv1D are known. A parametrization (``torch.nn.utils.parametrize``) acts when the weight is
+    read, so it does not count.
     """
     kind = getattr(module, "dense_class", type(module))  # a converted map's: its gates are no part of its weight
     if isinstance(module, nn.Linear):
@@ -49,7 +49,7 @@ def more_than_affine(module: Any) -> str | None:
 
 
 def was_replaced(module: nn.Module, method: str) -> bool:
-    """Whether this module computes its method in another way than its class (what removing a hook leaves is not)."""
+    """Whether this module has its own method in place of its class's (what a removed hook leaves does not count)."""
     own = module.__dict__.get(method)
     return own is not None and getattr(own, "__func__", None) is not getattr(type(module), method)
 
@@ -150,7 +150,7 @@ class ByUnit:
         return copy
 
     def _some(self, view: Tensor) -> Tensor:
-        """Return numbers spread over the whole matrix, a diagonal that winds around it."""
+        """Return numbers spread over the whole matrix, along a diagonal that wraps around."""
         rows, width = view.shape
         step = max(1, rows * width // self.SAMPLE) | 1
         count = min(self.SAMPLE, (rows * width - 1) // step + 1)

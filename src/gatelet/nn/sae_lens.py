@@ -34,7 +34,9 @@ def _safetensors() -> Any:
 def save(sae: "SparseAutoencoder", directory: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
     """Write an autoencoder; the input's scale goes into the weights, which keeps codes and outputs."""
     if sae.groups > 1:
-        raise ValueError("groups: SAELens has no architecture with a router; this one cannot be written in its format")
+        raise ValueError(
+            "groups: SAELens has no architecture with a router, so this one cannot be written in its format"
+        )
     folder, scale = Path(directory), sae.input_scale
     folder.mkdir(parents=True, exist_ok=True)
     weights = {

@@ -38,9 +38,9 @@ FOLLOWS = 0.3
 THRESHOLDS = 10.0
 """The thresholds of "jump_relu" learn this many times faster than the weights."""
 SAMPLE = 1 << 24
-"""About this many pre-activations show, at the start, how long the encoder and how high the thresholds are to be."""
+"""At the start, about this many pre-activations set the encoder's length and the thresholds."""
 FEW = 0.05
-"""Up to this share of open latents their products are formed from lists, above it densely."""
+"""Up to this share of open latents, products are formed from lists; above it, densely."""
 
 
 class SAELoss(NamedTuple):
@@ -66,13 +66,13 @@ class SAELoss(NamedTuple):
 
 
 class SparseAutoencoder(nn.Module):
-    """Reconstructs its input from a few open latents of many, which are all that a training step works on.
+    """Reconstructs its input from a few open latents of many; a training step works on the open ones only.
 
     With x̄ = s·x, s such that inputs have length √D on average: z = W_enc (x̄ − b_dec) + b_enc, the code f = act(z), and
     x̂ = (W_decᵀ f + b_dec) / s. The rows of W_dec, one per latent, have unit length.
 
-    After the encoder's product, forward and backward pass read and write the rows of open latents alone. These are the
-    dense layer's numbers: the gradient of a closed latent is zero in both.
+    After the encoder's product, the forward and backward pass read and write only the rows of open latents. The results
+    are those of the dense layer, where the gradient of a closed latent is zero too.
 
     ============== ====================================================== ============================================
     ``activation`` f                                                      loss beside Σ (x̂ − x)²
@@ -222,9 +222,9 @@ class SparseAutoencoder(nn.Module):
     def start_from(self, x: Float[Tensor, "*lead D"]) -> None:
         """Take from a sample the scale and mean of inputs, the length of the encoder, and θ or t for k open latents.
 
-        An encoder as long as the decoder overshoots: several open latents tell of the same part of an input. All its
-        rows are scaled by ⟨x̄ − b_dec, W_decᵀ f⟩ / |W_decᵀ f|² over the sample, so that the first reconstructions fit.
-        They are shortened only: Adam turns longer rows more slowly.
+        If the encoder's rows are as long as the decoder's, reconstructions are too large, because several open latents
+        describe the same part of an input. So all its rows are scaled by ⟨x̄ − b_dec, W_decᵀ f⟩ / |W_decᵀ f|² over the
+        sample. They are only ever shortened, because Adam turns longer rows more slowly.
 
         Args:
             x: (..., D), some thousand examples.
@@ -316,7 +316,7 @@ class SparseAutoencoder(nn.Module):
             raise ValueError(f"code: is of {code.latents} latents, but the layer has {self.d_sae}")
         if code.single and self.split is ALL_HERE and not torch.is_autocast_enabled(self.decoder_bias.device.type):
             weight, bias = self.decoder_weight, self.decoder_bias
-            if not recording(code.values, weight, bias):  # a few operators: calls are what takes time here
+            if not recording(code.values, weight, bias):  # few operators, since the calls take most of the time here
                 found = torch.addmm(bias, code.values.view(1, -1), weight.index_select(0, code.indices.view(-1)))
                 return found.div_(self.input_scale).view(*code.lead, self.d_in)
         return ((self._sum(self.split.part(code)) + self.decoder_bias) / self.input_scale).view(*code.lead, self.d_in)
@@ -337,7 +337,7 @@ class SparseAutoencoder(nn.Module):
         """
         check_input(x, self.encoder_weight)
         if not x.numel():
-            raise ValueError("x must hold an example: there is no mean loss of none")
+            raise ValueError("x must hold an example: without one there is no mean loss")
         centred = self._centred(x.reshape(-1, self.d_in))
         code, extra = self._encode(centred, x.shape[:-1])
         found = self._sum(code)
@@ -359,7 +359,7 @@ class SparseAutoencoder(nn.Module):
 
         Args:
             directory: made if it is not there.
-            metadata: what else ``cfg.json`` is to tell, such as ``model_name`` and ``hook_name``.
+            metadata: further entries of ``cfg.json``, such as ``model_name`` and ``hook_name``.
 
         Raises:
             ValueError: with groups, for which the format has no place.
@@ -452,7 +452,7 @@ class SparseAutoencoder(nn.Module):
         if limit is not None:
             mask = z > limit
         elif isinstance(self.estimator, JumpReLU):
-            # In training those closed ones too that θ's pseudo-derivative asks for.
+            # In training also the closed ones for which θ's pseudo-derivative is not zero.
             below = self.estimator.bandwidth / 2 if self.training else 0.0
             mask = z > self.split.own(self.estimator.theta).detach() - below
         else:
@@ -555,7 +555,7 @@ class SparseAutoencoder(nn.Module):
         return values[chosen], Lists(offsets, indices[chosen], self._here)
 
     def _note(self, code: SparseCode) -> None:
-        """Let the state move when the gradient reaches the code: once per step, however often a forward is repeated."""
+        """Update the state when the gradient reaches the code: once per step, even if the forward pass is repeated."""
         carrier = code.dense if code.dense is not None else code.values
         if not self.training or not carrier.requires_grad or is_transformed(carrier):
             return

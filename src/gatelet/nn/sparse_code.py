@@ -17,7 +17,7 @@ class SparseCode:
 
     Args:
         indices: the open latents, int64.
-        values: their values, differentiable; zero where a latent was looked at and is closed.
+        values: their values, differentiable; zero where a listed latent is closed.
         latents: N.
         lead: the examples' shape.
         offsets: (B + 1,), or None with a fixed number.
@@ -38,7 +38,7 @@ class SparseCode:
 
     @classmethod
     def from_dense(cls, dense: Tensor, lead: torch.Size) -> "SparseCode":
-        """Return the code of dense values (B, N), of which lists are made when they are asked for."""
+        """Return the code of dense values (B, N); lists are made only when they are read."""
         code = cls(dense, dense, dense.shape[1], lead)
         code._dense = dense
         return code

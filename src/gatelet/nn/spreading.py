@@ -22,11 +22,10 @@ def spread(module: nn.Module, mesh: "DeviceMesh") -> nn.Module:
     gater's last layer is spread as well and its logits gathered, so that gates, controllers, statistics, thresholds and
     top-k see all units. Noise is that of the mesh's first process, whose random state the others take.
 
-    It is ``torch.distributed.tensor.parallel.parallelize_module`` with one style for these layers; a function, as
-    what is spread follows from the layer and leaves no choice. Parameters become DTensors, which torch's optimisers,
-    gradient clipping and distributed checkpoints know; per process they are 1/P as large, but for the gater's first
-    layer and the biases of width D. With a mesh of two dimensions hand over one (``mesh["units"]``); the other may be
-    data-parallel.
+    It calls ``torch.distributed.tensor.parallel.parallelize_module`` with one style for these layers. Parameters become
+    DTensors, which torch's optimisers, gradient clipping and distributed checkpoints accept. Per process they are 1/P
+    as large, except for the gater's first layer and the biases of width D. If the mesh has two dimensions, pass one of
+    them (``mesh["units"]``); the other may be data-parallel.
 
     Bias and variance are the layer's.
 
@@ -71,7 +70,7 @@ def spread(module: nn.Module, mesh: "DeviceMesh") -> nn.Module:
 
 
 def _refusal(layer: ConditionalFFN | SparseAutoencoder, processes: int) -> str | None:
-    """Return why a layer cannot be spread over this many processes, None if it can."""
+    """Return why a layer cannot be spread over this many processes, or None if it can."""
     if layer.split is not ALL_HERE:
         return "is spread already"
     if isinstance(layer, SparseAutoencoder):

@@ -20,7 +20,7 @@ class Controller(nn.Module):
     """
 
     def for_gates(self, count: int) -> None:
-        """Take note of the layer's number of gates, before the first batch: buffers have their size from the start."""
+        """Take the layer's number of gates before the first batch, so that buffers have their size from the start."""
 
     def shift(
         self, logits: Float[Tensor, "*lead N"], *, generator: torch.Generator | None = None
@@ -115,7 +115,7 @@ def _first_in_graph(layer: int) -> bool:
     return not met
 
 
-# What torch.compiler.assume_constant_result does; calling it here would import the compiler, and triton, with gatelet.
+# This does what torch.compiler.assume_constant_result does, which would import the compiler and triton.
 _first_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 

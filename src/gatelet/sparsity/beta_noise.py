@@ -12,7 +12,7 @@ from gatelet.sparsity._controller import Controller
 
 
 class BetaNoise(Controller):
-    """Adds skewed noise to the logits in training, so that hovering at the target rate does not pay.
+    """Adds skewed noise to the logits in training, so that a gate gains nothing by staying near the target rate.
 
     a ← a + c·(z − ½), z ~ Beta(α, β), α = (s(β − 2) + 1)/(1 − s), so that the mode of z is s, and
     c = |log(1/s² − 1)| (A.2). In ``eval()`` z is replaced by its mean α/(α + β).

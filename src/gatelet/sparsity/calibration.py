@@ -18,7 +18,7 @@ _KEPT = 1 << 20
 _MOVING = 1 << 16
 """How many of these give the threshold that moves from batch to batch during the first sweep."""
 _CIRCLE = 4
-"""Sweeps, at most, where a unit runs several times for a batch, so that its logits may depend on its own threshold."""
+"""The most sweeps if a unit runs several times for a batch, so that its logits may depend on its own threshold."""
 
 
 def calibrate_thresholds(
@@ -108,10 +108,10 @@ def _settle(
     loader: Iterable[Any],
     run: Callable[..., Any],
 ) -> dict[str, float]:
-    """Sweep until the thresholds stand still; return the shares that they open, in the order of running.
+    """Sweep until the thresholds no longer change; return the shares that they open, in the order of running.
 
-    Each sweep settles one more unit of a chain for good, and thresholds that stood still for a whole sweep stay: then
-    all processes together find what one would with all of the data.
+    Each sweep fixes one more unit of a chain, and thresholds that did not change in a whole sweep are final. So all
+    processes together find what one process would find with all of the data.
     """
     for sweep in itertools.count(1):
         samples = {name: _Sample(unit, target_rate) for name, unit in units.items()}

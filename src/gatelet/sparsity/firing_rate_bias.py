@@ -13,16 +13,16 @@ from gatelet.sparsity._controller import Controller
 
 
 class FiringRateBias(Controller):
-    """Wakes units that hardly ever open.
+    """Raises the bias of units that hardly ever open.
 
     Each unit's firing rate is kept as a moving average r_i ← decay·r_i + (1 − decay)·mean(h_i ≠ 0); while it
     is under the target, the unit's bias grows by ``step`` per batch (section 2.1). The bias is added to the
-    logits and never pushed down: holding a rate from above is the penalties' task.
+    logits and never lowered: the penalties keep rates from being too high.
 
     Args:
         target_rate: the firing rate under which a unit counts as dead.
         step: what a batch adds to the bias, in units of the logits.
-        decay: of the moving average, which starts at the target.
+        decay: the coefficient of the moving average, which starts at the target.
         units: N. A layer that has this controller sets it; otherwise the first call does.
 
     The buffers ``rate`` and ``bias``, (N,), are in ``state_dict``.

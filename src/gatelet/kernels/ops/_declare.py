@@ -101,7 +101,7 @@ class Op:
 
     def __call__(self, given: Any) -> Tensor:
         """Run the op."""
-        if not given.keep and forward_ad._current_level < 0:  # so these are ordinary tensors, and it has been looked at
+        if not given.keep and forward_ad._current_level < 0:  # these are ordinary tensors, which was checked already
             found: Tensor = self.forward(given)[0]
             return found
         tensors = given_tensors(given)
@@ -145,7 +145,7 @@ class Op:
     def _gradients(self, grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
         *args, kept, need = args  # type: ignore[assignment]
         found = self.backward(grad, self._given(tuple(args)), tuple(kept), tuple(need))
-        # A fake can only promise one layout.
+        # A fake tensor has one layout.
         return tuple(grad.new_empty(0) if each is None else each.contiguous() for each in found)
 
     def _fake_gradients(self, grad: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -181,7 +181,7 @@ class Op:
     def second_order(self, grad: Tensor, given: Any, need: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
         """Return the gradients as functions that autograd differentiates again: those of the naive version."""
         with torch.enable_grad():
-            # Views stand for the arguments, so that an argument that was computed from another counts only as itself.
+            # Views replace the arguments, so that an argument that was computed from another one counts only as itself.
             fields = list(given)
             views: list[Tensor | None] = []
             for place, wanted in zip(self.places, need, strict=True):

@@ -1,5 +1,4 @@
-"""Inference for one token at a time over fixed weights: what can be settled beforehand is, so that a call does
-little."""
+"""Inference for one token at a time with fixed weights: most of the work is prepared once, so that a call is short."""
 
 from collections.abc import Callable
 from typing import Any

@@ -176,7 +176,7 @@ def backward(grad: Tensor, given: Given, kept: tuple[Tensor, ...], need: tuple[b
     need_x, need_weight, need_bias, need_gate = need
     products = need_x or need_weight or need_bias
     slopes = partial(run.pointwise, grad, kept[0], given.gate, pattern, given.wide)
-    # Where another large matrix would cost memory, the gate's gradient is formed last and overwrites the coefficients.
+    # To save the memory of another large matrix, the gate's gradient is formed last and overwrites the coefficients.
     spares = backend.spares is not None and grad.nbytes > backend.spares
     later = need_gate and products and spares and given.gate.shape == grad.shape
     coefficient, from_gate = slopes(need_gate=need_gate and not later, need_coefficient=products)

@@ -42,7 +42,7 @@ def pattern_of(gate: Tensor, units: int, backend: str) -> Form:
 
 
 def promised(gate: Tensor, units: int, backend: str) -> Form | None:
-    """Return the pattern of gates (B, G) for a product that comes next and may write it; None if none is read."""
+    """Return the pattern of gates (B, G) for the next product, which may write its bits; None if it reads none."""
     if transformed(gate) or not plain(gate):
         return pattern_of(gate, units, backend)
     found: Form | None = _builder(gate, units, backend).promise(gate, units, True)
@@ -52,7 +52,7 @@ def promised(gate: Tensor, units: int, backend: str) -> Form | None:
 def checked(pattern: Any, units: int, lead: torch.Size | None, what: str) -> OpenPattern:
     """Return the pattern, made from indices if these were given; raise unless it has this many units.
 
-    ``lead`` is the leading shape to have, None for any; ``what`` says what asks for it.
+    ``lead`` is the leading shape it must have, None for any; ``what`` names the argument that needs it.
     """
     if isinstance(pattern, Tensor):
         pattern = pattern_of_indices(pattern, units, "pattern")

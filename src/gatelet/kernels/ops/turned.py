@@ -1,4 +1,4 @@
-"""turned: a matrix laid out the other way."""
+"""turned: a matrix copied with rows and columns exchanged."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from gatelet.kernels.backends import BACKENDS
 from gatelet.kernels.ops._declare import plain
 
 LARGE = 1 << 16
-"""From this many numbers on, compiled code copies: whole cache lines on all threads, where torch's copy uses one."""
+"""From this many numbers on, compiled code copies whole cache lines on all threads; torch's copy uses one thread."""
 
 
 def turned(matrix: Tensor, into: Tensor | None = None) -> Tensor:

@@ -32,7 +32,7 @@ ALL: Mapping[str, Callable[[int, int, int, bool], nn.Module]] = MappingProxyType
 )
 """Name -> how one is built from D, G, the bottleneck M and ``detach_input``."""
 OWN: Mapping[str, type[SelfGater]] = MappingProxyType({"self": SelfGater, "preview": PreviewGater})
-"""Name -> gater that is no network of its own: the layer's numbers decide, by a threshold."""
+"""Name -> gater without a network: the layer's own numbers decide, by a threshold."""
 NAMES = (*ALL, *OWN)
 
 

@@ -1,4 +1,4 @@
-"""Gates that a layer decides by its own activation: no gater beside it."""
+"""Gates that a layer decides by its own activation, without a gater network."""
 
 import torch
 from jaxtyping import Float
@@ -14,7 +14,7 @@ class SelfGater(nn.Module):
     It is not trained: the map that is computed in full anyway says which units matter. With s = 1, as it begins, this
     is CATS. :func:`gatelet.distil` sets s_n to what unit n's activation is multiplied by on the way to the output,
     ‖W2 column n‖ times the root mean square of (W1 x)_n, where that lowers the block's error.
-    What it costs is that map, D N multiply-adds; what its closed units save is the layer's other maps.
+    It costs that map, D N multiply-adds; its closed units save the layer's other maps.
 
     Args:
         in_features: D.
@@ -51,10 +51,10 @@ class SelfGater(nn.Module):
 class PreviewGater(SelfGater):
     """Logits that are what a unit adds to the layer's output: s ∘ |act(W_g x) ∘ (W1 x)|, or s ∘ |act(W1 x)|.
 
-    The best measure for a threshold, but known only once W_g x and W1 x are: closed units save W2, a third of a
-    block with W_g. :func:`gatelet.convert.keep_rows` gives it int8 copies of W_g and W1 to decide by, which are
-    fewer bytes; then W_g, W1 and W2 are read in open units alone. Nothing is trained. With s = 1, as it begins, units
-    count alike; :func:`gatelet.distil` sets s_n = ‖W2 column n‖ where that lowers the block's error.
+    This is the best measure for a threshold, but it is known only after W_g x and W1 x: closed units save only W2, a
+    third of a block with W_g. :func:`gatelet.convert.keep_rows` adds int8 copies of W_g and W1 to decide by, which are
+    fewer bytes; then W_g, W1 and W2 are read for open units only. Nothing is trained. s starts at 1, where all units
+    count alike; :func:`gatelet.distil` sets s_n = ‖W2 column n‖ if that lowers the block's error.
 
     Args:
         in_features: D.

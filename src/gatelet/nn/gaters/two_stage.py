@@ -1,4 +1,4 @@
-"""A gater in two stages: groups first, and inside the open ones the units."""
+"""A gater in two stages: first the groups, then the units inside open groups."""
 
 import math
 
@@ -82,7 +82,7 @@ class TwoStageGater(nn.Module):
             glorot_(self.hidden)
             glorot_(self.gates, gain=4.0)
             glorot_(self.groups, gain=4.0)
-        self.computed: int | Tensor = 0  # no buffer: to_empty() would leave rubbish in it
+        self.computed: int | Tensor = 0  # not a buffer: to_empty() would leave it undefined
         self.tokens = 0
         self._last: Tensor | None = None  # the groups' logits of the last forward pass, for the penalty
 
@@ -131,13 +131,13 @@ class TwoStageGater(nn.Module):
 
     @property
     def flops(self) -> int:
-        """What a token cost since the mode last changed, twice the multiply-adds; before any, at ``group_rate``."""
+        """FLOPs of a token since the mode last changed, twice the multiply-adds; before that, at ``group_rate``."""
         groups, bottleneck = self.groups.out_features, self.hidden.out_features
         share = int(self.computed) / (self.tokens * groups) if self.tokens else self.group_rate or 1.0
         return round(2 * bottleneck * (self.hidden.in_features + groups + share * self.gates.out_features))
 
     def train(self, mode: bool = True) -> "TwoStageGater":
-        """Set the mode; a change of it starts the count of what is computed anew."""
+        """Set the mode; a change of it resets the count of what was computed."""
         if mode != self.training:
             self.computed, self.tokens = 0, 0
         return super().train(mode)
