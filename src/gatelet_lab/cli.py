@@ -1,4 +1,4 @@
-"""The command line: the commands of `gatelet_lab.commands`. A user's error ends in one line, not in a traceback."""
+"""The command line: the commands of `gatelet_lab.commands`. A user's error is shown as one line, not as a traceback."""
 
 import io
 import operator
@@ -18,7 +18,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # tensorboard's noise
 
 
 def main() -> None:
-    """Run the command; a user's error ends in one line, not in a traceback."""
+    """Run the command; a user's error is shown as one line, not as a traceback."""
     try:
         import tyro
         from rich.console import Console
@@ -69,7 +69,7 @@ def _tree(known: list[Command]) -> Any:
 
 
 def _console() -> "Console":
-    """Return where to print; what a terminal cannot show must not end a run of hours."""
+    """Return the console; a character that a terminal cannot show must not end a long run."""
     from rich.console import Console
 
     for stream in (sys.stdout, sys.stderr):

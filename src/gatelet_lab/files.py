@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and are found to be damaged when they are."""
+"""Files that are written whole or not at all, and are checked for damage when they are read."""
 
 import errno
 import json
@@ -56,10 +56,10 @@ Location = Annotated[
 
 
 def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
-    """Let ``write`` fill a file that appears whole or not at all, even if others write to the same path.
+    """Let ``write`` fill a file that appears whole or not at all, even if several processes write to the same path.
 
     Raises:
-        OSError: if it cannot be written; it says what became of the file that was there.
+        OSError: if it cannot be written; it says whether the previous file is still there.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # two writers must not share one
     try:

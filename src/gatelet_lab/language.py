@@ -107,7 +107,7 @@ def perplexity(model: nn.Module, windows: Tensor, show: Callable[..., Any] = lam
 
 
 class Decoder:
-    """Decodes greedily, one token at a time, and knows how long each took."""
+    """Decodes greedily, one token at a time, and times each token."""
 
     def __init__(self, model: nn.Module, prompt: Tensor) -> None:
         self.model, self.prompt = model, prompt
@@ -115,7 +115,7 @@ class Decoder:
 
     @torch.no_grad()
     def turn(self, new: int) -> None:
-        """Take in the prompt, then decode this many tokens."""
+        """Read the prompt, then decode this many tokens."""
         out = self.model(self.prompt, use_cache=True)
         for _ in range(new):
             token, cache = out.logits[:, -1:].argmax(-1), out.past_key_values

@@ -10,7 +10,7 @@ _RUN = "run.json"
 
 
 def check_output(out: Path, resume: bool, identity: Mapping[str, Any]) -> None:
-    """See that the directory is free, or with ``resume`` that it holds the run of this identity.
+    """Check that the directory is free, or with ``resume`` that it holds the run of this identity.
 
     Raises:
         ValueError: if it is neither; it names --out.

@@ -81,7 +81,7 @@ def show(results: Sequence[Result], title: str, caveat: str, console: Console) -
 
 
 def grid(title: str, header: Sequence[str], body: Sequence[Sequence[str]], fold: bool = False) -> Table:
-    """Return a table for the terminal; with ``fold`` a cell that is too long goes on in the next line."""
+    """Return a table for the terminal; with ``fold`` a cell that is too long continues on the next line."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for index, name in enumerate(header):
         side: Literal["left", "right"] = "left" if index == 0 else "right"

@@ -187,7 +187,7 @@ class RowsFFN(_Rows):
         self.register_buffer("scale", self.gater.scale.detach().float().clone())
 
     def _keep_down(self, weight: Tensor, bias: Tensor | None) -> None:
-        """Keep W2 (O, N) by unit; int8 has a scale per output, as a few large outputs would make scales per unit coarse."""
+        """Keep W2 (O, N) by unit; int8 has a scale per output, since the few large outputs would coarsen every unit."""
         if self.weights != "int8":
             self._keep("down", weight.t(), bias)
             return

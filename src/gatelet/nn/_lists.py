@@ -146,7 +146,7 @@ def tangent_(gradient: Tensor, weight: Tensor, latents: Tensor) -> None:
 
 
 class UnitRows(torch.autograd.Function):
-    """The identity for a matrix whose rows keep their length; from its gradient the parts along the rows are removed."""
+    """The identity for a matrix whose rows keep their length; parts along the rows leave its gradient."""
 
     generate_vmap_rule = True
 

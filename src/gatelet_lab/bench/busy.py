@@ -24,7 +24,7 @@ def _spin(parent: int) -> None:
 
 @contextmanager
 def busy(count: int) -> Iterator[None]:
-    """Run this many processes that always compute; they end with the block, or with this process."""
+    """Run this many processes that compute all the time; they end with the block, or with this process."""
     spawn = multiprocessing.get_context("spawn")
     processes = [spawn.Process(target=_spin, args=(os.getpid(),), daemon=True) for _ in range(count)]
     for process in processes:

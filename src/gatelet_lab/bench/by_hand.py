@@ -177,5 +177,5 @@ HAND: Mapping[str, Hand] = {
 
 
 def by_hand(name: str) -> Hand:
-    """Return the hand-written estimator, without what an earlier use left in it."""
+    """Return the hand-written estimator, without state of an earlier use."""
     return copy.deepcopy(HAND[name])

@@ -113,7 +113,7 @@ def prepare(row: Row, batch: int, rate: float, peers: bool) -> dict[str, Callabl
         is_open = each.detach() != 0
         ways["dense × mask"] = lambda: torch.where(is_open, F.linear(x, weight, bias), 0)
         if row.group == 1 and not grad:
-            # The peer's pattern is built outside of the clock: it starts ahead.
+            # The peer's pattern is built before the timing starts, which favours the peer.
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the peer announces that it is in beta
                 csr = each.to_sparse_csr()
@@ -125,7 +125,7 @@ def prepare(row: Row, batch: int, rate: float, peers: bool) -> dict[str, Callabl
                 grouped_mm(x[:1], weight, bias, gate[:1])
                 ways["grouped_mm"] = lambda: grouped_mm(x, weight, bias, gate)
             except (RuntimeError, NotImplementedError, AttributeError) as error:
-                warnings.warn(f"bench kernels: grouped_mm is left out, for it fails: {error}", stacklevel=3)
+                warnings.warn(f"bench kernels: grouped_mm is left out, because it fails: {error}", stacklevel=3)
     # The mask has no gradient of its own: its rows pass the gate by.
     inputs = {"dense": (x, weight, bias, each), "dense × mask": (x, weight, bias)}
     pairs = {name: (way, inputs.get(name, (x, weight, bias, gate))) for name, way in ways.items()}
@@ -172,12 +172,12 @@ def grouped_mm(x: Tensor, weight: Tensor, bias: Tensor, gate: Tensor) -> Tensor:
 
 
 def check(row: Row, ways: Ways) -> None:
-    """Raise unless all ways compute the same: what is wrong is not timed."""
+    """Raise unless all ways compute the same; wrong results are not timed."""
     want = ways["dense"]()
     for name, way in ways.items():
         have = way()
         if name == "sampled_addmm":
-            continue  # no bias; a peer, not ours to vouch for
+            continue  # no bias; a peer, which we cannot mend
         pairs = zip(have, want, strict=False) if row.backward else [(have, want)]
         for a, b in pairs:
             scale = b.abs().max().item()

@@ -90,7 +90,7 @@ def tables(width: int, units: int, most: int, batch: int) -> dict[str, Ways]:
 
 
 def show_many(console: Console, rounds: int = 48) -> list[dict[str, Any]]:
-    """Print nanoseconds per open pair with ever more units. Every call has other units: what it reads is not near."""
+    """Print nanoseconds per open pair for growing N. Every call has other units, so what it reads is not in cache."""
     width, sizes, most, batch = MANY
     console.print(f"D = {width}, {most} open, B = {batch}: ns per open pair", highlight=False)
     found = []

@@ -34,7 +34,7 @@ def show_steps(budget: float, patience: float, bottleneck: int, console: Console
 
 @torch.no_grad()
 def open_at(layer: ConditionalLinear, x: Tensor, rate: float) -> None:
-    """Shift the gates' biases together until they fire at this rate: where a recipe starts, they may not yet."""
+    """Shift all gates' biases until the gates fire at this rate; at a recipe's start they may not."""
     logits, low, high = layer.gater(x), -100.0, 100.0
     for _ in range(40):
         middle = (low + high) / 2
@@ -53,7 +53,7 @@ def steps(trainer: PaperTrainer) -> dict[str, Callable[[], Any]]:
     trainer.model.train()
 
     def step(linear: Callable[..., Tensor]) -> None:
-        # One batch again and again would be learned by heart, and its gates with it: hence the rate.
+        # The rate is tiny because one batch is repeated: with a real one the network would memorise it, gates included.
         rates = [1e-6 for _ in trainer.optimizer.param_groups]
         with (
             mock.patch.object(conditional_linear, "gated_linear", linear),

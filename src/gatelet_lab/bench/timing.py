@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 QUIET = 0.05
-"""A measurement counts as undisturbed while other processes use less of a core than this."""
+"""A measurement counts as undisturbed if other processes use less than this share of a core."""
 Ways = Mapping[Any, Callable[[], Any]]
 
 
@@ -61,7 +61,7 @@ def _once(ways: Ways, budget: float) -> tuple[dict[Any, float], float]:
             start = time.perf_counter()
             ways[name]()
             times[name].append(time.perf_counter() - start)
-        # Whatever ran before leaves its weights in the caches, so the order is shuffled.
+        # The way that ran before leaves its weights in the caches, so the order is shuffled.
         random.shuffle(order)
     wall = time.perf_counter() - begin
     others = (_busy() - busy - (time.process_time() - own)) / wall

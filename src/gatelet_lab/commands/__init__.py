@@ -1,7 +1,7 @@
 """The subcommands of `gatelet`, one file each.
 
 A command is a module with ``run(options, console)``; the type of ``options`` is a frozen dataclass, whose fields and
-their docstrings are the command line. A new one is a file here and a line in ``NAMES``.
+their docstrings are the command line. To add a command, add a file here and a line in ``NAMES``.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,7 +34,7 @@ GROUPS: Mapping[str, str] = MappingProxyType(
 
 
 class Command(NamedTuple):
-    """A subcommand: its words, the dataclass of its options, and what it does."""
+    """A subcommand: its name in words, the dataclass of its options, and its function."""
 
     words: tuple[str, ...]
     options: type

@@ -1,8 +1,8 @@
 """`gatelet bench estimators`: what each estimator costs beside the same thing written by hand in plain PyTorch.
 
-The objective is deliberately cheap, Σ_i (h_i − 0.45)²/N per example: what is timed is the estimator. Before a pair is
-timed, its two sides must give the same gradient from the same seed: a speed is only compared where the result is the
-same.
+The objective is cheap on purpose, Σ_i (h_i − 0.45)²/N per example, so that the estimator is what is timed. Before a
+pair is timed, both sides must give the same gradient from the same seed: speeds are compared only where results are
+equal.
 """
 
 import gc
@@ -168,7 +168,9 @@ def _measure(name: str, batch: int, units: int, rounds: int) -> Row:
     gc.disable()
     try:
         for turn in range(-5, rounds):
-            for way, call in order[turn % len(order) :] + order[: turn % len(order)]:  # no way is always first
+            for way, call in (
+                order[turn % len(order) :] + order[: turn % len(order)]
+            ):  # so that neither way is always first
                 a.grad = None
                 began = time.perf_counter()
                 call()

@@ -25,7 +25,7 @@ class BenchFFN:
     batches: tuple[int, ...] = (1, 32, 256)
     """Tokens."""
     estimator: str = "straight_through_open"
-    """Estimator for forward + backward; choose one that does not compute closed units."""
+    """Estimator for forward + backward; choose one that needs no closed units."""
     group: int = 1
     """Units that share a gate."""
     seconds: float = 2.0

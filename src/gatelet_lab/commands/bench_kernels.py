@@ -35,16 +35,16 @@ class BenchKernels:
     bottleneck: int = 400
     """Width of the gater's hidden layer, with --step."""
     lists: bool = False
-    """Instead of the table: few open units given as lists, beside embedding_bag, sampled_addmm and CSR products."""
+    """Instead of the table: a few open units given as lists, beside embedding_bag, sampled_addmm and CSR products."""
     rows: bool = False
     """Instead of the table: inference over bfloat16 and int8 weights, beside dense layers of the same format."""
     busy: int | None = None
     """Instead of the table: how long single calls take while this many other processes keep the cores busy."""
     trained: Path | None = None
-    """Instead of the table: gates of trained networks, beside random ones. This directory keeps them, and the table as
-    trained.json; what is not there yet is trained first."""
+    """Instead of the table: gates of trained networks, beside random ones. This directory keeps the gates, and the table
+    as trained.json; networks whose gates are missing are trained first."""
     epochs: int = 2
-    """For how many epochs, with --trained."""
+    """How many epochs to train, with --trained."""
     model: Path | None = None
     """With --trained, also the middle block of this language model (a directory of Hugging Face's or a GGUF file)."""
     plot: Path | None = None

@@ -42,10 +42,10 @@ class Variant(NamedTuple):
 # With a learning rate of 1 and a weak penalty, most gates of a network a quarter as wide close for good (12.7 % error).
 _CALM = ("rate=0.3", "gater_rate=1", "kl_weight=0.1", "gate_scale=4", "gate_bias=0")
 
-# The same for all, whatever is best for the table's rows, so that two runs differ in one thing.
+# The same for all variants, so that two runs differ in one thing, even if the table's rows have better values.
 _ALIKE = ("input_dropout=0.2", "hidden_dropout=0", "rate_decay=0.88")
 
-# What a claim is about is set on both sides, whatever the table's recipes say.
+# The setting that a claim is about is set on both sides, whatever the table's recipes say.
 VARIANTS: Mapping[str, Variant] = MappingProxyType(
     {
         "noisy_rectifier": Variant("noisy_rectifier", ("gate_bias=-1.28",)),
@@ -158,7 +158,7 @@ class Claims(jobs.Run):
 
 @led
 def run(options: Claims, console: Console) -> None:
-    """Train the variants, measure the baselines' variance, and write what it says about the claims."""
+    """Train the variants, measure the baselines' variance, and write what follows for the claims."""
     for name in ("seeds", "epochs", "train_images"):
         check_count(getattr(options, name), f"--{name.replace('_', '-')}")
     if not 0 < options.width <= 1:

@@ -1,4 +1,4 @@
-"""`gatelet diagnose`: estimators on ready problems, and the table that certifies all of them."""
+"""`gatelet diagnose`: estimators on ready-made problems, and the table that certifies all of them."""
 
 from pathlib import Path
 from typing import get_args

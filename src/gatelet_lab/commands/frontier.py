@@ -48,7 +48,7 @@ class Frontier(jobs.Run):
     epochs: int = 8
     """Epochs of every run; the learning rate falls to zero over them."""
     time: bool = False
-    """Train nothing; measure the inference time of the finished points. Needs a quiet machine."""
+    """Train nothing; measure the inference time of the finished points. Nothing else should run on the machine."""
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE"), tyro.conf.UseAppendAction] = ()
     """Override a field of the recipe of every point, as experts=2000; may be repeated."""
     out: Location = Path("runs/frontier")

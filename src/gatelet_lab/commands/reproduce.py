@@ -69,7 +69,7 @@ def write(options: Reproduce, results: Sequence[table.Result]) -> None:
 
 
 def caveat(results: Sequence[table.Result], options: Reproduce) -> str:
-    """Return what must be said of this run."""
+    """Return the note that belongs to this run's table."""
     if options.preset == "best":
         cost, taken = results[0]["multiply_adds"], results[0]["config"]["more_training"]
         teacher = results[0].get("teacher")

@@ -51,13 +51,13 @@ class Sweep:
     preset: Preset = "quick"
     """Whose recipe to start from: its epochs, its schedule."""
     trials: int = 30
-    """Finished trials (complete or pruned) that the study shall hold in the end, including those of other processes."""
+    """How many finished trials (complete or pruned) the study should have at the end, including other processes'."""
     epochs: int | None = None
     """Train each trial for at most this many epochs, instead of the recipe's number."""
     space: Annotated[tuple[str, ...], tyro.conf.arg(metavar="KEY=RANGE"), tyro.conf.UseAppendAction] = ()
     """What to search, instead of the row's own space: rate=0.03:1:log, gate_bias=-6:0, batch=32,64; may be repeated."""
     settings: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE"), tyro.conf.UseAppendAction] = ()
-    """Hold a field of the recipe at this value; may be repeated."""
+    """Fix a field of the recipe at this value; may be repeated."""
     seed: int = 0
     """Seed of every trial's training."""
     dataset: str = "mnist"
@@ -182,7 +182,7 @@ class Search:
         except optuna.TrialPruned:
             checkpoint.unlink(missing_ok=True)
             raise
-        except (KeyboardInterrupt, Stopped):  # whoever continues the search begins with this trial
+        except (KeyboardInterrupt, Stopped):  # the process that continues the search begins with this trial
             retry()(self.study, _frozen(self.study, trial))
             raise
         checkpoint.unlink(missing_ok=True)
@@ -270,7 +270,7 @@ def plan(options: Sweep) -> tuple[Recipe, Space]:
         if key in space or key in held:
             raise ValueError(f"--space {text}: {key} is there twice")
         space[key] = distribution
-        for end in _ends(distribution):  # the recipe's own checks, before hours are spent
+        for end in _ends(distribution):  # the recipe's own checks come before hours of training
             override(base, [f"{key}={end}"])
     return base, space
 
@@ -388,7 +388,7 @@ def _storage(url: str) -> optuna.storages.RDBStorage:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if url == STORAGE:
         Path("runs").mkdir(exist_ok=True)
-    # Processes take turns in an SQLite file; its default patience of 5 s is short beside a busy disk.
+    # Processes take turns in an SQLite file; its default limit of 5 s is too short for a busy disk.
     waiting = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

@@ -47,7 +47,7 @@ class TrainSAE:
     open_groups: int = 1
     """Groups that are open per token."""
     tokens: int = 4_000_000
-    """Tokens to train on; the text is read again where it has fewer."""
+    """Tokens to train on; if the text has fewer, it is read again."""
     collect: int = 1_000_000
     """Collect the activations of at most this many tokens."""
     context: int = 256
@@ -123,7 +123,7 @@ def check(options: TrainSAE) -> None:
 
 
 def identity(options: TrainSAE) -> dict[str, Any]:
-    """Return what an output directory must agree with to be continued."""
+    """Return what must be the same for an output directory to be continued."""
     told = {key: value for key, value in asdict(options).items() if key not in FREE}
     told |= {"model": str(options.model), "text": list(options.text), "held_out": list(options.held_out)}
     return {"command": "train sae", "version": version("gatelet"), **told}

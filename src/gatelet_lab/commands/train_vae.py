@@ -1,6 +1,6 @@
 """`gatelet train vae`: a binary-latent VAE with several estimators, at equal objective evaluations per step.
 
-The runs follow one another, not side by side as those of the paper's table, because their times per step are compared.
+The runs follow one another (those of the paper's table run side by side), because their times per step are compared.
 """
 
 import math
@@ -102,7 +102,7 @@ def finish(options: TrainVAE, trainers: Sequence[VAETrainer], console: Console) 
 
 
 def train(trainer: VAETrainer, options: TrainVAE, console: Console) -> None:
-    """Train one job to its last step, with a report and a checkpoint every so often."""
+    """Train one job to its last step, with regular reports and checkpoints."""
 
     def show(row: Report) -> None:
         console.print(

@@ -19,7 +19,7 @@ from gatelet_lab.data.idx import DataError as DataError
 from gatelet_lab.data.sources import MIRRORS, obtain
 
 
-@dataclass(frozen=True, eq=False)  # tensors have no single truth value to compare by
+@dataclass(frozen=True, eq=False)  # tensors cannot be compared for equality by ==
 class Split:
     """A data set cut in three.
 
@@ -37,7 +37,7 @@ class Split:
 
     @functools.cached_property
     def content(self) -> str:
-        """A hash of all images and labels: two data sets of one name and the same sizes are two."""
+        """A hash of all images and labels, which tells apart two data sets of the same name and sizes."""
         digest = hashlib.blake2b(digest_size=16)
         for part in (self.train_images, self.train_labels, self.valid_images, self.valid_labels):
             digest.update(part.contiguous().numpy().data)

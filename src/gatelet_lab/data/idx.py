@@ -31,7 +31,7 @@ Files = Mapping[str, tuple[str, bytes]]
 
 
 def find(folder: Path) -> dict[str, Path]:
-    """Return the four IDX files of a folder, {} when it has none of them; only some of them is an error."""
+    """Return the four IDX files of a folder, or {} if it has none of them; if it has only some, that is an error."""
     found = {}
     for stem, usual in NAMES.items():
         dotted = usual.replace("-idx", ".idx")

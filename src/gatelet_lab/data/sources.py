@@ -87,7 +87,7 @@ def obtain(name: str, data_dir: Path | None) -> Files:
         try:
             blobs = fetch()
             files = {stem: (f"{label} {stem}", _unpack(name, stem, stem, blobs[stem])) for stem in NAMES}
-        except Exception as error:  # whatever fails at one source, the next may work
+        except Exception as error:  # if one source fails, the next may work
             tried.append(f"{label}: {_brief(error)}")
             continue
         try:

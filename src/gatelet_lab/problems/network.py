@@ -17,7 +17,7 @@ def run(options: Diagnose, console: Console) -> str:
     recipe = recipes.straight_through().but(
         experts=options.experts,
         bottleneck=options.bottleneck,
-        input_dropout=0.0,  # other noise would count as every estimator's variance
+        input_dropout=0.0,  # other noise would count as variance of every estimator
         hidden_dropout=0.0,
     )
     model = PaperNet(recipe, split.train_images.shape[1], split.classes)

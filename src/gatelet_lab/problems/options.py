@@ -19,7 +19,7 @@ Problem = Literal["toy", "polynomial", "network", "certificate"]
 
 @dataclass(frozen=True)
 class Diagnose:
-    """Measure bias, variance and cost of estimators on a ready problem, or certify them all."""
+    """Measure bias, variance and cost of estimators on a ready-made problem, or certify them all."""
 
     problem: tyro.conf.Positional[Problem]
     """toy: E[(b − t)²], with known closed forms. polynomial: ReinMax's, with training curves. network: the paper's

@@ -4,9 +4,9 @@ A cache is a directory: ``cache.json`` (what it holds, and how many contexts are
 length) and ``activations.bin``, bfloat16, a row per token but each context's first. Collecting appends a block of
 contexts and then raises the count, so it can be interrupted anywhere.
 
-At the first token, and at a few others, models park their attention: such a row is a hundred times longer than the
-rest, and alone has more variance than a thousand of them. Rows longer than ``LONG`` medians are left out: when a cache
-is opened, the row before stands in for each.
+At the first token and at a few others, where models put unused attention, a row is a hundred times longer than the rest
+and alone has more variance than a thousand of them. Rows longer than ``LONG`` medians are left out: when a cache is
+opened, each is replaced by the row before it.
 """
 
 import glob
@@ -208,11 +208,11 @@ class Cache:
         return self.rows[:: max(1, len(self.rows) // count)].float()
 
     def batches(self, batch: int, seed: int, start: int = 0, buffer: int = 1 << 17) -> Iterator[Tensor]:
-        """Yield batches for ever, from batch number ``start`` on, each row at most once per pass over the text.
+        """Yield batches without end, from batch number ``start`` on, each row at most once per pass over the text.
 
         A buffer holds runs of neighbouring rows from all over the text and gives its rows in random order. What a
-        batch holds follows from the seed and its number alone. Runs that do not fill a buffer sit a pass out; which
-        these are changes from pass to pass.
+        batch holds follows from the seed and its number alone. Runs that do not fill a buffer are left out of that
+        pass; which ones changes from pass to pass.
         """
         runs = len(self.rows) // _SHUFFLED
         if runs * _SHUFFLED < batch:

@@ -1,4 +1,4 @@
-"""What a trained autoencoder is worth, which contexts open its latents, and the page that shows both."""
+"""How good a trained autoencoder is, which contexts open its latents, and the page that shows both."""
 
 import html
 import json
@@ -151,7 +151,7 @@ class Seen:
             context, position = divmod(int(rows[at]), length - SKIPPED)
             position += SKIPPED
             if (context, position // _AROUND) in used:
-                continue  # a neighbour in the same sentence shows nothing new
+                continue  # a window of the same sentence shows nothing new
             used.add((context, position // _AROUND))
             span = range(max(0, position - _AROUND), min(length, position + _AROUND + 1))
             words = [self.word(int(self.tokens[context, i])) for i in span]

@@ -26,7 +26,7 @@ COOL = 0.2
 
 @dataclass
 class Row:
-    """What the steps since the last row showed, of the batches that were trained on."""
+    """Means over the steps since the last row, on the batches that were trained on."""
 
     step: int
     tokens: int
@@ -120,5 +120,5 @@ class SAETrainer(Trainer[Tensor, Row]):
         return {"sae": self.sae.state_dict()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take it up."""
+        """Restore the autoencoder's state."""
         self.sae.load_state_dict(state["sae"])

@@ -1,4 +1,4 @@
-"""Jobs on a Dask cluster: what must be true of its workers before anything is trained, and the link to them."""
+"""Jobs on a Dask cluster: the checks of its workers before anything is trained, and the link to them."""
 
 import platform
 import queue
@@ -77,7 +77,7 @@ class ClusterWorkers(Workers):
         return None
 
     def trouble(self) -> str | None:
-        """Return a message when the last worker is gone. However often it is called, it seldom asks the scheduler."""
+        """Return a message when the last worker is gone. It may be called often: it rarely asks the scheduler."""
         if time.monotonic() < self._look_again:
             return None
         self._look_again = time.monotonic() + PATIENCE
@@ -120,7 +120,7 @@ def _everywhere(client: "Client", url: str, function: Callable[..., Any], *args:
 
 
 def check_versions(client: "Client", url: str) -> list[str]:
-    """See that every worker has our versions and runs one job at a time; return their addresses."""
+    """Check that every worker has our versions and runs one job at a time; return their addresses."""
     workers: dict[str, Any] = client.scheduler_info(n_workers=-1)["workers"]
     for address, told in workers.items():
         if told["nthreads"] != 1:  # jobs use the random state of the process
@@ -151,7 +151,7 @@ def _release(name: str, text: str) -> str:
 
 
 def check_out(client: "Client", url: str, out: Path) -> None:
-    """See that every worker reads what is written here, and can write."""
+    """Check that every worker reads what is written here, and can write."""
     probe, token, new = out / f".probe-{uuid.uuid4().hex}", uuid.uuid4().hex, not out.exists()
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,7 @@ def _read_probe(probe: Path) -> str:
 
 
 def check_data(client: "Client", url: str, data: Callable[[], str]) -> None:
-    """See that every worker reads the data that is read here."""
+    """Check that every worker reads the data that is read here."""
     ours = data()
     for address, theirs in _everywhere(client, url, data).items():
         if theirs != ours:

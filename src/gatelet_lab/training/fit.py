@@ -1,4 +1,4 @@
-"""The one training loop: steps, a row that reports them, a checkpoint. A resumed run is the same to the bit."""
+"""The one training loop: steps, a row that reports them, a checkpoint. A resumed run gives exactly the same numbers."""
 
 import json
 import math
@@ -102,7 +102,7 @@ class Trainer(ABC, Generic[Batch, Row]):
 
     @abstractmethod
     def identity(self) -> dict[str, Any]:
-        """Return what a checkpoint must agree with to be continued."""
+        """Return what must be the same for a checkpoint to be continued."""
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class Trainer(ABC, Generic[Batch, Row]):
         """Restore what :meth:`state` returned."""
 
     def of_older(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Return a checkpoint of an earlier version in the present form."""
+        """Convert a checkpoint of an earlier version to the present form."""
         return state
 
     def place(self) -> str:

@@ -50,7 +50,7 @@ class Run:
     measures_here: ClassVar[bool] = False  # something on the device, in the process of the command itself
 
     def identity(self) -> dict[str, str]:
-        """Return what an output directory must agree with, if it is to be continued."""
+        """Return what must be the same for an output directory to be continued."""
         raise NotImplementedError
 
     def load(self) -> data.Split:
@@ -169,7 +169,7 @@ def _work(link: Link, job: Job, options: Run) -> dict[str, Any]:
     result["history"] = [asdict(row) for row in trainer.history]
     if world.first:
         _write(trainer, options, job, result)
-        checkpoint.unlink(missing_ok=True)  # 30 MB that nothing needs now
+        checkpoint.unlink(missing_ok=True)  # 30 MB that are no longer needed
     return result
 
 
@@ -201,7 +201,7 @@ def tensorboard(folder: Path, world: World) -> Iterator[Callable[[Epoch], None]]
 
 
 def teacher_of(recipe: Recipe) -> Job | None:
-    """Return the run whose network a recipe learns from. It saw the same images, or validation would mean little."""
+    """Return the run whose network a recipe learns from. It trains on the same images, to keep validation fair."""
     if not recipe.augmentation.teacher_share:
         return None
     return Job(teacher().but(more_training=recipe.optimiser.more_training), 0)
@@ -219,7 +219,7 @@ def read_teacher(options: Run, recipe: Recipe, split: data.Split, world: World =
 
 
 def weights_file(out: Path, job: Job) -> Path:
-    """Return where a job's best weights are kept, by a command that needs them again."""
+    """Return where a job's best weights are kept, for a command that needs them again."""
     return out / "rows" / f"{job.name}.weights.pt"
 
 

@@ -1,4 +1,4 @@
-"""Figure 1: the paper's network, built from a recipe; several that vote; a mixture of experts in place of gates."""
+"""Figure 1: the paper's network, built from a recipe; an ensemble of such networks; a mixture of experts."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -119,7 +119,7 @@ def conditional_layer(recipe: Recipe, features: int) -> gatelet.nn.ConditionalLi
 
 
 def _in_float32(_: nn.Module, __: tuple[Tensor, ...], logits: Tensor) -> Tensor:
-    """Return the logits as noise needs them: a probability has too few digits in bfloat16."""
+    """Return the logits in float32, because bfloat16 has too few digits for a probability."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -143,7 +143,7 @@ def start_gates(layer: gatelet.nn.ConditionalLinear, recipe: Recipe) -> None:
         if recipe.gater.sparse_gates is None:
             bound = recipe.gater.gate_scale * math.sqrt(6 / (gates.in_features + gates.out_features))
             gates.weight.uniform_(-bound, bound)
-        else:  # each gate hears only a few bottleneck units
+        else:  # each gate is connected to only a few bottleneck units
             chosen = torch.rand(gates.weight.shape).argsort(dim=1) < recipe.gater.sparse_gates
             gates.weight.copy_(torch.randn(gates.weight.shape) * chosen)
         if recipe.gater.gate_bias is not None:
@@ -250,7 +250,7 @@ class Mixture(nn.Module):
             load, mean = batch_mean(opened), batch_mean(probability)  # over all processes
             if load is not None and mean is not None:
                 self.balance = self.BALANCE * logits.shape[-1] * (load / self.chosen * mean).sum()
-        if torch.is_grad_enabled():  # a closed expert gets no gradient either; at this size dense is faster
+        if torch.is_grad_enabled():  # a closed expert gets no gradient either, but at this size dense is faster
             units = self.expert(x) * route.repeat_interleave(self.group_size, dim=-1)
         else:
             units = gatelet.kernels.gated_linear(x, self.expert.weight, self.expert.bias, route)

@@ -29,7 +29,7 @@ PROBABILITY_BINS = 100
 
 @dataclass
 class Epoch:
-    """What one epoch showed; errors in per cent, open gates as a share."""
+    """The figures of one epoch; errors in per cent, open gates as a share."""
 
     epoch: int
     train_loss: float

@@ -1,4 +1,4 @@
-"""What decides a run: nested parts, each of which checks itself.
+"""A recipe, which decides a run: nested parts, each of which checks itself.
 
 In files and on the command line a recipe is flat: the fields' names are unique over all parts.
 """
@@ -197,7 +197,7 @@ class Optimiser:
     """Stop after this many epochs without a better validation error; ignored with a cosine, whose last weights
     count."""
     more_training: int = 0
-    """How many of the validation images (at most nine in ten) are trained on as well, once all else has been chosen."""
+    """How many validation images (at most nine in ten) are trained on too, after everything else was chosen."""
 
     def __post_init__(self) -> None:
         """Check every number."""

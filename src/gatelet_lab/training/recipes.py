@@ -40,7 +40,7 @@ def noisy_rectifier() -> Recipe:
 def straight_through() -> Recipe:
     """Section 4, without the factor σ′. At the paper's rate of 0.1 it stalls near 2.1 % validation error.
 
-    The paper's penalty of 0.1 keeps the gates hovering at the target; a weaker one lets them decide.
+    The paper's penalty of 0.1 keeps each gate's probability near the target; with a weaker one gates decide.
     """
     return Recipe(
         row="straight_through",

@@ -33,7 +33,7 @@ def started() -> bool:
 
 
 def world() -> World:
-    """Return the processes that have joined."""
+    """Return the processes of this training."""
     return _world
 
 

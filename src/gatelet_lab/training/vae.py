@@ -70,7 +70,7 @@ class Settings:
 
 @dataclass
 class Report:
-    """What one evaluation showed: ELBO in nats per image, the gradient per logit of the first layer."""
+    """The figures of one evaluation: ELBO in nats per image, the gradient per logit of the first layer."""
 
     step: int
     train_elbo: float

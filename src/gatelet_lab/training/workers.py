@@ -154,14 +154,14 @@ _halt: Any = None
 
 
 def _begin(events: Any, halt: Any, threads: int) -> None:
-    """Set up a worker process: it listens to the parent's wish to stop, and stops when the parent is gone."""
+    """Set up a worker process: it stops when the parent asks for it, or when the parent is gone."""
     import signal
 
     global _events, _halt
     _events, _halt = events, halt
     parent = os.getppid()
 
-    def watch() -> None:  # a parent that was killed cannot say so; no state is lost, checkpoints are whole
+    def watch() -> None:  # a parent that was killed cannot ask; no state is lost, as checkpoints are whole
         while os.getppid() == parent:
             time.sleep(0.5)
         os._exit(1)

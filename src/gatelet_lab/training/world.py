@@ -1,4 +1,4 @@
-"""The processes of one training: each takes its part of every batch, and all get the numbers of one process."""
+"""The processes of one training: each takes its part of every batch, and the numbers are those of one process."""
 
 import os
 from collections.abc import Iterable
@@ -43,7 +43,7 @@ class World:
         return values.mean() if self.size == 1 else values.sum() * (self.size / count)
 
     def noise(self, rows: slice, count: int) -> AbstractContextManager[object]:
-        """Let what is drawn inside the block for these rows be what one process draws for all ``count``."""
+        """Inside the block, draw for these rows what one process would draw when it draws for all ``count`` rows."""
         return nullcontext() if self.size == 1 else WholeNoise(rows, count)
 
     # ---------------------------------------------------------------- messages
@@ -97,9 +97,9 @@ SHAPED = {
 class WholeNoise(TorchDispatchMode):
     """Inside the block every random tensor (..., rows, N) consists of these rows of one drawn for the whole batch.
 
-    All processes draw for the whole batch, from generators in the same state, and keep their rows; so a training has
-    the same noise as in one process, and can be continued by any number of them. The price is the drawing. Replicas,
-    (K·rows, N) one after the other, are known by their number of rows.
+    All processes draw for the whole batch, from generators in the same state, and keep their rows. So a training has
+    the same noise as in one process, and any number of processes can continue it. The price: each draws all noise.
+    Replicas, (K·rows, N) one after the other, are recognised by their number of rows.
     """
 
     def __init__(self, rows: slice, count: int) -> None:
@@ -109,7 +109,7 @@ class WholeNoise(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Widen what a random operator is given, and narrow what it returns."""
+        """Enlarge a random operator's arguments to the whole batch, and return this process's rows of the result."""
         kwargs = kwargs or {}
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
