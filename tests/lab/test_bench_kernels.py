@@ -80,7 +80,7 @@ def test_a_peer_that_fails_is_announced(monkeypatch):
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(kernels, "grouped_mm", fails)
-    with pytest.warns(UserWarning, match="grouped_mm is left out, for it fails: no such kernel"):
+    with pytest.warns(UserWarning, match="grouped_mm is left out, because it fails: no such kernel"):
         ways = kernels.prepare(kernels.Row("row", 24, 32, group=8), 5, 0.3, True)
     assert "grouped_mm" not in ways
 

@@ -1,4 +1,4 @@
-"""`gatelet diagnose`: the ready problems and the certificate."""
+"""`gatelet diagnose`: the ready-made problems and the certificate."""
 
 import io
 import re

@@ -1,7 +1,8 @@
 """`gatelet bench kernels --trained DIR`: gates that networks have learned, beside gates drawn at random.
 
 Units of a trained network open together, and they differ in how often they open. To tell which of the two matters,
-gates are drawn again in two ways: each unit as often as before, but independently of the others; and all units equally often.
+gates are drawn again in two ways: each unit as often as before, but independently of the others; and all units equally
+often.
 """
 
 import functools
