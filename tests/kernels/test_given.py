@@ -200,6 +200,7 @@ def test_opcheck(backend):
 
 
 @pytest.mark.cpu
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("indices", "what"),
     [
@@ -209,11 +210,18 @@ def test_opcheck(backend):
         ([[5, 2], [3, 4]], "example 0 has unit 5 before unit 2"),
     ],
 )
-def test_wrong_indices_are_named(indices, what):
+def test_wrong_indices_are_named(indices, what, backend):
     with pytest.raises(ValueError, match=f"indices must .*{what}"):
         OpenPattern.from_indices(torch.tensor(indices), 30)
+    given = torch.tensor(indices)
+    x, weight, values = torch.ones(2, 3), torch.ones(30, 3), torch.ones(given.shape)
+    linear, after, ffn = map(inspect.unwrap, (gated_linear, gated_input_linear, gated_ffn))
     with pytest.raises(ValueError, match=f"pattern must .*{what}"):
-        inspect.unwrap(gated_linear)(torch.ones(2, 3), torch.ones(30, 3), None, None, pattern=torch.tensor(indices))
+        linear(x, weight, None, None, pattern=given, backend=backend)
+    with pytest.raises(ValueError, match=f"pattern must .*{what}"):
+        after(values, given, weight, by_unit=True, backend=backend)
+    with pytest.raises(ValueError, match=f"pattern must .*{what}"):
+        ffn(x, weight, None, values, "relu", weight, None, pattern=given, by_unit=True, backend=backend)
 
 
 def test_the_next_example_may_start_lower():

@@ -1,5 +1,6 @@
 """The products over lists of open units, against loops and PyTorch's own."""
 
+from array import array
 from typing import Any
 
 import pytest
@@ -7,11 +8,12 @@ import torch
 from torch import Tensor
 
 from gatelet.kernels.backends.numba import lists, memory
+from gatelet.kernels.pattern import fixed_starts
 
 pytestmark = pytest.mark.cpu
 DTYPES = (torch.float32, torch.float64)
-SIZES = ((1, 1, 1), (3, 70, 5), (67, 300, 130), (9, 5000, 33))
-"""B, N, D: odd sizes, more units than the sort's digit, vectors with and without a rest."""
+SIZES = ((1, 1, 1), (3, 70, 5), (67, 300, 130), (9, 5000, 33), (4, 60, 401))
+"""B, N, D: odd sizes, more units than the sort's digit, vectors with and without a rest, rows of several pieces."""
 
 
 def draw(batch: int, units: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -97,8 +99,8 @@ def test_no_pairs() -> None:
     assert total is not None
     assert sums.equal(torch.zeros(5, 3))
     assert total.equal(torch.zeros(5))
-    assert lists.fixed_starts(2, 0).tolist() == [0, 0, 0]
-    assert lists.fixed_starts(2, 3).tolist() == [0, 3, 6]
+    assert fixed_starts(2, 0).tolist() == [0, 0, 0]
+    assert fixed_starts(2, 3).tolist() == [0, 3, 6]
 
 
 def test_an_unread_row_may_be_nan() -> None:
@@ -132,20 +134,17 @@ def test_threads_change_nothing() -> None:
         assert one.dtype.is_floating_point or other.equal(one)
 
 
-@pytest.mark.parametrize(
-    ("units", "words"),
-    [
-        ([0, 3, 9], "at least 0 and below the number of units, 9"),
-        ([0, -1, 2], "at least 0"),
-        ([2, 1, 1], "sorted"),
-        ([1, 1, 2], "repeats"),
-    ],
-)
-def test_bad_lists(units: list[int], words: str) -> None:
-    starts = torch.tensor([0, 2, 3])
-    with pytest.raises(ValueError, match=f"indices must be .*{words}"):
-        lists.check_lists(starts, torch.tensor(units), 9)
-    lists.check_lists(starts, torch.tensor([7, 8, 0]), 9)  # each example begins anew
+@pytest.mark.parametrize("units", [[0, 3, 9], [0, -1, 2], [2, 1, 1], [1, 1, 2], [5, 6, -(1 << 40)], [5, 1 << 40, 0]])
+def test_products_look_at_lists(units: list[int]) -> None:
+    """And read no row of a list that is wrong."""
+    starts, x, weight = torch.tensor([0, 2, 3]), torch.ones(2, 40), torch.ones(9, 40)
+    for each, wanted in ((units, 1), ([7, 8, 0], 0)):  # each example begins anew
+        wrong = array("q", (0,))
+        lists.dots(x, weight, None, starts, torch.tensor(each), wrong)
+        assert wrong[0] == wanted
+        wrong = array("q", (0,))
+        lists.by_example(torch.ones(3), weight, None, starts, torch.tensor(each), wrong)
+        assert wrong[0] == wanted
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

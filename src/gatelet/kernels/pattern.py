@@ -57,23 +57,57 @@ class Lists:
     pairs (gates, coefficients, results) is a tensor (P,) in the same order: no tensor (B, N) need exist.
 
     Attributes:
-        starts: (B + 1,) int64.
+        starts: (B + 1,) int64. Given as K where every example has K > 0 units, they are made when they are asked for.
+        length: K, or the starts that were given.
         units: (P,) int64.
         count: N, the number of units.
         by_unit: the same pairs unit by unit, None until a product needs them.
         notes: what a backend derives from the lists and reads again.
+        given: units that nobody has looked at yet; None if all is well. The first product that reads them looks, or
+            else whoever asks for ``units``.
+        name: what errors call them.
     """
 
-    __slots__ = ("by_unit", "count", "notes", "starts", "units")
+    __slots__ = ("_units", "by_unit", "count", "given", "length", "name", "notes")
 
-    def __init__(self, starts: Tensor, units: Tensor, count: Any, by_unit: "ByUnit | None" = None) -> None:
-        self.starts, self.units, self.count, self.by_unit = starts, units, count, by_unit
+    def __init__(
+        self,
+        starts: Tensor | int,
+        units: Tensor,
+        count: Any,
+        by_unit: "ByUnit | None" = None,
+        *,
+        looked: bool = True,
+        name: str = "indices",
+    ) -> None:
+        self.length, self._units, self.count, self.by_unit = starts, units, count, by_unit
+        self.given, self.name = None if looked else units, name
         self.notes: Any = None
 
     @property
-    def batch(self) -> int:
+    def starts(self) -> Tensor:
+        """Where each example's list starts, and where the last one ends."""
+        if not isinstance(self.length, Tensor):
+            self.length = fixed_starts(self.batch, self.length, self._units.device)
+        return self.length
+
+    @property
+    def units(self) -> Tensor:
+        """The units; raises unless they ascend within each example and are among 0 … N − 1."""
+        if self.given is not None:
+            _check_lists(self.starts, self._units, self.count, self.name)
+            self.given = None
+        return self._units
+
+    @property
+    def pairs(self) -> Any:
+        """P."""
+        return self._units.shape[0]
+
+    @property
+    def batch(self) -> Any:
         """B."""
-        return len(self.starts) - 1
+        return self.length.shape[0] - 1 if isinstance(self.length, Tensor) else self.pairs // self.length
 
     def examples(self) -> Tensor:
         """Return the example of each pair, (P,)."""
@@ -149,14 +183,14 @@ class OpenPattern:
         >>> OpenPattern.from_indices(torch.tensor([[0, 2], [1, 3]]), units=4).values_shape
         torch.Size([2, 2])
         """
-        return pattern_of_indices(indices, units, "indices")
+        return pattern_of_indices(indices, units, "indices", now=True)
 
     @property
     def values_shape(self) -> torch.Size:
         """The shape of what belongs to the open pairs, where the pattern was given as lists."""
         if not isinstance(self.form, Lists):
             raise TypeError("this pattern is one of bits; values for its pairs have shape (..., N)")
-        return torch.Size((len(self.form.units),) if self.most is None else (*self.lead, self.most))
+        return torch.Size((self.form.pairs,) if self.most is None else (*self.lead, self.most))
 
     @property
     def rows(self) -> Tensor:
@@ -175,8 +209,20 @@ class OpenPattern:
         return self.form
 
 
-def pattern_of_indices(indices: Tensor, units: int, name: str) -> OpenPattern:
-    """Return the pattern of given open units, which errors call ``name``; see :meth:`OpenPattern.from_indices`."""
+def fixed_starts(batch: Any, most: Any, device: Any = None) -> Tensor:
+    """Return the starts of lists of ``most`` units for each of ``batch`` examples."""
+    if most == 0:
+        return torch.zeros(batch + 1, dtype=torch.int64, device=device)
+    return torch.arange(0, batch * most + 1, most, device=device)
+
+
+def pattern_of_indices(indices: Tensor, units: int, name: str, *, now: bool = False) -> OpenPattern:
+    """Return the pattern of given open units, which errors call ``name``; see :meth:`OpenPattern.from_indices`.
+
+    On a CPU they are looked at ``now``, or by the first product.
+    """
+    looks = indices.device.type == "cpu" and not torch.compiler.is_compiling()
+    starts: Tensor | int
     if indices.layout == torch.sparse_csr:
         if indices.dim() != 2 or indices.shape[1] != units:
             raise ValueError(f"{name} is a CSR tensor of shape {tuple(indices.shape)}, not (B, {units})")
@@ -186,31 +232,27 @@ def pattern_of_indices(indices: Tensor, units: int, name: str) -> OpenPattern:
         if indices.is_floating_point() or indices.dtype == torch.bool or indices.dim() == 0:
             raise TypeError(f"{name} must be integers (..., K), not {indices.dtype} {tuple(indices.shape)}")
         lead, most = indices.shape[:-1], indices.shape[-1]
-        names = indices.reshape(-1).long()
-        starts = torch.arange(lead.numel() + 1, device=indices.device) * most
-    if names.device.type == "cpu" and not torch.compiler.is_compiling():
-        _check_lists(starts, names, units, name, most)
-    return OpenPattern(Lists(starts, names, units), lead, units, most)
+        names = indices.reshape(-1)
+        if names.dtype != torch.int64:
+            names = names.long()
+        starts = most if looks and most else fixed_starts(lead.numel(), most, indices.device)
+    lists = Lists(starts, names, units, looked=not looks, name=name)
+    if now and looks:
+        _ = lists.units
+    return OpenPattern(lists, lead, units, most)
 
 
-def _check_lists(starts: Tensor, units: Tensor, count: int, name: str, most: int | None) -> None:
-    """Raise unless every example's list is ascending and within 0 … N − 1; ``most`` is its length if all have one."""
+def _check_lists(starts: Tensor, units: Tensor, count: int, name: str) -> None:
+    """Raise unless every example's list is ascending and within 0 … N − 1."""
     if not len(units):
         return
     wrong = units[1:] <= units[:-1]
-    firsts, lasts = units, units
-    if most is None:
-        begins = starts[1:-1]
-        wrong[begins[(begins > 0) & (begins < len(units))] - 1] = False
-    else:
-        wrong[most - 1 :: most] = False
-    found = bool(wrong.any())
-    if most is not None and not found:  # the least and the largest of each list are at its ends
-        firsts, lasts = units[::most], units[most - 1 :: most]
-    low, high = int(firsts.min()), int(lasts.max())
+    begins = starts[1:-1]
+    wrong[begins[(begins > 0) & (begins < len(units))] - 1] = False
+    low, high = int(units.min()), int(units.max())
     if low < 0 or high >= count:
         raise ValueError(f"{name} must lie in 0 … {count - 1}, but {low if low < 0 else high} is among them")
-    if found:
+    if wrong.any():
         place = int(wrong.nonzero()[0])
         first, second = int(units[place]), int(units[place + 1])
         example = int(torch.searchsorted(starts, place, right=True)) - 1

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from gatelet.kernels import gated_input_linear, gated_linear
 from gatelet.kernels.backends.numba import lists
+from gatelet.kernels.pattern import fixed_starts
 
 SHAPES = ((384, 16384, 32, 512), (576, 32768, 32, 2048))
 """D, N, K open per example, B."""
@@ -49,7 +50,7 @@ def tables(width: int, units: int, most: int, batch: int) -> dict[str, Ways]:
     bias = torch.randn(units, generator=draw)
     indices = torch.stack([torch.randperm(units, generator=draw)[:most].sort().values for _ in range(batch)])
     values = torch.randn(batch, most, generator=draw)
-    starts, flat, coefficient = lists.fixed_starts(batch, most), indices.flatten(), values.flatten()
+    starts, flat, coefficient = fixed_starts(batch, most), indices.flatten(), values.flatten()
     hidden = torch.zeros(batch, units).scatter_(1, indices, values)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the peer announces that it is in beta
@@ -106,7 +107,7 @@ def many(width: int, units: int, most: int, batch: int, rounds: int) -> dict[str
     """Return the nanoseconds per pair of the parts of a step."""
     draw = torch.Generator().manual_seed(0)
     weight, grad = torch.randn(units, width, generator=draw), torch.randn(batch, width, generator=draw)
-    starts, values = lists.fixed_starts(batch, most), torch.randn(batch * most, generator=draw)
+    starts, values = fixed_starts(batch, most), torch.randn(batch * most, generator=draw)
     part = units // most  # one unit of each of as many ranges: sorted, without repeats
     begins = torch.arange(most) * part
     draws = [(begins + torch.randint(part, (batch, most), generator=draw)).flatten() for _ in range(24)]

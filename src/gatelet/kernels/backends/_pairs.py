@@ -15,7 +15,7 @@ def dots(x: Tensor, weight: Tensor, bias: Tensor | None, lists: Lists) -> Tensor
 
 def by_example(values: Tensor, weight: Tensor, bias: Tensor | None, lists: Lists) -> Tensor:
     """Return y (B, D), y[b] = bias + Σ value · W[n] over the list of b. Autograd differentiates it."""
-    out = weight.new_zeros((len(lists.starts) - 1, weight.shape[1]))
+    out = weight.new_zeros((lists.batch, weight.shape[1]))
     out = out.index_add(0, lists.examples(), values.unsqueeze(1) * weight[lists.units])
     return out if bias is None else out + bias
 

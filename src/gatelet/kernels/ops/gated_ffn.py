@@ -243,7 +243,7 @@ def _second_layer(
 def shapes(given: Given) -> tuple[tuple[Any, ...], ...]:
     """Return the shapes of what ``forward`` returns."""
     batch, units, form = given.x.shape[0], given.w1.shape[0], given.pattern
-    pairs = form.units.shape if isinstance(form, Lists) else (batch, units)
+    pairs = (form.pairs,) if isinstance(form, Lists) else (batch, units)
     hidden = pairs if given.keep else (0,)
     return (batch, given.rows2.shape[1]), hidden, hidden
 

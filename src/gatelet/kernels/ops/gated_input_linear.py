@@ -114,7 +114,7 @@ def naive(given: Given) -> Tensor:
 
 
 def _layer(hidden: Tensor, form: Form, outputs: int, units: int) -> Layer:
-    batch = len(form.starts) - 1 if isinstance(form, Lists) else hidden.shape[0]
+    batch = form.batch if isinstance(form, Lists) else hidden.shape[0]
     return Layer(batch, outputs, units, 1, hidden.dtype, hidden.device, False)
 
 
@@ -159,7 +159,7 @@ def backward(grad: Tensor, given: Given, kept: tuple[Tensor, ...], need: tuple[b
 def shapes(given: Given) -> tuple[tuple[Any, ...], ...]:
     """Return the shapes of what ``forward`` returns."""
     form = given.pattern
-    batch = form.starts.shape[0] - 1 if isinstance(form, Lists) else given.hidden.shape[0]
+    batch = form.batch if isinstance(form, Lists) else given.hidden.shape[0]
     return ((batch, given.rows.shape[1]),)
 
 

@@ -123,7 +123,7 @@ def _at_pairs(
     keep = not ordinary or recording(x, weight, bias, gate)
     refuse_sparse(sparse_grad, ordinary)
     flat_x, values = flat(x), gate.reshape(-1).to(x.dtype)
-    layer = Layer(len(lists.starts) - 1, weight.shape[1], weight.shape[0], 1, x.dtype, x.device, keep)
+    layer = Layer(lists.batch, weight.shape[1], weight.shape[0], 1, x.dtype, x.device, keep)
     name = choose.choose_for_lists(backend, layer)
     return _op(Given(flat_x, weight, bias, values, lists, None, sparse_grad, name, keep)).view(shape)
 
@@ -199,7 +199,7 @@ def backward(grad: Tensor, given: Given, kept: tuple[Tensor, ...], need: tuple[b
 def shapes(given: Given) -> tuple[tuple[Any, ...], ...]:
     """Return the shapes of what ``forward`` returns."""
     pattern = given.pattern
-    shape = pattern.units.shape if isinstance(pattern, Lists) else (given.x.shape[0], given.weight.shape[0])
+    shape = (pattern.pairs,) if isinstance(pattern, Lists) else (given.x.shape[0], given.weight.shape[0])
     return shape, shape if given.keep else (0,)
 
 

@@ -20,6 +20,8 @@ from gatelet.kernels.backends.numba import team
 from gatelet.kernels.backends.numba import vector as v
 
 VECTOR, MOST = v.VECTOR, v.MOST
+PIECE = 24 if VECTOR == 64 else 12
+"""Vectors of a row that are summed at once: of 32 registers, or of 16."""
 _I64 = ir.IntType(64)
 
 
@@ -89,61 +91,76 @@ def gather_dots(
 
 
 @v.intrinsic
-def gather_axpy(
+def gather_sum(
     typing: Any,
     size: Any,
+    rest: Any,
+    count: Any,
     indices: Any,
-    later: Any,
+    ahead: Any,
+    last: Any,
     scales: Any,
     table: Any,
     pitch: Any,
+    start: Any,
     target: Any,
-    length: Any,
-    rest: Any,
-    fresh: Any,
     one: Any,
 ) -> Any:
-    """Add Σ_e scale[e] · table[i[e]] to the target's row; if ``fresh``, overwrite the row.
+    """Write start + Σ_e scale[e] · table[i[e]], over ``count`` indices i, to ``target``, for a piece of the rows.
 
-    Arguments are as in ``gather_dots``.
+    A piece is ``size`` vectors (at most PIECE), of which the last has ``rest`` numbers. Its sums stay in registers
+    while rows pass by, one after the other, each read in order. Meanwhile the row is prefetched that the index
+    ``ahead`` bytes later names, or the one at ``last``, where the list ends. ``start`` may be 0: nothing.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        size, indices, later, scales, table, pitch, target, length, rest, fresh, _ = args
-        vector = v._vector(context, signature.args[10])
-        zero = ir.Constant(vector, None)
-        fresh = v._splat(builder, builder.icmp_signed("!=", fresh, _I64(0)), vector.count)
-        some = builder.icmp_signed("!=", rest, _I64(0))
+        size, rest, count, indices, ahead, last, scales, table, pitch, start, target, _ = args
+        vector = v._vector(context, signature.args[11])
+
+        def pick(base: Any, k: int) -> list[Any]:
+            whole = [v._load(builder, base, VECTOR * each, vector) for each in range(k - 1)]
+            return [*whole, v._masked(builder, builder.add(base, _I64(VECTOR * (k - 1))), rest, vector)]
 
         def body(k: int) -> None:
-            rows = _rows(builder, table, pitch, indices, k)
-            ahead = _rows(builder, table, pitch, later, k)
-            each = [v._load(builder, scales, e * vector.element_size, vector.element) for e in range(k)]
-            each = [v._splat(builder, scale, vector.count) for scale in each]
-            step = v._Loop(builder, length, VECTOR)
+            sums = _given_or_zero(builder, start, lambda: pick(start, k), [ir.Constant(vector, None)] * k)
+            step = v._Loop(builder, count, 1)
+            chains = [step.carry(each) for each in sums]
             step.open()
-            total = v._load(builder, builder.add(target, step.index), 0, vector)
-            total = builder.select(fresh, zero, total)
-            for scale, place, far in zip(each, rows, ahead, strict=True):
-                v._prefetch(builder, builder.add(far, step.index))
-                total = v._fma(builder, scale, v._load(builder, builder.add(place, step.index), 0, vector), total)
-            v._store(builder, total, builder.add(target, step.index), 0)
-            step.close([])
-            masked, end = builder.append_basic_block("masked"), builder.append_basic_block("end")
-            builder.cbranch(some, masked, end)
-            builder.position_at_end(masked)
-            total = v._masked(builder, builder.add(target, length), rest, vector)
-            total = builder.select(fresh, zero, total)
-            for scale, place in zip(each, rows, strict=True):
-                total = v._fma(builder, scale, v._masked(builder, builder.add(place, length), rest, vector), total)
-            v._masked_store(builder, total, builder.add(target, length), rest)
-            builder.branch(end)
-            builder.position_at_end(end)
+            at = builder.add(indices, builder.mul(step.index, _I64(8)))
+            later = builder.add(at, ahead)
+            later = builder.select(builder.icmp_unsigned("<", later, last), later, last)
+            (row,), (far,) = _rows(builder, table, pitch, at, 1), _rows(builder, table, pitch, later, 1)
+            for line in range(0, VECTOR * k, 64):
+                v._prefetch(builder, builder.add(far, _I64(line)))
+            place = builder.add(scales, builder.mul(step.index, _I64(vector.element_size)))
+            scale = v._splat(builder, v._load(builder, place, 0, vector.element), vector.count)
+            step.close([v._fma(builder, scale, own, chain) for own, chain in zip(pick(row, k), chains, strict=True)])
+            for each in range(k - 1):
+                v._store(builder, chains[each], target, VECTOR * each)
+            v._masked_store(builder, chains[-1], builder.add(target, _I64(VECTOR * (k - 1))), rest)
 
-        v._by_size(builder, size, body)
+        v._by_size(builder, size, body, PIECE)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 10, one), generate
+    return types.void(*[types.int64] * 11, one), generate
+
+
+def _given_or_zero(builder: Any, address: Any, load: Callable[[], list[Any]], zeros: list[Any]) -> list[Any]:
+    """Return what ``load`` emits; zeros if the address is 0, where nothing may be read."""
+    before = builder.block
+    given, begin = builder.append_basic_block("given"), builder.append_basic_block("begin")
+    builder.cbranch(builder.icmp_signed("!=", address, _I64(0)), given, begin)
+    builder.position_at_end(given)
+    loaded = load()
+    builder.branch(begin)
+    builder.position_at_end(begin)
+    found = []
+    for own, zero in zip(loaded, zeros, strict=True):
+        phi = builder.phi(own.type)
+        phi.add_incoming(own, given)
+        phi.add_incoming(zero, before)
+        found.append(phi)
+    return found
 
 
 @v.intrinsic

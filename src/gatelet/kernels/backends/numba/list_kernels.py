@@ -1,8 +1,8 @@
 """The products over lists of open units, compiled by Numba. Import this module only to run them.
 
-A pair costs the reading of one row, which may lie anywhere in the table, and little else. So rows are prefetched, eight
-at a time. Where the order is free, pairs are taken by unit: then the large matrix (the weights) is read or written once
-and in order, while the small one (the examples) stays in cache.
+A pair costs the reading of one row, which may lie anywhere in the table, and little else. So rows are prefetched, and
+sums stay in registers while rows pass by. Where the order is free, pairs are taken by unit: then the large matrix (the
+weights) is read or written once and in order, while the small one (the examples) stays in cache.
 
 All lists are int64. Arguments named like tensors are addresses, 0 for a tensor that is not given.
 """
@@ -18,9 +18,12 @@ VECTOR, MOST = v.VECTOR, v.MOST
 PAIR = 16
 """Bytes of a pair while lists are turned around: unit and example, 32 bits each, and its place in the list."""
 AHEAD = 2 * v.MOST
-"""How many pairs ahead rows are prefetched."""
+"""How many pairs ahead rows are prefetched for dot products."""
+AHEAD_BYTES, FARTHEST = 1 << 14, 64
+"""For sums, rows are prefetched as many pairs ahead as make up so many bytes, which fit in the first-level cache; at
+most so many pairs."""
 # Numba's cache needs these as globals of this module.
-arguments, gather_dots, gather_axpy = g.arguments, g.gather_dots, g.gather_axpy
+arguments, gather_dots, gather_sum, PIECE = g.arguments, g.gather_dots, g.gather_sum, g.PIECE
 above = g.above
 take, lowest, prefetch = v.take, v.lowest, v.prefetch
 read, write, read_word, write_word = v.read, v.write, v.read_word, v.write_word
@@ -85,6 +88,52 @@ def cut(
     return least
 
 
+@compiled
+def sum_rows(
+    count: Any,
+    indices: Any,
+    last: Any,
+    scales: Any,
+    table: Any,
+    pitch: Any,
+    start: Any,
+    target: Any,
+    size: Any,
+    one: Any,
+) -> None:  # pragma: no cover (compiled)
+    """Write start + Σ scale · row to ``target`` for rows that ``count`` indices name; ``last``: where the list ends."""
+    vectors = (pitch + VECTOR - 1) // VECTOR
+    pieces = (vectors + PIECE - 1) // PIECE
+    first = 0
+    for piece in range(pieces):
+        behind = (piece + 1) * vectors // pieces
+        at, bytes_ = first * VECTOR, (behind - first) * VECTOR
+        rest = min(pitch - at - bytes_ + VECTOR, VECTOR) // size
+        ahead = min(AHEAD_BYTES // bytes_, FARTHEST) * 8
+        begin = start + at if start != 0 else 0
+        gather_sum(
+            behind - first, rest, count, indices, ahead, last, scales, table + at, pitch, begin, target + at, one
+        )
+        first = behind
+
+
+@compiled
+def start_of(example: Any, starts: Any, most: Any) -> Any:  # pragma: no cover (compiled)
+    """Return where an example's list starts: as listed or, without ``starts``, at a multiple of ``most``."""
+    return read_word(starts + 8 * example) if starts != 0 else example * most
+
+
+@compiled
+def ascends(units: Any, begin: Any, end: Any, count: Any) -> Any:  # pragma: no cover (compiled)
+    """Return whether a list is sorted, without repeats, and of units 0 … ``count`` - 1."""
+    before, fine = -1, True
+    for i in range(begin, end):
+        unit = read_word(units + 8 * i)
+        fine &= unit > before
+        before = unit
+    return fine and before < count
+
+
 # Long, since Numba fixes a kernel's types and widths by what it closes over: each kernel is a function inside of it.
 def _make(one: Any) -> dict[str, Any]:
     """Return the kernels, not yet compiled, for numbers of the type of ``one``."""
@@ -93,15 +142,23 @@ def _make(one: Any) -> dict[str, Any]:
     zero = one * 0
 
     def dots(p: Any) -> None:
-        """values[i] = ⟨x[b], weight[n]⟩ + bias[n] for the pairs (b, n) of the lists; a task is ``span`` examples."""
-        counter, x, weight, bias, starts, units, values, examples, width, span, pairs = arguments(p, 11)
+        """values[i] = ⟨x[b], weight[n]⟩ + bias[n] for the pairs (b, n) of the lists; a task is ``span`` examples.
+
+        With ``wrong``, lists are looked at first: it becomes 1 if one is not of ascending units below ``count``.
+        """
+        counter, x, weight, bias, starts, most, units, values, examples, count, width, span, pairs, wrong = arguments(
+            p, 14
+        )
         length, rest, pitch = width // lanes * VECTOR, width % lanes, width * size
         while True:
             first = take(counter) * span
             if first >= examples:
                 break
             for b in range(first, min(first + span, examples)):
-                i, end = read_word(starts + 8 * b), read_word(starts + 8 * b + 8)
+                i, end = start_of(b, starts, most), start_of(b + 1, starts, most)
+                if wrong != 0 and not ascends(units, i, end, count):
+                    write_word(wrong, 1)
+                    continue
                 while i < end:
                     k = min(end - i, MOST)
                     at, later = units + 8 * i, units + 8 * min(i + AHEAD, pairs - k)
@@ -113,28 +170,25 @@ def _make(one: Any) -> dict[str, Any]:
                     i += k
 
     def by_example(p: Any) -> None:
-        """out[b] = bias + Σ values[i] · weight[n] over the list of b; a task is ``span`` examples."""
-        counter, values, weight, bias, starts, units, out, examples, width, span, pairs = arguments(p, 11)
-        length, rest, pitch = width // lanes * VECTOR, width % lanes, width * size
+        """out[b] = bias + Σ values[i] · weight[n] over the list of b; a task is ``span`` examples.
+
+        ``wrong`` is as in ``dots``.
+        """
+        counter, values, weight, bias, starts, most, units, out, examples, count, width, span, pairs, wrong = arguments(
+            p, 14
+        )
+        pitch, last = width * size, units + 8 * (pairs - 1)
         while True:
             first = take(counter) * span
             if first >= examples:
                 break
             for b in range(first, min(first + span, examples)):
-                i, end = read_word(starts + 8 * b), read_word(starts + 8 * b + 8)
-                target, fresh = out + b * pitch, 1
-                if bias != 0:
-                    copy(target, bias, pitch)
-                    fresh = 0
-                elif i == end:
-                    clear(target, pitch)
-                while i < end:
-                    k = min(end - i, MOST)
-                    at, later = units + 8 * i, units + 8 * min(i + AHEAD, pairs - k)
-                    scales = values + i * size
-                    gather_axpy(k, at, later, scales, weight, pitch, target, length, rest, fresh, one)
-                    fresh = 0
-                    i += k
+                i, end = start_of(b, starts, most), start_of(b + 1, starts, most)
+                if wrong != 0 and not ascends(units, i, end, count):
+                    write_word(wrong, 1)
+                    continue
+                at, scales, target = units + 8 * i, values + i * size, out + b * pitch
+                sum_rows(end - i, at, last, scales, weight, pitch, bias, target, size, one)
 
     def by_unit(p: Any) -> None:
         """Σ values[i] · table[b] to sums, Σ values[i] to total, ⟨weight[n], table[b]⟩ to products, over units n.
@@ -165,6 +219,7 @@ def _make(one: Any) -> dict[str, Any]:
         ) = arguments(p, 19)
         near = scratch + take(counter + 8) * stride
         length, rest, pitch = width // lanes * VECTOR, width % lanes, width * size
+        last = examples + 8 * (pairs - 1)
         while True:
             first = take(counter) * span
             if first >= count:
@@ -186,7 +241,7 @@ def _make(one: Any) -> dict[str, Any]:
                         clear(sums + (n + 1) * pitch, (units - n - 1) * pitch)
                     if t == count - 1 and total != 0:
                         clear(total + (n + 1) * size, (units - n - 1) * size)
-                i, end, fresh, whole = read_word(starts + 8 * t), read_word(starts + 8 * t + 8), 1, zero
+                i, end, start, whole = read_word(starts + 8 * t), read_word(starts + 8 * t + 8), 0, zero
                 while i < end:
                     k = min(end - i, MOST)
                     at, later = examples + 8 * i, examples + 8 * min(i + AHEAD, pairs - k)
@@ -201,8 +256,8 @@ def _make(one: Any) -> dict[str, Any]:
                             write(near + e * size, scale)
                     if sums != 0:
                         target = sums + row * pitch
-                        gather_axpy(k, at, later, near, table, pitch, target, length, rest, fresh, one)
-                    fresh = 0
+                        sum_rows(k, at, last, near, table, pitch, start, target, size, one)
+                        start = target
                     i += k
                 if total != 0:
                     write(total + row * size, whole)
@@ -210,7 +265,7 @@ def _make(one: Any) -> dict[str, Any]:
     def add_rows(p: Any) -> None:
         """weight[touched[t]] += scale · rows[t]; a task is ``span`` rows. ``scale`` is an address too."""
         counter, rows, touched, weight, scale, order, count, width, span = arguments(p, 9)
-        length, rest, pitch = width // lanes * VECTOR, width % lanes, width * size
+        pitch = width * size
         while True:
             first = take(counter) * span
             if first >= count:
@@ -220,7 +275,7 @@ def _make(one: Any) -> dict[str, Any]:
                 for line in range(0, pitch, 64):
                     prefetch(soon + line)
                 target, at = weight + read_word(touched + 8 * t) * pitch, order + 8 * t
-                gather_axpy(1, at, at, scale, rows, pitch, target, length, rest, 0, one)
+                sum_rows(1, at, at, scale, rows, pitch, target, target, size, one)
 
     def select(p: Any) -> None:
         """Take ``width`` more numbers of an example and keep the ``most`` largest so far; of equals, the first.
@@ -367,24 +422,7 @@ def _make_turning(one: Any) -> dict[str, Any]:
             elif part == parts - 1:
                 write_word(starts + 8 * at, pairs)
 
-    def check(p: Any) -> None:
-        """Set ``wrong``: 1 an index out of range, 2 unsorted or repeated within an example; a task is 64 examples."""
-        counter, starts, units, count, examples, wrong = arguments(p, 6)
-        while True:
-            first = take(counter) * 64
-            if first >= examples:
-                break
-            for b in range(first, min(first + 64, examples)):
-                before = -1
-                for i in range(read_word(starts + 8 * b), read_word(starts + 8 * b + 8)):
-                    n = read_word(units + 8 * i)
-                    if n < 0 or n >= count:
-                        write_word(wrong, 1)
-                    elif n <= before:
-                        write_word(wrong + 8, 1)
-                    before = n
-
-    made = (pairs_of, count, place, scatter, heads, check)
+    made = (pairs_of, count, place, scatter, heads)
     return {kernel.__name__: kernel for kernel in made}
 
 

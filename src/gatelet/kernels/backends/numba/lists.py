@@ -2,7 +2,7 @@
 
 Lists by example are two int64 tensors, as in the CSR format: example b has ``units[starts[b]:starts[b + 1]]`` open.
 Numbers of pairs (values, coefficients, their gradients) are tensors (pairs,) in the same order. For (B, K) indices,
-``fixed_starts(B, K)`` are the starts and ``indices.flatten()`` the units.
+``pattern.fixed_starts(B, K)`` are the starts and ``indices.flatten()`` the units.
 
 * A decoder, y[b] = Σ values · W[n] + bias, is ``by_example``. Its backward pass, for the gradient g (B, D) of y, is
   ``backward(g, weight, values, turned(starts, units, N))``: the gradients of the values, and the touched rows of the
@@ -13,6 +13,7 @@ Numbers of pairs (values, coefficients, their gradients) are tensors (pairs,) in
 * An encoder that finds the indices itself is ``top_k``.
 """
 
+from array import array
 from typing import NamedTuple
 
 import torch
@@ -45,43 +46,23 @@ class Turned(NamedTuple):
     units: int
 
 
-def fixed_starts(batch: int, most: int) -> Tensor:
-    """Return the starts of lists of ``most`` units for each of ``batch`` examples."""
-    return torch.arange(0, batch * most + 1, max(most, 1)) if most else torch.zeros(batch + 1, dtype=torch.int64)
-
-
-def check_lists(starts: Tensor, units: Tensor, count: int, name: str = "indices") -> None:
-    """Raise unless every example's list is sorted, without repeats, and of units 0 … ``count`` − 1.
-
-    Raises:
-        ValueError: naming ``name``.
-    """
-    wrong = (torch.zeros(2, dtype=torch.int64)).contiguous()
-    batch = len(starts) - 1
-    turning.run(
-        *("check", 32, team.threads(len(units))),
-        starts=starts.data_ptr(),
-        units=units.data_ptr(),
-        count=count,
-        examples=batch,
-        wrong=wrong.data_ptr(),
-    )
-    outside, unsorted = wrong.tolist()
-    if outside:
-        raise ValueError(f"{name} must be at least 0 and below the number of units, {count}")
-    if unsorted:
-        raise ValueError(f"{name} must be sorted, without repeats, within each example")
-
-
-def dots(x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor, units: Tensor) -> Tensor:
+def dots(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    starts: Tensor | int,
+    units: Tensor,
+    wrong: "array[int] | None" = None,
+) -> Tensor:
     """Return ⟨x[b], weight[n]⟩ + bias[n] for every pair (b, n) of the lists.
 
     Args:
         x: (B, D).
         weight: (N, D).
         bias: (N,).
-        starts: (B + 1,) int64.
-        units: (pairs,) int64, in range (``check_lists``); the order within an example is free.
+        starts: (B + 1,) int64, or K if every example has so many units.
+        units: (pairs,) int64; in range, and in any order within an example, unless ``wrong`` is given.
+        wrong: one number, 0. It becomes 1, and the result is of no use, if a list does not ascend within 0 … N - 1.
 
     Returns:
         (pairs,).
@@ -95,46 +76,59 @@ def dots(x: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor, units: 
         x=x.data_ptr(),
         weight=weight.data_ptr(),
         bias=_address(bias),
-        starts=starts.data_ptr(),
+        starts=_starts(starts),
+        most=_most(starts),
         units=units.data_ptr(),
         values=values.data_ptr(),
         examples=batch,
+        count=len(weight),
         width=width,
         span=_span(batch, pairs),
         pairs=pairs,
+        wrong=0 if wrong is None else wrong.buffer_info()[0],
     )
     return values
 
 
-def by_example(values: Tensor, weight: Tensor, bias: Tensor | None, starts: Tensor, units: Tensor) -> Tensor:
+def by_example(
+    values: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    starts: Tensor | int,
+    units: Tensor,
+    wrong: "array[int] | None" = None,
+) -> Tensor:
     """Return y (B, D), y[b] = bias + Σ values · weight[n] over the list of b.
 
     Args:
         values: (pairs,), as the lists order them.
         weight: (N, D).
         bias: (D,).
-        starts: (B + 1,) int64.
-        units: (pairs,) int64, in range (``check_lists``); the order within an example is free.
+        starts: (B + 1,) int64, or K if every example has so many units.
+        units: (pairs,) int64; in range, and in any order within an example, unless ``wrong`` is given.
+        wrong: one number, 0. It becomes 1, and the result is of no use, if a list does not ascend within 0 … N - 1.
 
     Returns:
         (B, D).
     """
-    batch, width, pairs = len(starts) - 1, weight.shape[1], len(units)
+    width, pairs = weight.shape[1], len(units)
+    batch = len(starts) - 1 if isinstance(starts, Tensor) else pairs // starts
     out = weight.new_empty((batch, width))
-    if not out.numel():
-        return out
     products.run(
         *("by_example", _bits(weight), team.threads(pairs * width)),
         values=values.data_ptr(),
         weight=weight.data_ptr(),
         bias=_address(bias),
-        starts=starts.data_ptr(),
+        starts=_starts(starts),
+        most=_most(starts),
         units=units.data_ptr(),
         out=out.data_ptr(),
         examples=batch,
+        count=len(weight),
         width=width,
         span=_span(batch, pairs),
         pairs=pairs,
+        wrong=0 if wrong is None else wrong.buffer_info()[0],
     )
     return out
 
@@ -144,7 +138,7 @@ def turned(starts: Tensor, units: Tensor, count: int) -> Turned:
 
     Args:
         starts: (B + 1,) int64.
-        units: (pairs,) int64, in range (``check_lists``).
+        units: (pairs,) int64, in range.
         count: N, below 2³¹.
     """
     pairs, batch = len(units), len(starts) - 1
@@ -337,6 +331,14 @@ def top_k(x: Tensor, weight: Tensor, bias: Tensor | None, most: int, *, half: bo
                 stride=(room + 32) * x.element_size(),
             )
     return values[:, :most].contiguous(), names[:, :most].contiguous()
+
+
+def _starts(starts: Tensor | int) -> int:
+    return starts.data_ptr() if isinstance(starts, Tensor) else 0
+
+
+def _most(starts: Tensor | int) -> int:
+    return 0 if isinstance(starts, Tensor) else starts
 
 
 def _bits(tensor: Tensor) -> int:

@@ -1,5 +1,8 @@
 """The Numba products as functions of tensors: memory, sizes of tasks, threads."""
 
+from array import array
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -116,7 +119,7 @@ def dots(
     x, weight = x.contiguous(), _by_rows(weight)
     bias = None if bias is None else bias.contiguous()
     if isinstance(pattern, Lists):
-        found = lists.dots(x, weight, bias, pattern.starts, pattern.units)
+        found = _looking(lists.dots, pattern, x, weight, bias)
         return _pairs.finish(found, gate, activation), found if keep else x.new_empty(0)
     if pattern is None and gate is not None and not keep and _few(x):
         return narrow.linear(x, weight, bias, gate, activation), x.new_empty(0)
@@ -206,7 +209,7 @@ def by_example(
     coefficient, weight = coefficient.contiguous(), _by_rows(weight)
     bias = None if bias is None else bias.contiguous()
     if isinstance(pattern, Lists):
-        return lists.by_example(coefficient, weight, bias, pattern.starts, pattern.units)
+        return _looking(lists.by_example, pattern, coefficient, weight, bias)
     rows = _written(pattern).rows
     batch, (units, width) = coefficient.shape[0], weight.shape
     out = weight.new_empty((batch, width))
@@ -325,6 +328,17 @@ def dots_and_by_unit(
         upper.contiguous(), weight.contiguous(), coefficient.contiguous(), turned, dense=not sparse
     )
     return values, lists.as_sparse(rows, turned) if sparse else rows
+
+
+def _looking(product: Callable[..., Tensor], pattern: Lists, *args: Tensor | None) -> Tensor:
+    """Return a product over lists, which looks at the lists on the way if nobody has done so."""
+    if pattern.given is not None:
+        wrong = array("q", (0,))
+        found = product(*args, pattern.length, pattern.given, wrong)
+        if not wrong[0]:
+            pattern.given = None
+            return found
+    return product(*args, pattern.length, pattern.units)  # which raises if there is something wrong with the units
 
 
 def _turned(pattern: Lists) -> lists.Turned:

@@ -159,11 +159,11 @@ class _Loop:
         builder.position_at_end(self.done)
 
 
-def _by_size(builder: Any, size: Any, body: Any) -> None:
-    """Emit ``body(k)`` for every size of a record, and the switch between them."""
+def _by_size(builder: Any, size: Any, body: Any, most: int = MOST) -> None:
+    """Emit ``body(k)`` for every size from 1 to ``most``, by default of a record, and the switch between them."""
     done = builder.append_basic_block("sizes.done")
     switch = builder.switch(size, done)
-    for k in range(1, MOST + 1):
+    for k in range(1, most + 1):
         block = builder.append_basic_block(f"size{k}")
         switch.add_case(_I64(k), block)
         builder.position_at_end(block)

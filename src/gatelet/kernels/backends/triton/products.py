@@ -567,7 +567,7 @@ def _pair_dots(
 
 
 def _pair_by_example(values: Tensor, weight: Tensor, bias: Tensor | None, lists: Lists) -> Tensor:
-    batch, width = len(lists.starts) - 1, weight.shape[1]
+    batch, width = lists.batch, weight.shape[1]
     out = weight.new_empty((batch, width))
     _pair_sums(values, weight, bias, lists.starts, lists.units, None, out, None)
     return out
