@@ -12,6 +12,7 @@ from gatelet._checks import check_choice, check_count, check_weight
 from gatelet.estimators import Estimator
 from gatelet.kernels import ACTIVATIONS as FUSED
 from gatelet.kernels import gated_ffn, gated_input_linear, gated_linear, open_pattern
+from gatelet.nn._one_pass import one_pass
 from gatelet.nn._units import ALL_HERE, Units
 from gatelet.nn.conditional_layer import ConditionalLayer
 from gatelet.nn.gaters import PreviewGater, SelfGater
@@ -52,8 +53,10 @@ def feed_forward(
     if gating.fully_open:
         gating.decide_unpadded(x, mask, None, None)
         return apply(down, F.dropout(hidden_layer(x, activation, up, glu), dropout, dropout > 0))
-    if isinstance(gating.gater, SelfGater):
+    if isinstance(gating._modules["gater"], SelfGater):
         return _by_itself(x, gating, activation, up, down, glu, dropout, mask)
+    if mask is None and noise is None and (found := one_pass(x, gating, activation, up, down, glu)) is not None:
+        return found
     gates, support = gating.decide_unpadded(x, mask, noise, generator)
     return _gated(x, gates, support, gating, activation, up, down, glu, dropout)
 

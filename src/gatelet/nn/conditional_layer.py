@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,11 +18,19 @@ from gatelet.estimators._distributed import alone, noting, repeating, sign_of_li
 from gatelet.nn import gaters
 from gatelet.nn._units import ALL_HERE, Units
 from gatelet.nn.gaters import Gater, GaterError, PreviewGater, SelfGater, ThresholdUnit, TwoStageGater
-from gatelet.nn.parts import ByUnit, more_than_affine
+from gatelet.nn.parts import Affine, ByUnit, part_of
 from gatelet.sparsity._controller import Controller, Penalised
 from gatelet.sparsity.adaptive_l1 import AdaptiveL1
 from gatelet.sparsity.kl_rate import KLRate
 from gatelet.units import StochasticUnit
+
+
+class PlainGater(NamedTuple):
+    """Both affine maps of a :class:`Gater`, and the logit above which gates are open."""
+
+    hidden: Affine
+    last: Affine
+    threshold: Tensor
 
 
 class ConditionalLayer(Penalised):
@@ -344,36 +352,48 @@ class ConditionalLayer(Penalised):
         """Return the gates of an ordinary call in ``eval()`` without gradients on the CPU; None: go the long way.
 
         The unit decides, as always; the gater and the statistics take fewer calls into torch, which for few tokens,
-        and not the arithmetic, are what gates cost. For the same reason attributes are read from where nn.Module keeps
-        them.
+        and not the arithmetic, are what gates cost.
         """
-        gater, unit = self._modules["gater"], self._modules["unit"]
-        if type(gater) is not Gater or type(unit) is not StochasticUnit:
+        found = self.plain_gater(x)
+        if found is None:
             return None
-        hidden, last = cast(nn.Linear, gater._modules["hidden"]), cast(nn.Linear, gater._modules["gates"])
-        threshold = unit.threshold
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor or unit.sample_in_eval:
-            return None
-        if more_than_affine(hidden) or more_than_affine(last) or not unit.estimator.settles():
-            return None
-        if any(module._forward_hooks or module._forward_pre_hooks for module in (gater, unit)):
-            return None
-        if any("forward" in module.__dict__ for module in (gater, unit)):
-            return None
-        if any(type(control).shift is not Controller.shift for control in self._modules["sparsity"]):  # type: ignore
-            return None
-        weight, dtype = hidden.weight, x.dtype
-        if x.device.type != "cpu" or is_transformed(x) or torch.is_autocast_enabled("cpu") or x.dim() == 0:
-            return None
-        if x.shape[-1] != weight.shape[1] or not (dtype is weight.dtype is last.weight.dtype is threshold.dtype):
-            return None
-        within = F.linear(x, weight, hidden.bias)
+        within = F.linear(x, *found.hidden)
         # What is not finite in x is not finite here; the long way finds out what it was, and says so.
         if not math.isfinite(within.sum().item()):
             return None
-        gates: Tensor = unit.settle(F.linear(within.tanh_(), last.weight, last.bias))
+        gates: Tensor = self._modules["unit"].settle(F.linear(within.tanh_(), *found.last))  # type: ignore
         self._note(gates, gates.shape[:-1].numel())
         return gates
+
+    def plain_gater(self, x: Tensor) -> PlainGater | None:
+        """Return both affine maps of a :class:`Gater` and the threshold, where nothing else decides in ``eval()``.
+
+        That is in an ordinary call without gradients on the CPU. Attributes are read from where nn.Module keeps them,
+        for looking them up would take longer than the gates of a token.
+        """
+        gater, unit = self._modules["gater"], self._modules["unit"]
+        if type(gater) is not Gater or type(unit) is not StochasticUnit or unit.sample_in_eval:
+            return None
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
+            return None
+        for module in (gater, unit):
+            state = module.__dict__
+            if state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state:
+                return None
+        hidden, last = part_of(gater._modules["hidden"]), part_of(gater._modules["gates"])
+        if not isinstance(hidden, Affine) or not isinstance(last, Affine) or not unit.estimator.settles():
+            return None
+        for control in self._modules["sparsity"]:  # type: ignore
+            if type(control).shift is not Controller.shift:
+                return None
+        threshold, dtype = cast(Tensor, unit._buffers["threshold"]), x.dtype
+        if is_transformed(x) or torch.is_autocast_enabled("cpu") or x.dim() == 0:
+            return None
+        if x.shape[-1] != hidden.weight.shape[1]:
+            return None
+        if not (dtype is hidden.weight.dtype is last.weight.dtype is threshold.dtype):
+            return None
+        return PlainGater(hidden, last, threshold)
 
     def settled_by_itself(self, first: Tensor) -> Tensor | None:
         """Return the gates of a :class:`SelfGater` for an ordinary call; None: go the long way."""
@@ -397,9 +417,17 @@ class ConditionalLayer(Penalised):
     def _note(self, gates: Tensor, tokens: int) -> None:
         """Count binary gates; what :meth:`_count` does, for ordinary tensors without a mask."""
         counts = gates.flatten(0, -2).sum(0, dtype=torch.float32) if tokens != 1 else gates.flatten()
+        self.counts().add_(counts.long())
+        self.noted(counts, tokens)
+
+    def counts(self) -> Tensor:
+        """Return ``opened``, to be added to."""
+        opened: Tensor | None = self.__dict__["_opened"]
+        return self.opened if opened is None or opened.device.type != "cpu" else opened
+
+    def noted(self, counts: Tensor, tokens: int) -> None:
+        """Remember what the last call opened, which ``opened`` holds already."""
         state = self.__dict__  # nn.Module looks a dozen times before it sets an attribute
-        opened = state["_opened"]
-        (self.opened if opened is None or opened.device != counts.device else opened).add_(counts.long())
         state["_last"], state["tokens"] = (counts, tokens), state["tokens"] + tokens
 
     def _count(self, gates: Tensor, mask: Tensor | None) -> None:

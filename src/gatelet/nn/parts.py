@@ -31,17 +31,22 @@ def more_than_affine(module: Any) -> str | None:
     Linear and GPT-2's Conv1D are known. A parametrization (``torch.nn.utils.parametrize``) acts when the weight is
     read, so it does not count.
     """
-    kind = getattr(module, "dense_class", type(module))  # a converted map's: its gates are no part of its weight
-    if isinstance(module, nn.Linear):
-        if kind.forward is not nn.Linear.forward:
-            return f"{kind.__name__} has a forward of its own"
-    elif not (hasattr(module, "nf") and hasattr(module, "nx") and kind.__bases__ == (nn.Module,)):
-        return f"it is a {kind.__name__}"
+    if type(module) is not nn.Linear:
+        kind = getattr(module, "dense_class", type(module))  # a converted map's: its gates are no part of its weight
+        if isinstance(module, nn.Linear):
+            if kind.forward is not nn.Linear.forward:
+                return f"{kind.__name__} has a forward of its own"
+        elif not (hasattr(module, "nf") and hasattr(module, "nx") and kind.__bases__ == (nn.Module,)):
+            return f"it is a {kind.__name__}"
     state = module.__dict__
-    if was_replaced(module, "forward"):
+    if "forward" in state and was_replaced(module, "forward"):
         return "its forward was replaced"
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(state[each] for each in hooks):
+    if (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    ):
         return "it has hooks"
     if _torch_module._has_any_global_hook():
         return "torch has hooks for all modules"
@@ -54,10 +59,13 @@ def was_replaced(module: nn.Module, method: str) -> bool:
     return own is not None and getattr(own, "__func__", None) is not getattr(type(module), method)
 
 
-def part_of(module: nn.Module) -> Part:
+def part_of(module: Any) -> Part:
     """Return weight and bias of an affine map, or the module itself where something was added to it."""
     if more_than_affine(module) is not None:
-        return module
+        return cast(nn.Module, module)
+    if type(module) is nn.Linear:  # from where nn.Module keeps them, without its search for attributes
+        own = module._parameters
+        return Affine(cast(Tensor, own["weight"]), own["bias"])
     weight = cast(Tensor, module.weight)
     return Affine(weight.t() if hasattr(module, "nf") else weight, cast(Tensor | None, module.bias))
 
@@ -117,10 +125,11 @@ class ByUnit:
 
     def __init__(self) -> None:
         self._kept: dict[str, tuple[tuple[Any, ...], Tensor, Tensor]] = {}
+        self.prepared: Any = None  # what reads the copies where they lie
 
     def forget(self) -> None:
         """Drop the copies."""
-        self._kept = {}
+        self._kept, self.prepared = {}, None
 
     def rows(self, key: str, weight: Tensor) -> Tensor:
         """Return W (N, D) with the rows together."""

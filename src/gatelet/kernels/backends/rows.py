@@ -124,6 +124,35 @@ class Decided(NamedTuple):
     near_third: Int8Rows | None = None
 
 
+class Gated(NamedTuple):
+    """A feed-forward block of float32 weights whose gates a network decides, as they are without noise.
+
+    Unit n is open if V tanh(U x + c) + d exceeds the threshold there; hidden = act(W x + b), times W3 x + b3 where
+    there is a third map; y = W2 (hidden ∘ open) + b2.
+
+    Attributes:
+        hidden, gates: U (M, D) and V (N, M).
+        threshold: one number.
+        first, third: W and W3 (N, D).
+        down: W2 (N, O), by unit.
+        original: the matrix (O, N) of which ``down`` is a copy; None where it is none.
+    """
+
+    hidden: Tensor
+    hidden_bias: Tensor | None
+    gates: Tensor
+    gates_bias: Tensor | None
+    threshold: Tensor
+    first: Tensor
+    first_bias: Tensor | None
+    third: Tensor | None
+    third_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+    original: Tensor | None
+    activation: str
+
+
 def decided_ffn(given: Decided, x: Tensor) -> Tensor:
     """Return the block's output (..., O) for x (..., D); everything is computed, then closed units are discarded."""
     own = x.float()

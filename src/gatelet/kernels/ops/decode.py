@@ -10,7 +10,7 @@ from torch import Tensor
 from gatelet._checks import check_choice
 from gatelet.kernels.backends import BACKENDS, rows
 from gatelet.kernels.backends._activations import ACTIVATIONS
-from gatelet.kernels.backends.rows import Decided, Int8Rows, Rows
+from gatelet.kernels.backends.rows import Decided, Gated, Int8Rows, Rows
 from gatelet.kernels.ops._checks import check_tensor
 from gatelet.kernels.ops._declare import plain
 
@@ -151,6 +151,30 @@ def decode_ffn(given: Decided) -> Decode:
     _check_vector(given.down_bias, "down_bias", outputs)
     _check_vector(given.limits, "limits", 2)
     return Decode(width, lambda run: run.ffn(given), lambda x: rows.decided_ffn(given, x))
+
+
+def gated_block(given: Gated) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | None] | None:
+    """Return the map of a feed-forward block whose gates a network decides (:class:`Gated`), for one token at a time.
+
+    It takes x (D,) and the counts of open units (N,), int64, to which it adds, and returns the output (O,) and the
+    gates (N,); or None, and counts nothing, where a number is not finite, the threshold is NaN or the copy of W2 is
+    none any more. None instead of a map where no kernel can read these weights.
+    """
+    matrices = (given.hidden, given.gates, given.first, given.third, given.down)
+    tensors = (*matrices, given.hidden_bias, given.gates_bias, given.first_bias, given.third_bias, given.down_bias)
+    read = [each for each in (*tensors, given.threshold) if each is not None]
+    if BACKENDS["numba"].missing() or not all(_lies_plain(each) for each in read):
+        return None
+    from gatelet.kernels.backends.numba import network
+
+    return network.prepare(given)
+
+
+def _lies_plain(tensor: Tensor) -> bool:
+    """Whether these are float32 numbers on the CPU, one behind the other."""
+    return (
+        tensor.dtype is torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel() > 0
+    )
 
 
 def _kind(weight: Rows) -> torch.dtype:

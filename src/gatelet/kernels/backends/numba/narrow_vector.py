@@ -229,9 +229,11 @@ def rows_dots(
                 for e in range(k):
                     own = _part(builder, builder.add(rows[e], builder.mul(first, _I64(bytes_))), rest, kind)
                     sums[e] = v._fma(builder, own, other, sums[e])
-            for e in range(k):
-                total = builder.extract_element(v._folded(builder, sums[e], 1), _I32(0))
-                v._store(builder, total, result, 4 * e)
+            for first_row in range(0, k, 4):
+                some = sums[first_row : first_row + 4]
+                totals = v._across(builder, some, 4)
+                for e in range(len(some)):
+                    v._store(builder, builder.extract_element(totals, _I32(e)), result, 4 * (first_row + e))
 
         _by_count(builder, size, body, ROWS)
         return context.get_dummy_value()

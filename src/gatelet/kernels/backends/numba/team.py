@@ -104,12 +104,13 @@ class Prepared:
         self.places = [HEAD + RESERVED + place for place, each in enumerate(args) if each is None]
         self.packed = array("q", (kernel, 0, 0, 0, 0, 0, *(each or 0 for each in args)))
 
-    def __call__(self, team: int, *values: int) -> None:
-        """Run the kernel on ``team`` threads."""
+    def __call__(self, team: int, *values: int) -> "array[int]":
+        """Run the kernel on ``team`` threads; return its arguments, in which it may have answered."""
         packed = self.packed[:]
         for place, value in zip(self.places, values, strict=True):
             packed[place] = value
         _run(self.kernel, packed, team)
+        return packed[HEAD + RESERVED :]
 
 
 def _run(kernel: int, packed: "array[int]", team: int) -> None:
