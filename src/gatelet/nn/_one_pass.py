@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from gatelet.kernels import ACTIVATIONS as FUSED
-from gatelet.kernels.ops._declare import plain
 from gatelet.kernels.backends.rows import Gated
+from gatelet.kernels.ops._declare import plain
 from gatelet.kernels.ops.decode import FEW, gated_block
 from gatelet.nn.conditional_layer import ConditionalLayer, PlainGater
 from gatelet.nn.parts import Affine, Part
@@ -60,8 +60,8 @@ def _prepare(
     by_unit = gating.laid.columns("down", given).t()
     original = given if by_unit.data_ptr() != given.data_ptr() else None
     maps = (*gater.hidden, *gater.last, gater.threshold, *first, *(third or (None, None)), by_unit, down.bias)
-    numbers: list[Any] = [None if each is None else each.detach() for each in maps]
-    return gated_block(Gated(*numbers, original=original, activation=activation))
+    numbers: Any = [None if each is None else each.detach() for each in maps]
+    return gated_block(Gated._make([*numbers, original, activation]))
 
 
 def _each(x: Tensor, gating: ConditionalLayer, run: Run) -> Tensor | None:
