@@ -70,77 +70,93 @@ class Case:
 Cases = list[Case]
 
 
-def _gatelet() -> Cases:
+def _ours(estimator: str, samples: int, **options: object) -> Case:
+    """One of gatelet's estimators, called through ``gatelet.surrogate``."""
     import gatelet
 
-    def case(estimator: str, samples: int, **options: object) -> Case:
-        method = gatelet.estimators.ALL[estimator](**options)
-        told = ", ".join(f"{key}={value}" for key, value in options.items() if key not in ("kind", "k"))
-        name = f"{estimator}({told})" if told else estimator
-        unbiased = method.unbiased and method.binary
-        if method.kind == "categorical":  # one variable
-
-            def call(a):
-                gatelet.surrogate(lambda h: f(h).squeeze(-1), a.unsqueeze(0), method, samples=samples).backward()
-
-            return Case(name, unbiased, call, "classes")
+    method = gatelet.estimators.ALL[estimator](**options)
+    told = ", ".join(f"{key}={value}" for key, value in options.items() if key not in ("kind", "k"))
+    name = f"{estimator}({told})" if told else estimator
+    unbiased = method.unbiased and method.binary
+    if method.kind == "categorical":  # one variable
 
         def call(a):
-            gatelet.surrogate(f, a, method, samples=samples).backward()
+            gatelet.surrogate(lambda h: f(h).squeeze(-1), a.unsqueeze(0), method, samples=samples).backward()
 
-        return Case(name, unbiased, call, "gates" if method.kind == "bernoulli" else "subset")
+        return Case(name, unbiased, call, "classes")
 
+    def call(a):
+        gatelet.surrogate(f, a, method, samples=samples).backward()
+
+    return Case(name, unbiased, call, "gates" if method.kind == "bernoulli" else "subset")
+
+
+def _gatelet() -> Cases:
+    return [*_our_gates(), *_our_classes(), *_our_subsets()]
+
+
+def _our_gates() -> Cases:
+    return [
+        _ours("score_function", 1, baseline="none"),
+        _ours("score_function", 1, baseline="running_mean"),
+        _ours("leave_one_out", 2),
+        _ours("double_control_variates", 2),
+        _ours("rodeo", 2),
+        _ours("arm", 2),
+        _ours("disarm", 2),
+        _ours("arms", 2),
+        _ours("bit_flip", 1),
+        _ours("rebar", 1),
+        _ours("relax", 1),
+        _ours("muprop", 1),
+        _ours("local_expectation", 1),
+        _ours("enumeration", 1),
+        _ours("straight_through", 1, slope="sigmoid"),
+        _ours("darn", 1),
+        _ours("zgr", 1),
+        _ours("reinmax", 1),
+        _ours("decoupled_straight_through", 1),
+        _ours("imle", 1),
+        _ours("aimle", 1),
+        _ours("concrete", 1, temperature=0.5),
+        _ours("straight_through_gumbel", 1, temperature=0.5),
+        _ours("hard_concrete", 1),
+        _ours("stochastic_gates", 1),
+        _ours("smooth_times_stochastic", 1),
+    ]
+
+
+def _our_classes() -> Cases:
     classes = {"kind": "categorical"}
+    return [
+        _ours("score_function", 1, baseline="none", **classes),
+        _ours("leave_one_out", 2, **classes),
+        _ours("unordered_set", 2, **classes),
+        _ours("carms", 2, **classes),
+        _ours("arsm", 1, **classes),
+        _ours("rebar", 1, **classes),
+        _ours("relax", 1, **classes),
+        _ours("straight_through", 1, slope="sigmoid", **classes),
+        _ours("darn", 1, **classes),
+        _ours("zgr", 1, **classes),
+        _ours("reinmax", 1, **classes),
+        _ours("decoupled_straight_through", 1, **classes),
+        _ours("concrete", 1, temperature=0.5, **classes),
+        _ours("straight_through_gumbel", 1, temperature=0.5, **classes),
+    ]
+
+
+def _our_subsets() -> Cases:
     two = {"kind": "subset", "k": 2}
     return [
-        case("score_function", 1, baseline="none"),
-        case("score_function", 1, baseline="running_mean"),
-        case("leave_one_out", 2),
-        case("double_control_variates", 2),
-        case("rodeo", 2),
-        case("arm", 2),
-        case("disarm", 2),
-        case("arms", 2),
-        case("bit_flip", 1),
-        case("rebar", 1),
-        case("relax", 1),
-        case("muprop", 1),
-        case("local_expectation", 1),
-        case("enumeration", 1),
-        case("straight_through", 1, slope="sigmoid"),
-        case("darn", 1),
-        case("zgr", 1),
-        case("reinmax", 1),
-        case("decoupled_straight_through", 1),
-        case("imle", 1),
-        case("aimle", 1),
-        case("concrete", 1, temperature=0.5),
-        case("straight_through_gumbel", 1, temperature=0.5),
-        case("hard_concrete", 1),
-        case("stochastic_gates", 1),
-        case("smooth_times_stochastic", 1),
-        case("score_function", 1, baseline="none", **classes),
-        case("leave_one_out", 2, **classes),
-        case("unordered_set", 2, **classes),
-        case("carms", 2, **classes),
-        case("arsm", 1, **classes),
-        case("rebar", 1, **classes),
-        case("relax", 1, **classes),
-        case("straight_through", 1, slope="sigmoid", **classes),
-        case("darn", 1, **classes),
-        case("zgr", 1, **classes),
-        case("reinmax", 1, **classes),
-        case("decoupled_straight_through", 1, **classes),
-        case("concrete", 1, temperature=0.5, **classes),
-        case("straight_through_gumbel", 1, temperature=0.5, **classes),
-        case("score_function", 1, baseline="none", **two),
-        case("leave_one_out", 2, **two),
-        case("enumeration", 1, **two),
-        case("simple", 1, k=2),
-        case("imle", 1, **two),
-        case("aimle", 1, **two),
-        case("concrete", 1, temperature=0.5, **two),
-        case("straight_through_gumbel", 1, temperature=0.5, **two),
+        _ours("score_function", 1, baseline="none", **two),
+        _ours("leave_one_out", 2, **two),
+        _ours("enumeration", 1, **two),
+        _ours("simple", 1, k=2),
+        _ours("imle", 1, **two),
+        _ours("aimle", 1, **two),
+        _ours("concrete", 1, temperature=0.5, **two),
+        _ours("straight_through_gumbel", 1, temperature=0.5, **two),
     ]
 
 

@@ -252,6 +252,8 @@ def test_repr_is_an_aligned_table():
     assert len({len(line) for line in lines[1:6]}) == 1
     assert lines[1].split()[-3:] == ["mse", "at", "budget"]
     assert lines[6].startswith("recommended: ")
+    assert lines[7].startswith("  ")
+    assert max(map(len, lines[7:])) <= 88, "the reason is wrapped"
 
 
 def test_dataframe(monkeypatch):

@@ -1,16 +1,13 @@
 """A sparse autoencoder under DistributedDataParallel: two processes with half of the batch each train as one does."""
 
 import os
-import subprocess
-import sys
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import gatelet
+import ranks
 from gatelet.nn import SparseAutoencoder
 
 CASES = {
@@ -29,7 +26,6 @@ ROWS = {
 }
 LOSSES = ("total", "reconstruction", "sparsity", "auxiliary", "balance")
 STEPS = 4
-ENVIRONMENT = {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "GATELET_PATIENCE": "120"}
 
 
 def data(step):
@@ -108,38 +104,18 @@ def refused(part):
 
 def main(rank, folder):
     """What each of the two processes runs."""
-    where = {"init_method": f"file://{folder}/meet", "rank": rank, "world_size": 2}
-    torch.distributed.init_process_group("gloo", **where, timeout=timedelta(seconds=60))
+    ranks.join(rank, folder)
     part = slice(24 * rank, 24 * rank + 24)
     found = {name: under_ddp(options, part) for name, options in CASES.items()}
     found |= {name: by_rows(options, part) for name, options in ROWS.items()}
     found["refused"] = refused(part)
     torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    ranks.leave()
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("autoencoders")
-    path = os.pathsep.join(str(each) for each in (Path(__file__).parent, Path(gatelet.__file__).parents[1]))
-    program = "import test_autoencoder_processes as test; test.main({}, {!r})"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program.format(rank, str(folder))],
-            env=os.environ | {"PYTHONPATH": path} | ENVIRONMENT,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=480)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return ranks.saved(main, tmp_path_factory.mktemp("autoencoders"), GATELET_PATIENCE="120")
 
 
 @pytest.mark.parametrize("name", [*CASES, *ROWS])

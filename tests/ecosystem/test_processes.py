@@ -1,12 +1,9 @@
 """Two processes of torch.distributed do what one does with the whole batch, uneven and empty parts included."""
 
 import os
-import subprocess
-import sys
 import time
 import warnings
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ import torch
 from torch import nn
 
 import gatelet
+import ranks
 from gatelet.estimators import _distributed
 from gatelet.nn import ConditionalFFN, ConditionalLinear
 from gatelet.sparsity import AdaptiveL1, FiringRateBias, KLRate, calibrate_thresholds, penalty
@@ -247,38 +245,19 @@ def first_alone(rank):
 
 def main(rank, folder):
     """What each of the two processes runs."""
-    where = {"init_method": f"file://{folder}/meet", "rank": rank, "world_size": 2}
-    torch.distributed.init_process_group("gloo", **where, timeout=timedelta(seconds=60))
+    ranks.join(rank, folder)
     found = {"first": first_alone(rank)}
     found |= {name: everything(rank, sizes) for name, sizes in PARTS.items()}
     found |= {"checkpointed": checkpointed(rank), "ddp": ddp(rank), "alone": alone(rank)}
     found |= {"reported": reported(rank), "late": late(rank), "busy": busy(rank)}
     found |= {"lone": lone(rank, folder)}  # the last one: a process that gave up takes no further step
     torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    ranks.leave()
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    path = os.pathsep.join(str(each) for each in (Path(__file__).parent, Path(gatelet.__file__).parents[1]))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", f"import test_processes; test_processes.main({rank}, {str(folder)!r})"],
-            env=os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return ranks.saved(main, tmp_path_factory.mktemp("processes"))
 
 
 @pytest.mark.parametrize("parts", PARTS)

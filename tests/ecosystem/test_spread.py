@@ -8,7 +8,6 @@ import subprocess
 import sys
 from contextlib import redirect_stdout
 from copy import deepcopy
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gatelet
+import ranks
 from gatelet.nn import ConditionalFFN, SparseAutoencoder
 from gatelet.nn.spreading import _refusal
 from gatelet.sparsity import AdaptiveL1, FiringRateBias, calibrate_thresholds, penalty
@@ -142,8 +142,7 @@ def main(rank, folder):
     from torch.distributed.device_mesh import init_device_mesh
 
     found = {}
-    where = {"init_method": f"file://{folder}/meet", "rank": rank, "world_size": 2}
-    torch.distributed.init_process_group("gloo", **where, timeout=timedelta(seconds=60))
+    ranks.join(rank, folder)
     mesh = init_device_mesh("cpu", (2,))
     for name, make, cases, steps in (("ffn", ffn, FFN, steps_of_ffn), ("sae", sae, SAE, steps_of_sae)):
         for case in cases:
@@ -166,15 +165,12 @@ def main(rank, folder):
     except ValueError as error:
         found["again"] = str(error)
     torch.save(found, f"{folder}/{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    ranks.leave()
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("spread")
-    folders = Path(__file__).parent, Path(__file__).parents[1], Path(gatelet.__file__).parents[1]
-    path = os.pathsep.join(map(str, folders))
     further = f"import test_spread\ntest_spread.main(int(os.environ['RANK']), {str(folder)!r})\n"
     (folder / "spread.py").write_text(program() + further)
     torchrun, *words = command("torchrun --standalone --nproc-per-node 2 spread.py")
@@ -182,7 +178,8 @@ def ran(tmp_path_factory):
         [str(Path(sys.executable).with_name(torchrun)), *words],
         # Unbuffered, two processes' lines could run into one another.
         env=os.environ
-        | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""},
+        | ranks.ENVIRONMENT
+        | {"PYTHONPATH": ranks.path_of(Path(__file__).parent), "PYTHONUNBUFFERED": ""},
         cwd=folder,
         capture_output=True,
         timeout=480,

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import gatelet
+import ranks
 from gatelet.nn import ConditionalFFN
 from gatelet.sparsity import FiringRateBias, calibrate_thresholds, penalty
 
@@ -307,60 +308,44 @@ def test_options_that_are_no_numbers(bad):
         config.update("jaxtyping_disable", False)
 
 
-SHARDED = """
-import sys, torch, torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.fsdp import fully_shard
-import gatelet
-from gatelet.sparsity import calibrate_thresholds, penalty
+def sharded(rank, folder):
+    """What each of the two processes runs."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+    from torch.distributed.fsdp import fully_shard
 
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-torch.manual_seed(0)
-layer = gatelet.nn.ConditionalFFN(96, 768, 8, estimator="straight_through_open")
-x = torch.randn(64, 96)
-noise = torch.rand(64, 768)
-want = layer(x, noise=noise).detach()
-penalty(layer)
-fully_shard(layer, mesh=mesh)
-optimizer = torch.optim.SGD(layer.parameters(), 0.1)
-with gatelet.sparsity.alone():
-    have = layer(x, noise=noise)
-torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
-(have.square().mean() + penalty(layer)).backward()
-optimizer.step()
-calibrate_thresholds(layer, list(x.split(32)))
-layer.eval()
-with torch.no_grad():
-    a = layer(x)
-    assert torch.equal(a, layer(x))
-dcp.save({"model": get_model_state_dict(layer)}, checkpoint_id=f"{folder}/saved")
-torch.manual_seed(1)
-other = gatelet.nn.ConditionalFFN(96, 768, 8, estimator="straight_through_open").eval()
-state = {"model": other.state_dict()}
-dcp.load(state, checkpoint_id=f"{folder}/saved")
-other.load_state_dict(state["model"])
-with torch.no_grad():
-    torch.testing.assert_close(other(x), a, rtol=1e-4, atol=1e-5)
-dist.barrier()
-dist.destroy_process_group()
-"""
+    ranks.join(rank, folder)
+    mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2,))
+    torch.manual_seed(0)
+    layer = gatelet.nn.ConditionalFFN(96, 768, 8, estimator="straight_through_open")
+    x = torch.randn(64, 96)
+    noise = torch.rand(64, 768)
+    want = layer(x, noise=noise).detach()
+    penalty(layer)
+    fully_shard(layer, mesh=mesh)
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    with gatelet.sparsity.alone():
+        have = layer(x, noise=noise)
+    torch.testing.assert_close(have, want, rtol=1e-4, atol=1e-5)
+    (have.square().mean() + penalty(layer)).backward()
+    optimizer.step()
+    calibrate_thresholds(layer, list(x.split(32)))
+    layer.eval()
+    with torch.no_grad():
+        a = layer(x)
+        assert torch.equal(a, layer(x))
+    dcp.save({"model": get_model_state_dict(layer)}, checkpoint_id=f"{folder}/saved")
+    torch.manual_seed(1)
+    other = gatelet.nn.ConditionalFFN(96, 768, 8, estimator="straight_through_open").eval()
+    state = {"model": other.state_dict()}
+    dcp.load(state, checkpoint_id=f"{folder}/saved")
+    other.load_state_dict(state["model"])
+    with torch.no_grad():
+        torch.testing.assert_close(other(x), a, rtol=1e-4, atol=1e-5)
+    torch.save(a, f"{folder}/{rank}.pt")
+    ranks.leave()
 
 
 def test_sharded_parameters_and_distributed_checkpoints(tmp_path):
-    import os
-
-    env = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SHARDED]
-    running = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True, env=env)
-        for rank in range(2)
-    ]
-    try:
-        errors = [each.communicate(timeout=240)[1] for each in running]
-    finally:
-        for each in running:
-            each.kill()
-    assert [each.returncode for each in running] == [0, 0], errors[0][-1500:]
+    first, second = ranks.saved(sharded, tmp_path)
+    assert torch.equal(first, second)

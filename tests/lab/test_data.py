@@ -1,3 +1,5 @@
+"""The data sets: parsing IDX files, and finding them in a folder, the cache or the network; errors name their file."""
+
 import gzip
 import hashlib
 import shutil

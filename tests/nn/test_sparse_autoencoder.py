@@ -1,10 +1,6 @@
 """The sparse autoencoder: its numbers against a dense one written out, its state, its refusals."""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import gatelet
+import ranks
 from gatelet.nn import SparseAutoencoder, sparse_autoencoder
 
 D, N, K, B = 12, 64, 4, 10
@@ -391,32 +388,14 @@ class Losses(torch.nn.Module):
 
 def main(rank, folder):
     """What each of the two processes runs."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    ranks.join(rank, folder)
     torch.save(steps(rank, 2), f"{folder}/{rank}.pt")
-    torch.distributed.barrier()  # a process that leaves while the other still talks to it can end that one
-    torch.distributed.destroy_process_group()
+    ranks.leave()
 
 
 @pytest.mark.cpu
 def test_two_processes_give_the_numbers_of_one(tmp_path):
-    path = os.pathsep.join(str(folder) for folder in (Path(__file__).parent, Path(gatelet.__file__).parents[1]))
-    code = "import test_sparse_autoencoder; test_sparse_autoencoder.main({}, {!r})"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", code.format(rank, str(tmp_path))],
-            env=os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        errors = [process.communicate(timeout=400)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = ranks.saved(main, tmp_path)
     whole = steps(0, 1)
     assert any(value.abs().max() >= 15 for name, value in whole.items() if name.endswith("idle"))
     for key, value in whole.items():

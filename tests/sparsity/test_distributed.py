@@ -1,15 +1,13 @@
 """Two processes: what is a moving average is the same in both, and is that of the whole batch."""
 
 import os
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-import gatelet
+import ranks
 from gatelet.estimators import Rectifier, ScoreFunction, StraightThrough
 from gatelet.sparsity import AdaptiveL1, FiringRateBias
 
@@ -43,7 +41,7 @@ def state(rank: int, world: int) -> dict[str, torch.Tensor]:
 def main(rank: int, folder: str) -> None:
     """What each of the two processes runs."""
     threads = len(os.listdir("/proc/self/task")) if sys.platform == "linux" else 0
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    ranks.join(rank, folder)
     torch.save(state(rank, 2), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
     # none of the exchange's threads is left: one that still works when the interpreter ends aborts the process
@@ -53,7 +51,7 @@ def main(rank: int, folder: str) -> None:
 
 def lone(rank: int, folder: str) -> None:
     """The first process takes a step that the other, busy until it is killed, does not take."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    ranks.join(rank, folder)
     estimator, gates = ScoreFunction(), torch.ones(4, 3)
     estimator.coefficients(torch.zeros(4, 3), gates, torch.ones(4))
     if rank:
@@ -64,45 +62,18 @@ def lone(rank: int, folder: str) -> None:
         torch.distributed.destroy_process_group()
 
 
-def start(call: str, folder: Path, **variables: str) -> list["subprocess.Popen[str]"]:
-    """Start the two processes."""
-    path = os.pathsep.join(str(each) for each in (Path(__file__).parent, Path(gatelet.__file__).parents[1]))
-    env = os.environ | {"PYTHONPATH": path, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"} | variables
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", f"import test_distributed; test_distributed.{call}({rank}, {str(folder)!r})"],
-            env=env,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-
-
 @pytest.mark.cpu
 def test_a_process_that_gives_up_ends_while_the_other_goes_on(tmp_path):
-    processes = start("lone", tmp_path, GATELET_PATIENCE="2")
-    try:
+    with ranks.started(lone, tmp_path, GATELET_PATIENCE="2") as processes:
         said = processes[0].communicate(timeout=120)[1]
         assert processes[1].poll() is None
-    finally:
-        for process in processes:
-            process.kill()
-        processes[1].communicate()
     assert processes[0].returncode == 1
     assert "process 1 did not come to this one within 2 s" in said
 
 
 @pytest.mark.cpu
 def test_two_processes_hold_the_state_of_the_whole_batch(tmp_path):
-    processes = start("main", tmp_path)
-    try:
-        errors = [process.communicate(timeout=60)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], errors
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    first, second = ranks.saved(main, tmp_path)
     whole, halves = state(0, 1), [state(rank, 2) for rank in range(2)]
     assert set(first) == set(second) == set(whole)
     for key, value in whole.items():

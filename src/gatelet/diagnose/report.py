@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from gatelet.diagnose.draw import draw
 from gatelet.diagnose.recommend import Recommendation, recommend
 from gatelet.diagnose.row import FIGURES, Budget, Row
 from gatelet.diagnose.text import UNITS, number, table
+
+WIDTH = 88
+"""Characters of a line of the recommendation's reason, about as wide as the table."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -73,8 +77,10 @@ class Report:
             f"reference: {self.reference_how}{error}; shape {tuple(self.reference.shape)}{per}",
             *table(self.rows, self.budget),
         ]
-        chosen = self.recommendation
-        return "\n".join([*lines, *([f"recommended: {chosen.name}: {chosen.reason}"] if chosen else [])])
+        if chosen := self.recommendation:
+            reason = textwrap.wrap(chosen.reason, WIDTH, initial_indent="  ", subsequent_indent="  ")
+            lines += [f"recommended: {chosen.name}", *reason]
+        return "\n".join(lines)
 
 
 def pandas() -> Any:

@@ -207,6 +207,7 @@ def _across(builder: Any, sums: list[Any], lanes: int) -> Any:
     return _folded(builder, sums[0], lanes)
 
 
+# Long: it emits one loop, and the parts of a loop share its values.
 @intrinsic
 def dot(
     typing: Any,

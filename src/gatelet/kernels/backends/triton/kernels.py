@@ -175,6 +175,7 @@ def finish(  # type: ignore[no-untyped-def]
         tl.store(out + at, h.to(out.dtype.element_ty), mask=inside)
 
 
+# Long: Triton compiles a kernel from one function, and many of the lines are its arguments.
 @kernel
 def group_dots(  # type: ignore[no-untyped-def]
     x,
@@ -242,6 +243,7 @@ def group_dots(  # type: ignore[no-untyped-def]
         tl.store(out + at, h.to(out.dtype.element_ty), mask=inside)
 
 
+# Long: Triton compiles a kernel from one function, and many of the lines are its arguments.
 @kernel
 def few_dots(  # type: ignore[no-untyped-def]
     x,
@@ -624,6 +626,7 @@ def pair_sums(  # type: ignore[no-untyped-def]
 # -------------------------------------------------------------------- before the backward products
 
 
+# Long: Triton compiles a kernel from one function, and many of the lines are its arguments.
 @kernel
 def pointwise(  # type: ignore[no-untyped-def]
     upper,
