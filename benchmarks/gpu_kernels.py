@@ -40,7 +40,7 @@ LISTS = ((384, 16384, 32, 512), (576, 32768, 32, 2048))
 BOTTLENECK = 128
 DTYPE = torch.bfloat16
 ROTATED = 1 << 28
-"""Bytes that the inputs of consecutive calls span: several times the second-level cache of today's cards."""
+"""Bytes that the inputs of consecutive calls span: several times the second-level cache of a large GPU."""
 MOST_COPIES = 16
 PARITY = 0.03
 """The most a row may be off; two roundings to bfloat16 make about 0.005, and twice that where they truncate, as
@@ -121,7 +121,7 @@ def linear_ways(p: Inputs, grad: bool, backends: tuple[str, ...]) -> dict[str, W
 
     forward: dict[str, Way] = {"dense": dense, "dense × mask": masked}
     if p.group > 1:
-        # The peer's lists are made outside of the clock: it starts ahead.
+        # The peer's lists are made before the timing starts, which favours the peer.
         sorted_by_group = []
         for gate in p.gate:
             group, example = gate.detach().t().nonzero(as_tuple=True)
@@ -188,7 +188,7 @@ def ffn_ways(p: Inputs, grad: bool, backends: tuple[str, ...]) -> dict[str, Way]
 def lists_ways(shape: tuple[int, int, int, int], device: str) -> dict[str, dict[str, Way]]:
     """Return the ways to decode given codes (B, K), y[b] = Σ_k value[b, k] W[index[b, k]], by pass and name.
 
-    Dense keeps the codes as a matrix (B, N), which is filled outside of the clock.
+    Dense keeps the codes as a matrix (B, N), which is filled before the timing starts.
     """
     from gatelet.kernels.backends.triton import products
     from gatelet.kernels.pattern import Lists

@@ -1,4 +1,4 @@
-"""Whether 1, 2 and 4 processes train to the same losses, and if not, at which gate they part.
+"""Whether 1, 2 and 4 processes train to the same losses, and if not, at which gate they first differ.
 
     python benchmarks/processes.py --row straight_through --dataset digits
     python benchmarks/processes.py --row straight_through --dataset mnist              # a table of docs/machines.md

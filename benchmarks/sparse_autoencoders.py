@@ -74,7 +74,7 @@ class Dense(nn.Module):
 
     @torch.no_grad()
     def update(self, optimizer: torch.optim.Optimizer) -> None:
-        """Step what has a gradient, and let go of the gradients; decoder rows keep unit length."""
+        """Step the parameters that have a gradient, and free the gradients; decoder rows keep unit length."""
         grad = self.w_dec.grad
         if grad is not None:
             grad.addcmul_(self.w_dec, torch.linalg.vecdot(grad, self.w_dec)[:, None], value=-1)
@@ -104,7 +104,7 @@ class Ours:
             self.update(self.optimizer)
 
     def update(self, optimizer: torch.optim.Optimizer) -> None:
-        """Step what has a gradient, and let go of the gradients."""
+        """Step the parameters that have a gradient, and free the gradients."""
         optimizer.step()
         optimizer.zero_grad()
 
@@ -424,7 +424,7 @@ def available(name: str) -> bool:
 
 
 def step_in_backward(method: Dense | Ours) -> None:
-    """Let each parameter step as soon as its gradient is there, and let that go: PyTorch's recipe to save memory."""
+    """Step each parameter as soon as its gradient is there, and free the gradient: PyTorch's recipe to save memory."""
     for group in method.optimizer.param_groups:
         for parameter in group["params"]:
             own = type(method.optimizer)([{**group, "params": [parameter]}])

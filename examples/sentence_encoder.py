@@ -101,7 +101,7 @@ def finetune(
 ) -> float:
     """Train the encoder's weights to give the teacher's hidden states and embeddings, its gates as they are in eval().
 
-    The gates ask for no gradient, so that training runs through the kernels, too. Continues from ``file``. Returns the
+    The gates need no gradient, so training runs through the kernels too. Continues from ``file``. Returns the
     median seconds of a step.
     """
     skip = (".gating.", "embeddings", "pooler")
