@@ -57,15 +57,15 @@ class Lists:
     pairs (gates, coefficients, results) is a tensor (P,) in the same order: no tensor (B, N) need exist.
 
     Attributes:
-        starts: (B + 1,) int64. Given as K where every example has K > 0 units, they are made when they are asked for.
+        starts: (B + 1,) int64. If every example has K > 0 units, K may be given; the tensor is made when it is read.
         length: K, or the starts that were given.
         units: (P,) int64.
         count: N, the number of units.
         by_unit: the same pairs unit by unit, None until a product needs them.
         notes: what a backend derives from the lists and reads again.
-        given: units that nobody has looked at yet; None if all is well. The first product that reads them looks, or
-            else whoever asks for ``units``.
-        name: what errors call them.
+        given: units that were not checked yet; None after the check. The first product that reads them checks them, or
+            else the first access to ``units``.
+        name: the name of the argument, for errors.
     """
 
     __slots__ = ("_units", "by_unit", "count", "given", "length", "name", "notes")
@@ -219,7 +219,7 @@ def fixed_starts(batch: Any, most: Any, device: Any = None) -> Tensor:
 def pattern_of_indices(indices: Tensor, units: int, name: str, *, now: bool = False) -> OpenPattern:
     """Return the pattern of given open units, which errors call ``name``; see :meth:`OpenPattern.from_indices`.
 
-    On a CPU they are looked at ``now``, or by the first product.
+    On a CPU they are checked ``now``, or by the first product.
     """
     looks = indices.device.type == "cpu" and not torch.compiler.is_compiling()
     starts: Tensor | int

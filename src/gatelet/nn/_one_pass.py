@@ -1,7 +1,7 @@
-"""Few tokens through a feed-forward block and its gater in one kernel, where an ordinary call in ``eval()`` allows it.
+"""A few tokens through a feed-forward block and its gater in one kernel, for ordinary calls in ``eval()``.
 
-For a token, calls into torch and Python's checks take longer than the arithmetic. So what a call needs is packed once
-and taken again as long as all weights lie where they lay.
+For one token, calls into torch and Python's checks take longer than the arithmetic. So the arguments are packed once,
+and used again as long as all weights are at the same addresses.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | None]
 
 
 class Prepared(NamedTuple):
-    """A block whose arguments are packed, and where its weights lay then."""
+    """A block's packed call, and the addresses of its weights at that time."""
 
     places: list[Any]
     run: Run | None
@@ -53,7 +53,7 @@ def one_pass(
 def _prepare(
     gating: ConditionalLayer, activation: str, gater: PlainGater, first: Affine, third: Affine | None, down: Affine
 ) -> Run | None:
-    """Return the packed kernel; None where it cannot read these weights."""
+    """Return the packed kernel, or None if it cannot read these weights."""
     if activation not in FUSED or first.weight.shape[0] != gating.num_gates:
         return None
     given = down.weight.detach()
@@ -65,13 +65,13 @@ def _prepare(
 
 
 def _each(x: Tensor, gating: ConditionalLayer, run: Run) -> Tensor | None:
-    """Return the output token by token, and note the gates."""
+    """Run the tokens one by one; return their outputs, and count the gates."""
     opened = gating.counts()
     done: list[tuple[Tensor, Tensor]] = []
     single = x.numel() == gating.in_features
     for token in (x.contiguous(),) if single else x.reshape(-1, gating.in_features).contiguous().unbind():
         found = run(token, opened)
-        if found is None:  # whatever it was, the long way finds out and says so
+        if found is None:  # the long way finds the reason and says so
             for _, gates in done:
                 opened.sub_(gates.long())
             gating.laid.forget()

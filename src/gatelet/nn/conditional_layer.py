@@ -351,14 +351,16 @@ class ConditionalLayer(Penalised):
     def _settled(self, x: Tensor) -> Tensor | None:
         """Return the gates of an ordinary call in ``eval()`` without gradients on the CPU; None: go the long way.
 
-        The unit decides, as always; the gater and the statistics take fewer calls into torch, which for few tokens,
-        and not the arithmetic, are what gates cost.
+        This, :meth:`settled_by_itself` and ``_one_pass`` are short cuts for speed: for a few tokens the calls into
+        torch, not the arithmetic, are most of the gates' time. They give what the long way (:meth:`decide_unpadded`)
+        gives, and return None where anything could differ: a hook, a mask, another gater. Here the unit still decides,
+        in ``unit.settle``; only the gater and the counting take fewer calls.
         """
         found = self.plain_gater(x)
         if found is None:
             return None
         within = F.linear(x, *found.hidden)
-        # What is not finite in x is not finite here; the long way finds out what it was, and says so.
+        # If x is not finite, this is not; the long way then says which number it is.
         if not math.isfinite(within.sum().item()):
             return None
         gates: Tensor = self._modules["unit"].settle(F.linear(within.tanh_(), *found.last))  # type: ignore
@@ -368,8 +370,8 @@ class ConditionalLayer(Penalised):
     def plain_gater(self, x: Tensor) -> PlainGater | None:
         """Return both affine maps of a :class:`Gater` and the threshold, where nothing else decides in ``eval()``.
 
-        That is in an ordinary call without gradients on the CPU. Attributes are read from where nn.Module keeps them,
-        for looking them up would take longer than the gates of a token.
+        That is in an ordinary call without gradients on the CPU. Attributes are read from nn.Module's own dictionaries,
+        because looking them up would take longer than the gates of a token.
         """
         gater, unit = self._modules["gater"], self._modules["unit"]
         if type(gater) is not Gater or type(unit) is not StochasticUnit or unit.sample_in_eval:
@@ -421,12 +423,12 @@ class ConditionalLayer(Penalised):
         self.noted(counts, tokens)
 
     def counts(self) -> Tensor:
-        """Return ``opened``, to be added to."""
+        """Return the tensor behind ``opened``, to which counts are added."""
         opened: Tensor | None = self.__dict__["_opened"]
         return self.opened if opened is None or opened.device.type != "cpu" else opened
 
     def noted(self, counts: Tensor, tokens: int) -> None:
-        """Remember what the last call opened, which ``opened`` holds already."""
+        """Record the counts of the last call; ``opened`` includes them already."""
         state = self.__dict__  # nn.Module looks a dozen times before it sets an attribute
         state["_last"], state["tokens"] = (counts, tokens), state["tokens"] + tokens
 

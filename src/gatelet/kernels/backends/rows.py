@@ -125,17 +125,17 @@ class Decided(NamedTuple):
 
 
 class Gated(NamedTuple):
-    """A feed-forward block of float32 weights whose gates a network decides, as they are without noise.
+    """A feed-forward block of float32 weights with a gater network, for gates without noise.
 
-    Unit n is open if V tanh(U x + c) + d exceeds the threshold there; hidden = act(W x + b), times W3 x + b3 where
-    there is a third map; y = W2 (hidden ∘ open) + b2.
+    Unit n is open if (V tanh(U x + c) + d)_n exceeds the threshold; hidden = act(W x + b), times W3 x + b3 if there is
+    a third map; y = W2 (hidden ∘ open) + b2.
 
     Attributes:
         hidden, gates: U (M, D) and V (N, M).
         threshold: one number.
         first, third: W and W3 (N, D).
         down: W2 (N, O), by unit.
-        original: the matrix (O, N) of which ``down`` is a copy; None where it is none.
+        original: the matrix (O, N) of which ``down`` is a copy; None if it is not a copy.
     """
 
     hidden: Tensor

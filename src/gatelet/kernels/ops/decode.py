@@ -154,11 +154,11 @@ def decode_ffn(given: Decided) -> Decode:
 
 
 def gated_block(given: Gated) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | None] | None:
-    """Return the map of a feed-forward block whose gates a network decides (:class:`Gated`), for one token at a time.
+    """Return the map of a feed-forward block with a gater network (:class:`Gated`), for one token at a time.
 
-    It takes x (D,) and the counts of open units (N,), int64, to which it adds, and returns the output (O,) and the
-    gates (N,); or None, and counts nothing, where a number is not finite, the threshold is NaN or the copy of W2 is
-    none any more. None instead of a map where no kernel can read these weights.
+    The map takes x (D,) and the counts of open units (N,), int64, to which it adds, and returns the output (O,) and the
+    gates (N,). It returns None, and counts nothing, if a number is not finite, the threshold is NaN or W2 has changed.
+    The result is None instead of a map if no kernel can read these weights.
     """
     matrices = (given.hidden, given.gates, given.first, given.third, given.down)
     tensors = (*matrices, given.hidden_bias, given.gates_bias, given.first_bias, given.third_bias, given.down_bias)
@@ -171,7 +171,7 @@ def gated_block(given: Gated) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor
 
 
 def _lies_plain(tensor: Tensor) -> bool:
-    """Whether these are float32 numbers on the CPU, one behind the other."""
+    """Whether this is a contiguous, non-empty float32 tensor on the CPU."""
     return (
         tensor.dtype is torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel() > 0
     )

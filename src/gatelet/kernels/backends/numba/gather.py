@@ -21,7 +21,7 @@ from gatelet.kernels.backends.numba import vector as v
 
 VECTOR, MOST = v.VECTOR, v.MOST
 PIECE = 24 if VECTOR == 64 else 12
-"""Vectors of a row that are summed at once: of 32 registers, or of 16."""
+"""Vectors of a row that are summed at once, of the 32 (AVX-512) or 16 registers there are."""
 _I64 = ir.IntType(64)
 
 
@@ -108,9 +108,9 @@ def gather_sum(
 ) -> Any:
     """Write start + Σ_e scale[e] · table[i[e]], over ``count`` indices i, to ``target``, for a piece of the rows.
 
-    A piece is ``size`` vectors (at most PIECE), of which the last has ``rest`` numbers. Its sums stay in registers
-    while rows pass by, one after the other, each read in order. Meanwhile the row is prefetched that the index
-    ``ahead`` bytes later names, or the one at ``last``, where the list ends. ``start`` may be 0: nothing.
+    A piece is ``size`` vectors (at most PIECE), the last of which has ``rest`` numbers. Its sums stay in registers
+    while the rows are read one after the other. Meanwhile a later row is prefetched: the one named by the index
+    ``ahead`` bytes later, at most by the index at ``last``, the end of the list. If ``start`` is 0, sums start at zero.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -146,7 +146,7 @@ def gather_sum(
 
 
 def _given_or_zero(builder: Any, address: Any, load: Callable[[], list[Any]], zeros: list[Any]) -> list[Any]:
-    """Return what ``load`` emits; zeros if the address is 0, where nothing may be read."""
+    """Return the vectors that ``load`` emits, or zeros if the address is 0, from which nothing may be read."""
     before = builder.block
     given, begin = builder.append_basic_block("given"), builder.append_basic_block("begin")
     builder.cbranch(builder.icmp_signed("!=", address, _I64(0)), given, begin)

@@ -1,7 +1,7 @@
 """The products over lists of open units, compiled by Numba. Import this module only to run them.
 
 A pair costs the reading of one row, which may lie anywhere in the table, and little else. So rows are prefetched, and
-sums stay in registers while rows pass by. Where the order is free, pairs are taken by unit: then the large matrix (the
+sums stay in registers while rows are read. Where the order is free, pairs are taken by unit: then the large matrix (the
 weights) is read or written once and in order, while the small one (the examples) stays in cache.
 
 All lists are int64. Arguments named like tensors are addresses, 0 for a tensor that is not given.
@@ -20,8 +20,7 @@ PAIR = 16
 AHEAD = 2 * v.MOST
 """How many pairs ahead rows are prefetched for dot products."""
 AHEAD_BYTES, FARTHEST = 1 << 14, 64
-"""For sums, rows are prefetched as many pairs ahead as make up so many bytes, which fit in the first-level cache; at
-most so many pairs."""
+"""For sums, rows are prefetched this many bytes ahead (they fit in the first-level cache), at most this many pairs."""
 # Numba's cache needs these as globals of this module.
 arguments, gather_dots, gather_sum, PIECE = g.arguments, g.gather_dots, g.gather_sum, g.PIECE
 above = g.above
@@ -134,7 +133,7 @@ def ascends(units: Any, begin: Any, end: Any, count: Any) -> Any:  # pragma: no 
     return fine and before < count
 
 
-# Long, since Numba fixes a kernel's types and widths by what it closes over: each kernel is a function inside of it.
+# Long: the kernels are nested functions, because Numba fixes their types and widths by what they close over.
 def _make(one: Any) -> dict[str, Any]:
     """Return the kernels, not yet compiled, for numbers of the type of ``one``."""
     size = one.itemsize
@@ -144,7 +143,7 @@ def _make(one: Any) -> dict[str, Any]:
     def dots(p: Any) -> None:
         """values[i] = ⟨x[b], weight[n]⟩ + bias[n] for the pairs (b, n) of the lists; a task is ``span`` examples.
 
-        With ``wrong``, lists are looked at first: it becomes 1 if one is not of ascending units below ``count``.
+        If ``wrong`` is given, lists are checked first: it becomes 1 if the units of one do not ascend below ``count``.
         """
         counter, x, weight, bias, starts, most, units, values, examples, count, width, span, pairs, wrong = arguments(
             p, 14
@@ -335,7 +334,7 @@ def _make(one: Any) -> dict[str, Any]:
     return {kernel.__name__: kernel for kernel in made}
 
 
-# Long, since Numba fixes a kernel's types and widths by what it closes over: each kernel is a function inside of it.
+# Long: the kernels are nested functions, because Numba fixes their types and widths by what they close over.
 def _make_turning(one: Any) -> dict[str, Any]:
     """Return the kernels that turn lists by example into lists by unit: a radix sort; a task is a part of the pairs.
 

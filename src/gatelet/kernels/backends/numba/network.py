@@ -1,4 +1,4 @@
-"""One token at a time through a feed-forward block with a gater: a kernel whose arguments are packed once."""
+"""One token at a time through a feed-forward block with a gater: the kernel's arguments are packed once."""
 
 from collections.abc import Callable
 
@@ -11,16 +11,16 @@ from gatelet.kernels.backends.numba.network_kernels import HIDDEN, LIST, network
 from gatelet.kernels.backends.rows import Gated
 
 PARTS = 8
-"""Units are split into this many parts, each with its own sums, so that the number of threads changes no bit."""
+"""Units are split into this many parts, each with its own sums. So results do not depend on the number of threads."""
 BYTES = 32
 """For the choice of threads, reading this many bytes counts as passing over one number."""
 Run = Callable[[Tensor, Tensor], tuple[Tensor, Tensor] | None]
 
 
 def prepare(given: Gated) -> Run:
-    """Return what maps x (D,) and the counts of open units (N,) to the output (O,) and the gates (N,).
+    """Return a function from x (D,) and the counts of open units (N,) to the output (O,) and the gates (N,).
 
-    None instead, and nothing is counted, where a number is not finite, the threshold is NaN, or W2 has changed.
+    The function returns None, and counts nothing, if a number is not finite, the threshold is NaN, or W2 has changed.
     """
     (middle, width), (units, outputs) = given.hidden.shape, given.down.shape
     words = -(-units // 64)
@@ -56,7 +56,7 @@ def prepare(given: Gated) -> Run:
         parts=PARTS,
     )
     numbers = (given.first.nbytes + given.down.nbytes) // BYTES
-    spare: list[Tensor] = []  # a call takes its memory from here, and gives it back
+    spare: list[Tensor] = []  # memory of earlier calls, to be used again
 
     def call(x: Tensor, opened: Tensor) -> tuple[Tensor, Tensor] | None:
         threads, scratch = team.threads(numbers), spare.pop() if spare else None
@@ -67,7 +67,7 @@ def prepare(given: Gated) -> Run:
         spare.append(scratch)
         return None if answer[0] else (out, gates)
 
-    call.kept = given  # type: ignore[attr-defined]  # what the packed addresses point at
+    call.kept = given  # type: ignore[attr-defined]  # kept alive: the packed addresses point at it
     return call
 
 

@@ -1,10 +1,10 @@
-"""One token through a feed-forward block whose gates a network decides, in one pass. Import only to run it.
+"""One token through a feed-forward block with a gater network, in one pass. Import this module only to run it.
 
-A call for one token takes as long as its bytes take to arrive: the gater's weights and the rows of the open units. So
-gater, comparison, products and sums are one kernel, without a return to Python or a result in memory between them.
+For one token, the time is that of reading the gater's weights and the rows of open units. So gater, comparison,
+products and sums are one kernel, with no return to Python and no intermediate result in memory.
 
-Every thread computes the gater's hidden layer for itself, which costs less than to wait for another's. Units are shared
-out in a fixed number of parts, each with sums of its own: results do not depend on who comes first.
+Every thread computes the gater's hidden layer, because waiting for another thread would take longer. Units are split
+into a fixed number of parts, each with its own sums, so results do not depend on the order of threads.
 """
 
 import math
@@ -20,13 +20,13 @@ from gatelet.kernels.backends.numba.narrow_kernels import NEAR, shifted
 
 ROWS = n.ROWS
 LIST = NEAR * 4
-"""Where a thread's or a part's memory holds, behind results of products, its list of units."""
+"""Offset of the list of units in the memory of a thread or part, behind the results of products."""
 COUNT = LIST - 8
-"""Where it holds how many these are."""
+"""Offset of the number of these units."""
 HIDDEN = LIST + 2 * ROWS * 16
-"""Where a thread's holds the gater's hidden layer."""
+"""Offset of the gater's hidden layer in the memory of a thread."""
 SAMPLES = 8
-"""Numbers of W2's copy that each part compares with the original."""
+"""How many numbers of W2's copy each part compares with the original."""
 arguments, rows_dots, rows_axpy, take = g.arguments, n.rows_dots, n.rows_axpy, v.take
 read, write, read_word, write_word, clear, copy = v.read, v.write, v.read_word, v.write_word, v.clear, v.copy
 
@@ -48,7 +48,7 @@ def all_rows(
 def bottleneck(
     near: Any, x: Any, weight: Any, bias: Any, width: Any, count: Any, one: Any
 ) -> Any:  # pragma: no cover (compiled)
-    """Write the gater's hidden layer; return the sum of its affine map, which is finite if x is."""
+    """Write the gater's hidden layer; return the sum of its affine map, which is not finite if x is not."""
     total, i = one * 0, 0
     while i < count:
         k = all_rows(near, i, count, weight, x, width, one)
@@ -71,7 +71,7 @@ def opened_units(
         for e in range(k):
             z = shifted(read(near + 4 * e, one), 0, bias, unit + e, one)
             total += z
-            write_word(rows + 16 * found, unit + e)  # listed in any case, and overwritten if it is closed
+            write_word(rows + 16 * found, unit + e)  # always listed; overwritten by the next unit if it is closed
             found += 1 if z > limit else 0
         unit += k
     return found, total
@@ -81,7 +81,7 @@ def opened_units(
 def still_copied(
     given: Any, copied: Any, units: Any, outputs: Any, part: Any, parts: Any, one: Any
 ) -> Any:  # pragma: no cover (compiled)
-    """Whether a copy (N, O) holds what the matrix (O, N) does, by a few numbers spread over both."""
+    """Whether the copy (N, O) still equals the matrix (O, N), judged by a few numbers spread over both."""
     for i in range(part * SAMPLES, (part + 1) * SAMPLES):
         unit = i * units // (parts * SAMPLES)
         output = (i * 7919) % outputs
@@ -98,9 +98,9 @@ def _make(kind: Any) -> dict[str, Any]:
     def by_network(p: Any) -> None:
         """out = Σ_n hidden_n · W2[n] + b2 over the units with ⟨V[n], tanh(U x + c)⟩ + d_n > threshold.
 
-        hidden = act(W1 x + b1), times W3 x + b3 if there is a W3. ``gates`` gets a one for open units, ``opened`` one
-        more. Where a sum is not finite, there is no threshold, or W2 is no longer a copy of ``given``, ``failed``
-        becomes one and nothing is counted.
+        hidden = act(W1 x + b1), times W3 x + b3 if there is a W3. For open units ``gates`` is set to 1 and ``opened``
+        grows by 1. If a sum is not finite, the threshold is NaN, or W2 no longer equals ``given``, ``failed`` becomes 1
+        and nothing is counted.
         """
         # fmt: off
         (
@@ -166,7 +166,7 @@ def finish(
     failed: Any,
     one: Any,
 ) -> None:  # pragma: no cover (compiled)
-    """Add up the parts' sums, and write and count what they opened."""
+    """Add up the parts' sums; write the gates, and count the open units."""
     if bias != 0:
         copy(out, bias, outputs * 4)
     else:

@@ -105,7 +105,7 @@ class Prepared:
         self.packed = array("q", (kernel, 0, 0, 0, 0, 0, *(each or 0 for each in args)))
 
     def __call__(self, team: int, *values: int) -> "array[int]":
-        """Run the kernel on ``team`` threads; return its arguments, in which it may have answered."""
+        """Run the kernel on ``team`` threads; return its arguments, to which it may have written results."""
         packed = self.packed[:]
         for place, value in zip(self.places, values, strict=True):
             packed[place] = value
