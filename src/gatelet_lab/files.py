@@ -28,7 +28,7 @@ def location(text: str) -> Path:
         return Path(text)
     kind = text.partition("://")[0]
     if kind == "memory":
-        raise ValueError(f"{text}: lies in the memory of one process; name a place that every worker can read")
+        raise ValueError(f"{text}: is in the memory of one process; name a place that every worker can read")
     try:
         from upath import UPath
 

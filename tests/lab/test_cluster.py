@@ -260,7 +260,7 @@ BAD = {
     "no address": (("--scheduler", "nowhere"), "--scheduler nowhere: no scheduler answers"),
     "jobs too": (("--jobs", 2), "--jobs: with --scheduler"),
     "another device": (("--device", "abacus"), "abacus"),
-    "a place in one process": (("--out", "memory://x"), "lies in the memory of one process"),
+    "a place in one process": (("--out", "memory://x"), "is in the memory of one process"),
     "an unknown kind of place": (("--out", "nosuch://x"), "nosuch"),
 }
 

@@ -31,7 +31,7 @@ NATIVE = (torch.float32, torch.float64)
 
 @dataclass(frozen=True)
 class Block:
-    """Where the parts of a feed-forward block lie in the module that owns it, by attribute path.
+    """Where the parts of a feed-forward block are in the module that owns it, by attribute path.
 
     Args:
         kind: what is replaced (``METHOD``); for a ``"pair"``, whose owner calls W1, the activation and W2 among other
@@ -150,7 +150,7 @@ def affine_at(owner: nn.Module, path: str) -> Affine:
 
 
 def all_of(owner: nn.Module, path: str) -> Affine:
-    """Return weight (N, D) and bias of the affine map at this path, which is no more than that.
+    """Return weight (N, D) and bias of the affine map at this path; raise if the module is more than that.
 
     Raises:
         ValueError: for a module that is more: an adapter, hooks, a forward of its own.

@@ -98,7 +98,7 @@ def report(
     """Open share, FLOPs, dead units and measured speed-up of a model's conditional layers.
 
     The share of open gates and the groups that are dead (open for no token) or always open are those of all tokens
-    since the layers last changed their mode; :func:`gatelet.distil` starts the count anew and runs its batches of
+    since the layers last changed their mode; :func:`gatelet.distil` resets the count and runs its batches of
     calibration. Of several processes (torch.distributed) the counts of all are added up, so all call this; one that
     calls it by itself does so with ``local=True`` or under ``with gatelet.sparsity.alone():``.
     FLOPs count a multiply and an add as two, in affine maps only.
@@ -108,7 +108,7 @@ def report(
         inputs, named: if given, the model is run on them once, in the mode it is in, and then every layer is timed by
             itself, on the input that it had there, without gradients: against itself with all gates open and no
             gater, in turns; medians. Between two runs as many other bytes are read as the model has (at most 64 MB),
-            for in the model, too, its weights have left the caches when the next token comes.
+            because in the model its weights have left the caches when the next token comes.
         seconds: time to spend in each layer.
         local: of several processes, show what this one counted. Times are always its own.
         timeout: seconds to wait for the other processes to call this too.

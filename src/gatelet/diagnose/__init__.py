@@ -1,6 +1,6 @@
 """Exact gradients, and the bias, variance and cost of estimators on an objective or in a network.
 
-``gatelet.diagnose`` is the function :func:`diagnose`; the rest is there by ``from gatelet.diagnose import moments``.
+``gatelet.diagnose`` is the function :func:`diagnose`; the rest is imported by ``from gatelet.diagnose import moments``.
 """
 
 from gatelet.diagnose.exact import exact_gradient as exact_gradient

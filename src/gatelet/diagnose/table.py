@@ -120,7 +120,7 @@ FACTS: dict[type[Estimator], Facts] = {
 
 
 def forms(cls: type[Estimator]) -> list[Mapping[str, Any]]:
-    """Return the options in which an estimator stands in the certificate: the defaults, its variants, one of N."""
+    """Return the forms in which the certificate has an estimator: the defaults, its variants, one of N."""
     subset: list[Mapping[str, Any]] = [{"kind": "subset", "k": 1}] if {"bernoulli", "subset"} <= set(cls.kinds) else []
     return [{}, *facts(cls).variants, *subset]
 

@@ -38,7 +38,7 @@ class Estimator(nn.Module):
     """How a gradient crosses a discrete, stochastic or hard unit. Subclasses are the methods.
 
     Class attributes: ``unbiased`` (the expected gradient is the gradient of the expected loss), ``needs``
-    (``"path"``, ``"loss"`` or ``"objective"``, see the module), ``support`` (which gates ask for ∂L/∂h:
+    (``"path"``, ``"loss"`` or ``"objective"``, see the module), ``support`` (which gates need ∂L/∂h:
     ``"none"``, the ``"open"`` ones, ``"sampled"`` ones too, which :meth:`computed` names, ``"all"``; a closed unit
     outside of it may be skipped in training), ``reference`` (the source).
     """
@@ -92,7 +92,7 @@ class Estimator(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no coefficients: it needs the {self.needs}")
 
     def computed(self, noise: Float[Tensor, "..."]) -> Tensor:
-        """Return which gates ask for ∂L/∂h though closed (estimators whose support is ``"sampled"``)."""
+        """Return which closed gates need ∂L/∂h (estimators whose support is ``"sampled"``)."""
         raise NotImplementedError(f"{type(self).__name__} samples no closed units: its support is {self.support!r}")
 
     def fire_probability(self, logits: Float[Tensor, "*lead N"]) -> Float[Tensor, "*lead N"]:

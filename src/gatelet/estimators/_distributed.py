@@ -298,7 +298,7 @@ def meet(what: str, timeout: float, by_itself: str = "says local=True") -> None:
             limit.leave()
             raise RuntimeError(
                 f"{what}: {there} of {world} processes of torch.distributed called it within {timeout:g} s; all have "
-                f"to, for they pool what they see; one that calls it by itself {by_itself}"
+                f"to, because they pool what they see; one that calls it by itself {by_itself}"
             )
         time.sleep(0.01)
     _meetings += 1

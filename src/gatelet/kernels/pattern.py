@@ -127,7 +127,7 @@ class ByUnit:
     Attributes:
         starts: (N + 1,) int64.
         examples: (P,) int64.
-        places: (P,) int64, where each pair stands in the order by example.
+        places: (P,) int64, the place of each pair in the order by example.
     """
 
     starts: Tensor

@@ -76,7 +76,7 @@ def sum_backward(slope: Tensor, weight: Tensor, values: Tensor, lists: Lists) ->
 
 
 def _rows(sparse: Tensor) -> tuple[Tensor, Tensor]:
-    """Return which rows of a sparse matrix are there, and these rows."""
+    """Return the numbers of the rows that a sparse matrix holds, and these rows."""
     return sparse._indices()[0], sparse._values()
 
 

@@ -22,7 +22,7 @@ class Spread(Units):
     """The units of one process among those of a mesh.
 
     All processes must call a method that communicates, in the same order. Its gradient is right for a loss that all
-    processes compute alike.
+    processes compute in the same way.
     """
 
     def __init__(self, mesh: DeviceMesh) -> None:

@@ -45,7 +45,7 @@ class ConditionalLayer(Penalised):
         bottleneck: M, the width of the gater's hidden layer; None where ``gater`` is a module.
         flops_per_unit: what a token spends on an open unit, for :func:`gatelet.report`.
         estimator, target_rate, group_size, sparsity, detach_gater_input: as for :class:`ConditionalLinear`.
-        gater: ``"mlp"``, a network with a bottleneck (:class:`Gater`); ``"two_stage"``, one that looks closer at some
+        gater: ``"mlp"``, a network with a bottleneck (:class:`Gater`); ``"two_stage"``, one that first chooses
             groups of units (:class:`TwoStageGater`); ``"self"``, the layer's own activation (:class:`SelfGater`), or
             ``"preview"``, what its units add to the output (:class:`PreviewGater`), for which neither
             ``bottleneck`` nor ``estimator`` counts; or any module that maps (..., D) to
@@ -468,7 +468,7 @@ class ConditionalLayer(Penalised):
         self._opened, self.tokens = None, 0
 
     def train(self, mode: bool = True) -> "ConditionalLayer":
-        """Set the mode; a change of it starts the counts anew."""
+        """Set the mode; a change of it resets the counts."""
         self.laid.forget()
         if mode != self.training:
             self.reset_statistics()

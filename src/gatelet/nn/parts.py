@@ -115,7 +115,7 @@ class ByUnit:
     """Weights laid out so that each hidden unit's numbers lie together, which is how the kernels read them.
 
     Parameters are ordinary contiguous tensors; where a unit's numbers are a column of one, the layer keeps a copy
-    beside it for calls without gradients, made anew when the parameter has changed: another tensor, another version,
+    beside it for calls without gradients, made again when the parameter has changed: another tensor, another version,
     or, as writing to ``.data`` changes no version, other numbers among those that are looked at. :meth:`forget` (the
     layer's ``train()`` and ``eval()``) drops it. A pass with gradients copies anew, into the same memory unless a graph
     still holds it.

@@ -248,7 +248,7 @@ class SparseAutoencoder(nn.Module):
             self._start_thresholds(some)
 
     def _start_thresholds(self, centred: Tensor) -> None:
-        """Set θ or t so that k latents open on average: halfway to the next value, lest rounding decide about one."""
+        """Set θ or t so that k latents open on average: halfway to the next value, against rounding."""
         if self.activation not in ("jump_relu", "batch_top_k"):
             return
         z = F.linear(centred, *self._encoder()).flatten()

@@ -200,7 +200,7 @@ def often(gate: Tensor) -> Tensor:
 
 
 def common_dense(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
-    """Units that are open for most of the examples are a dense product, the others go by the kernels."""
+    """A dense product for units that are open for most of the examples, the kernels for the others."""
     common = often(gate)
     units = common.nonzero().flatten()
     out = ours(x, weight, bias, gate * ~common)

@@ -54,7 +54,7 @@ class BenchKernels:
 
 
 def run(options: BenchKernels, console: Console) -> None:
-    """Show what the machine is, and the table that was asked for."""
+    """Show the machine and the table that the options choose."""
     if options.plot is not None and options.plot.exists() and not options.plot.is_dir():
         raise ValueError(f"--plot {options.plot}: exists and is not a directory")
     about = machine()
@@ -87,7 +87,7 @@ def run(options: BenchKernels, console: Console) -> None:
 
 
 def shapes(options: BenchKernels) -> Sequence[tuple[int, int]]:
-    """Return the shape that was asked for, if one was."""
+    """Return the shape that the options give, if they give one."""
     if options.shape is not None and min(options.shape) < 1:
         width, units = options.shape
         raise ValueError(f"--shape: D and N must be at least 1, not {width} {units}")

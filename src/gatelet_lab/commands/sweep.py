@@ -268,7 +268,7 @@ def plan(options: Sweep) -> tuple[Recipe, Space]:
     for text in texts:
         key, distribution = parse_range(text)
         if key in space or key in held:
-            raise ValueError(f"--space {text}: {key} is there twice")
+            raise ValueError(f"--space {text}: names {key} twice")
         space[key] = distribution
         for end in _ends(distribution):  # the recipe's own checks come before hours of training
             override(base, [f"{key}={end}"])

@@ -177,7 +177,7 @@ def _from_cache(name: str, cache: Path) -> Files:
 
 
 def _write(path: Path, blob: bytes) -> None:
-    """Write a file so that it is there completely or not at all."""
+    """Write a file so that it appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, for os.replace. Not by mkstemp, whose files other users of a shared cache cannot read.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")

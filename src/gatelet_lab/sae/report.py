@@ -58,7 +58,7 @@ def measure(sae: SparseAutoencoder, source: Source, layer: int, held: Cache) -> 
 
 
 Change = Callable[[Tensor], Tensor]
-"""Takes a layer's activations (contexts, length − SKIPPED, D) and gives what is to stand in their place."""
+"""Takes a layer's activations (contexts, length − SKIPPED, D) and returns their replacement."""
 
 
 @torch.no_grad()

@@ -307,7 +307,7 @@ def penalty(model: PaperNet | Ensemble) -> Tensor:
 
 
 def group_share(model: PaperNet | Ensemble, sums: Callable[..., list[float]] = lambda *own: list(own)) -> float | None:
-    """Return the share of groups that two-stage gaters looked into since the mode last changed; None if there are none.
+    """Return the share of groups that two-stage gaters computed since the mode last changed; None without such gaters.
 
     ``sums`` adds numbers up over processes.
     """

@@ -54,7 +54,7 @@ class PreviewGater(SelfGater):
     This is the best measure for a threshold, but it is known only after W_g x and W1 x: closed units save only W2, a
     third of a block with W_g. :func:`gatelet.convert.keep_rows` adds int8 copies of W_g and W1 to decide by, which are
     fewer bytes; then W_g, W1 and W2 are read for open units only. Nothing is trained. s starts at 1, where all units
-    count alike; :func:`gatelet.distil` sets s_n = ‖W2 column n‖ if that lowers the block's error.
+    count equally; :func:`gatelet.distil` sets s_n = ‖W2 column n‖ if that lowers the block's error.
 
     Args:
         in_features: D.
