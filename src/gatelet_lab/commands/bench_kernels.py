@@ -41,8 +41,7 @@ class BenchKernels:
     busy: int | None = None
     """Instead of the table: how long single calls take while this many other processes keep the cores busy."""
     trained: Path | None = None
-    """Instead of the table: gates of trained networks, beside random ones. This directory keeps the gates and the table
-    (trained.json); networks whose gates are missing are trained first."""
+    """Instead of the table: gates of trained networks beside random ones; this directory keeps the trained gates."""
     epochs: int = 2
     """How many epochs to train, with --trained."""
     model: Path | None = None

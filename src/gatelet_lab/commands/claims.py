@@ -120,7 +120,7 @@ CLAIMS: Sequence[Claim] = (
 
 @dataclass(frozen=True)
 class Claims(jobs.Run):
-    """Test the paper's claims by short runs of equal length of a narrower network; ten minutes on one core."""
+    """Test the paper's claims in short runs of a narrower network, all of equal length; ten minutes on one core."""
 
     seeds: int = 2
     """How many runs of each variant, with seeds 0, 1, ..."""

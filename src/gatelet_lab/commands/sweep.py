@@ -44,12 +44,12 @@ Space = Mapping[str, BaseDistribution]
 
 @dataclass(frozen=True)
 class Sweep:
-    """Search the numbers of a row's recipe by validation error; the same command again continues the search."""
+    """Search a row's hyper-parameters by validation error; the same command again continues the search."""
 
     row: tyro.conf.Positional[str]
     """The row, by name."""
     preset: Preset = "quick"
-    """Whose recipe to start from: its epochs, its schedule."""
+    """The preset whose recipe to start from, with its epochs and schedule."""
     trials: int = 30
     """How many finished trials (complete or pruned) the study should have at the end, including other processes'."""
     epochs: int | None = None
@@ -67,7 +67,7 @@ class Sweep:
     device: str = "cpu"
     """Torch device to train on."""
     storage: str = STORAGE
-    """Database of the study, as an SQLAlchemy URL: processes and machines that share it share the search."""
+    """Database of the study, as an SQLAlchemy URL; all processes and machines that name it work on one search."""
     study: str | None = None
     """The study's name in the database; by default made from row, preset and data set."""
     out: Location = Path("runs/sweep")

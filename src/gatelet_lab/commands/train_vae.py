@@ -33,7 +33,7 @@ _OTHER_GOAL = {"vimco": "estimates the gradient of the K-sample bound, which is 
 
 @dataclass(frozen=True)
 class TrainVAE(Settings):
-    """Train a binary-latent VAE with several estimators, at equal objective evaluations per step."""
+    """Train a VAE with binary latents by several estimators, with equal evaluations of the objective per step."""
 
     estimators: tuple[str, ...] = (
         "score_function:baseline=none",

@@ -33,8 +33,7 @@ class Diagnose:
     seed: int = 0
     """Seed of all noise and initial values."""
     plot: Path | None = None
-    """File for the picture: bias² and variance against cost. For polynomial it holds training curves, and a second file
-    beside it bias² and variance."""
+    """File for the picture: bias² and variance against cost. (polynomial: training curves; these in a second file.)"""
     out: Path | None = None
     """Markdown file for what is printed; runs/certificate.md for the certificate."""
 
