@@ -1,6 +1,8 @@
 """What the benchmarks of lists, of narrow weights and of busy machines time computes the same as dense."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,12 +60,16 @@ def test_row_ways_agree(make) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     monkeypatch.setattr(bench_lists, "SHAPES", (SMALL, SMALL))
     monkeypatch.setattr(bench_rows, "LAYERS", ((32, 70, 1),))
     monkeypatch.setattr(bench_busy, "LAYERS", ((32, 70, 1),))
-    bench_kernels.run(replace(QUICK, lists=True, rows=True), Console(width=200))
+    bench_kernels.run(replace(QUICK, lists=True, rows=True, plot=tmp_path / "new"), Console(width=200))
     out = capsys.readouterr().out
+    for name, title in (("lists", "forward"), ("rows", "linear")):
+        first = json.loads((tmp_path / "new" / f"{name}.json").read_text())["results"][0]
+        assert first["title"] == title
+        assert all(took > 0 for took in first["ms"].values())
     assert "embedding_bag, sparse" in out
     assert "narrow int8" in out
     bench_busy.show_busy(1, 0.1, 0.05, Console(width=200))

@@ -61,6 +61,8 @@ def layers(width: int, units: int, batch: int, rate: float) -> Ways:
     x, weight, bias, gate = _draw(width, units, batch, rate)
     half = [each.bfloat16() for each in (x, weight, bias, gate)]
     rows, (dynamic,) = int8_rows(weight), _dynamic(weight)
+    # What the call alone takes, and how fast rows are read that lie in order.
+    none, together = torch.zeros_like(gate), (torch.arange(units) < gate.sum(1, keepdim=True)).float()
     return {
         "dense float32": lambda: F.linear(x, weight, bias) * gate,
         "dense bfloat16": lambda: F.linear(*half[:3]) * half[3],
@@ -69,6 +71,8 @@ def layers(width: int, units: int, batch: int, rate: float) -> Ways:
         "narrow float32": lambda: narrow_linear(x, weight, bias, gate),
         "narrow bfloat16": lambda: narrow_linear(half[0], half[1], half[2], half[3]),
         "narrow int8": lambda: narrow_linear(x, rows, bias, gate),
+        "int8, nothing open": lambda: narrow_linear(x, rows, bias, none),
+        "int8, the first units open": lambda: narrow_linear(x, rows, bias, together),
     }
 
 

@@ -47,7 +47,7 @@ class BenchKernels:
     model: Path | None = None
     """With --trained, also the middle block of this language model (a directory of Hugging Face's or a GGUF file)."""
     plot: Path | None = None
-    """Directory for the sweeps' plot and the numbers as JSON."""
+    """Directory for the sweeps' plot and the numbers as JSON; with --lists, --rows and --busy for the numbers alone."""
     patience: float = 10.0
     """Seconds to wait, per line, for a measurement that other processes do not disturb."""
 
@@ -63,26 +63,37 @@ def run(options: BenchKernels, console: Console) -> None:
     def seconds(ways: Ways) -> dict[Any, float]:
         return interleaved(ways, budget, options.patience)[0]
 
+    def longer(ways: Ways) -> dict[Any, float]:  # dense is a hundred times the others
+        return interleaved(ways, 4 * budget, options.patience)[0]
+
     if options.lists:
-        show_lists(options.quick, seconds, console)
+        keep(options, about, "lists", show_lists(options.quick, longer, console))
     if options.rows:
-        show_rows(options.quick, RATE, seconds, console)
-    if options.lists or options.rows:
-        return
+        keep(options, about, "rows", show_rows(options.quick, RATE, seconds, console))
     if options.busy is not None:
         if options.busy < 0:
             raise ValueError(f"--busy {options.busy}: a number of processes is at least 0")
-        show_busy(options.busy, RATE, 2.0 if options.quick else 8.0, console)
-    elif options.trained is not None:
+        found = show_busy(options.busy, RATE, 2.0 if options.quick else 8.0, console)
+        keep(options, about, f"busy-{options.busy}", found)
+    if options.lists or options.rows or options.busy is not None:
+        return
+    if options.trained is not None:
         epochs = check_count(options.epochs, "--epochs")
-        found = show_trained(options.trained, epochs, options.model, seconds, console)
-        write_json(options.trained / "trained.json", {"machine": about, "results": found})
+        learnt = show_trained(options.trained, epochs, options.model, seconds, console)
+        write_json(options.trained / "trained.json", {"machine": about, "results": learnt})
     elif options.step:
         show_steps(budget, options.patience, check_count(options.bottleneck, "--bottleneck"), console)
     elif options.auto:
         check_auto(shapes(options) or AUTO_SHAPES, options.quick, options.patience, console)
     else:
         table(options, about, budget, console)
+
+
+def keep(options: BenchKernels, about: dict[str, Any], name: str, results: Sequence[dict[str, Any]]) -> None:
+    """Write a table's numbers to a file of this name, if a directory was given."""
+    if options.plot is not None:
+        options.plot.mkdir(parents=True, exist_ok=True)
+        write_json(options.plot / f"{name}.json", {"machine": about, "results": results})
 
 
 def shapes(options: BenchKernels) -> Sequence[tuple[int, int]]:

@@ -83,7 +83,7 @@ def gated_input_linear(
     elif not ordinary:
         name = choose.settled(backend, layer)
     out = _op(Given(values, pattern.form, weight, bias, by_unit, sparse_grad, name, keep))
-    return out.view(*pattern.lead, outputs)
+    return out if len(pattern.lead) == 1 else out.view(*pattern.lead, outputs)
 
 
 class Given(NamedTuple):

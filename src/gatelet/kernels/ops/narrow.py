@@ -1,5 +1,7 @@
 """Inference for a few examples over weights of few bytes: only the rows of open units are read."""
 
+import functools
+import importlib
 from typing import Any
 
 import torch
@@ -61,7 +63,7 @@ def narrow_linear(
     own = flat(x)
     run = _running(backend, own, weight.shape[0], x, weight, bias, gate)
     out: Tensor = run.linear(own, weight, bias, flat(gate), activation)
-    return out.view(*x.shape[:-1], weight.shape[0])
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], weight.shape[0])
 
 
 def narrow_input_linear(
@@ -215,6 +217,9 @@ def _running(backend: str, x: Tensor, units: int, *values: Rows | None) -> Any:
     tensors = [part for each in values for part in (each if isinstance(each, Int8Rows) else (each,))]
     if backend == "dense" or why or not plain(*tensors):
         return rows
-    from gatelet.kernels.backends.numba import narrow
+    return _kernels()
 
-    return narrow
+
+@functools.cache
+def _kernels() -> Any:
+    return importlib.import_module("gatelet.kernels.backends.numba.narrow")

@@ -98,6 +98,8 @@ def gather_sum(
     count: Any,
     indices: Any,
     ahead: Any,
+    back: Any,
+    leap: Any,
     last: Any,
     scales: Any,
     table: Any,
@@ -110,12 +112,16 @@ def gather_sum(
 
     A piece is ``size`` vectors (at most PIECE), the last of which has ``rest`` numbers. Its sums stay in registers
     while the rows are read one after the other. Meanwhile a later row is prefetched: the one named by the index
-    ``ahead`` bytes later, at most by the index at ``last``, the end of the list. If ``start`` is 0, sums start at zero.
+    ``ahead`` bytes later. If that is behind these indices, it is the index ``back`` bytes before it, and of its row the
+    part ``leap`` bytes further on: the next piece. No index behind ``last`` is read. If ``start`` is 0, sums start at
+    zero.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        size, rest, count, indices, ahead, last, scales, table, pitch, start, target, _ = args
-        vector = v._vector(context, signature.args[11])
+        size, rest, count, indices, ahead, back, leap, last, scales, table, pitch, start, target, _ = args
+        vector = v._vector(context, signature.args[13])
+
+        end = builder.add(indices, builder.mul(count, _I64(8)))
 
         def pick(base: Any, k: int) -> list[Any]:
             whole = [v._load(builder, base, VECTOR * each, vector) for each in range(k - 1)]
@@ -128,8 +134,11 @@ def gather_sum(
             step.open()
             at = builder.add(indices, builder.mul(step.index, _I64(8)))
             later = builder.add(at, ahead)
+            here = builder.icmp_unsigned("<", later, end)
+            later = builder.select(here, later, builder.sub(later, back))
             later = builder.select(builder.icmp_unsigned("<", later, last), later, last)
-            (row,), (far,) = _rows(builder, table, pitch, at, 1), _rows(builder, table, pitch, later, 1)
+            piece = builder.select(here, table, builder.add(table, leap))
+            (row,), (far,) = _rows(builder, table, pitch, at, 1), _rows(builder, piece, pitch, later, 1)
             for line in range(0, VECTOR * k, 64):
                 v._prefetch(builder, builder.add(far, _I64(line)))
             place = builder.add(scales, builder.mul(step.index, _I64(vector.element_size)))
@@ -142,7 +151,7 @@ def gather_sum(
         v._by_size(builder, size, body, PIECE)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 11, one), generate
+    return types.void(*[types.int64] * 13, one), generate
 
 
 def _given_or_zero(builder: Any, address: Any, load: Callable[[], list[Any]], zeros: list[Any]) -> list[Any]:

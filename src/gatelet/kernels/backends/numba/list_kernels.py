@@ -110,8 +110,11 @@ def sum_rows(
         rest = min(pitch - at - bytes_ + VECTOR, VECTOR) // size
         ahead = min(AHEAD_BYTES // bytes_, FARTHEST) * 8
         begin = start + at if start != 0 else 0
+        # What comes next is the next piece of the same rows or, after the last one, the next list.
+        back, leap = (0, -at) if piece == pieces - 1 else (8 * count, bytes_)
         gather_sum(
-            behind - first, rest, count, indices, ahead, last, scales, table + at, pitch, begin, target + at, one
+            *(behind - first, rest, count, indices, ahead, back, leap, last),
+            *(scales, table + at, pitch, begin, target + at, one),
         )
         first = behind
 

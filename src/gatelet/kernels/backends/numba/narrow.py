@@ -54,7 +54,7 @@ def linear(x: Tensor, weight: Rows, bias: Tensor | None, gate: Tensor, activatio
         stride=stride,
         parts=PARTS,
     )
-    return out.to(x.dtype)
+    return _as(out, x.dtype)
 
 
 def input_linear(hidden: Tensor, weight: Rows, bias: Tensor | None) -> Tensor:
@@ -148,18 +148,27 @@ def _ffn(
         parts=PARTS,
     )
     total = sums.sum(0)
-    return (total if b2 is None else total.add_(b2)).to(x.dtype)
+    return _as(total if b2 is None else total.add_(b2), x.dtype)
 
 
 def _stored(weight: Rows) -> tuple[Tensor, Tensor | None]:
     """Return a weight's rows and their scales."""
     if isinstance(weight, Int8Rows):
-        return weight.values.contiguous(), weight.scales.contiguous()
-    return weight.contiguous(), None
+        return _contiguous(weight.values), _contiguous(weight.scales)
+    return _contiguous(weight), None
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def _floats(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().float()
+    return _as(_contiguous(tensor), torch.float32)
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # Behind a product whose weights have emptied the caches, each operator of torch that does nothing takes 15 µs.
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _scratch(units: int) -> tuple[Tensor, int]:
