@@ -30,12 +30,16 @@ import transformers
 from torch import nn
 
 import gatelet
-from gatelet.convert import blocks, keep_rows, skip_inputs, spread_rate
+from gatelet.convert import blocks, distil_output, keep_rows, skip_inputs, spread_rate
 from gatelet_lab.language import decoding, load_language, perplexity, read_text
 
 LENGTH, PROMPT, ROOM = 256, 64, 256
 ALL_PRECISIONS = ("float32", "bf16", "int8")
 STEPS = 40
+LEARNING = {"steps": 40, "lr": 1e-4, "every": 20, "autocast": torch.bfloat16}
+"""How weights are distilled: 40 steps of 512 tokens, towards the dense model's output."""
+HELD_OUT = {"held_out": 1, "calibration": 1}
+"""Batches, of 1,536 tokens."""
 SPREAD, SPREAD_AT = 2, 0.45
 """So many windows tell what the output suffers from closed units in each block, at this rate."""
 
@@ -49,8 +53,8 @@ class Line:
         rate: how many of them, on average over the blocks.
         weights: how the weights are kept to decode; a line for each.
         by_block: more are open where the output suffers more, otherwise the same share everywhere.
-        steps: of distillation.
-        learns: so do the blocks' weights, not the gaters alone.
+        steps: of the gater's distillation.
+        learns: so do the blocks' weights, afterwards.
         relu: ReLU takes the place of SiLU before.
     """
 
@@ -80,12 +84,12 @@ def _lines():
     yield Line(gater="mlp", rate=0.5, steps=STEPS)
     yield Line(gater="two_stage", rate=0.5, steps=STEPS)
     yield Line(gater="fixed", rate=0.5)
-    yield Line(gater="preview", rate=0.4, by_block=True, steps=STEPS, learns=True, weights=ALL_PRECISIONS)
-    yield Line(gater="preview", rate=0.35, by_block=True, steps=STEPS, learns=True)
-    yield Line(gater="self", rate=0.5, by_block=True, steps=STEPS, learns=True, weights=ALL_PRECISIONS)
+    for rate in (0.4, 0.3):
+        yield Line(gater="preview", rate=rate, by_block=True, learns=True, weights=ALL_PRECISIONS)
+    yield Line(gater="self", rate=0.5, by_block=True, learns=True, weights=ALL_PRECISIONS)
     yield Line(gater="mlp", rate=0.5, steps=STEPS, learns=True)
-    yield Line(gater="fixed", rate=0.5, steps=STEPS, learns=True)
-    yield Line(gater="preview", rate=0.5, steps=STEPS, learns=True, relu=True)
+    yield Line(gater="fixed", rate=0.5, learns=True)
+    yield Line(gater="preview", rate=0.5, learns=True, relu=True)
 
 
 LINES = {line.name: line for line in _lines()}
@@ -95,12 +99,13 @@ BOTH = 0.75
 """Of the lines with both: the share of inputs that attention's maps read."""
 SHORT = (
     "dense, float32",
-    "dense, float32, torch.compile",
     "dense, bf16",
     "dense, int8, quantize_dynamic",
     *(f"all units open, {weights}" for weights in ALL_PRECISIONS),
     *(f"preview, 60% open, {weights}" for weights in ALL_PRECISIONS),
     *(f"preview, 45% open, by block, {weights}" for weights in ALL_PRECISIONS),
+    *(f"preview, 40% open, by block, distilled, {weights}" for weights in ALL_PRECISIONS),
+    "preview, 30% open, by block, distilled, float32",
     "self, 70% open, float32",
     "pruned, 50% open, float32",
     "TEAL, 75% of inputs, float32",
@@ -156,8 +161,9 @@ def fit(out, names):
         if (out / line.name).exists() or not any(line_of(name) is line for name in names):
             continue
         model, found = fitted(line, dense, text, out)
-        print(f"{line.name}: error {sum(found.first_errors.values()) / 30:.4f} → {sum(found.errors.values()) / 30:.4f}"
-              f", {found.steps} steps, {time.perf_counter() - begin:.0f} s", flush=True)  # fmt: skip
+        before, after = (statistics.mean(each.values()) for each in (found.first_errors, found.errors))
+        print(f"{line.name}: error {before:.4f} → {after:.4f}, {found.steps} steps, "
+              f"{time.perf_counter() - begin:.0f} s", flush=True)  # fmt: skip
         if line.gater == "fixed":
             narrowed(model).save_pretrained(out / line.name)
         else:
@@ -180,9 +186,13 @@ def fitted(line, dense, text, out):
     if line.gater == "fixed":
         for (_, gating), cost in zip(blocks(model).values(), cost_of_units(dense, text.fit[:6]), strict=True):
             gating.gater.logits.copy_(cost.log())
-    batches = list((text.fit if line.steps > 1 else text.fit[:6]).split(2))
-    options = {"steps": line.steps, "weights": line.learns, "held_out": 1, "every": 20, "calibration": 2}
-    return model, gatelet.distil(model, dense, batches, **options)
+    # The first batch sets the thresholds, in one pass since it is one; nothing else is fitted on it.
+    first, rest = text.fit[:6], text.fit[6:] if line.steps > 1 else text.fit[6:10]
+    found = gatelet.distil(model, dense, [first, *rest.split(2)], steps=line.steps, every=20, **HELD_OUT)
+    if line.learns:
+        mixed = text.fit[6:][torch.randperm(len(text.fit) - 6, generator=torch.Generator().manual_seed(0))]
+        found = distil_output(model, dense, [first, *mixed.split(2)], **LEARNING, **HELD_OUT)
+    return model, found
 
 
 def rates_by_block(dense, text, rate, out):

@@ -16,6 +16,10 @@ _LONG = 128
 """Integers of more bits are not written out."""
 
 
+class NotFiniteError(ValueError, FloatingPointError):
+    """A tensor that was given, or that a model came to in training, holds NaN or infinity."""
+
+
 def check_logits(logits: Any, name: str = "logits") -> None:
     """Raise unless ``logits`` is a floating tensor (..., N) without NaN and infinity.
 
@@ -33,7 +37,7 @@ def check_logits(logits: Any, name: str = "logits") -> None:
     # One sum over the values; the exact test runs only if the sum is not finite.
     if not math.isfinite(logits.detach().sum().item()) and not logits.detach().isfinite().all():
         bad = int((~logits.detach().isfinite()).sum())
-        raise ValueError(f"{name} holds {bad} values that are NaN or infinite (of {logits.numel()})")
+        raise NotFiniteError(f"{name} holds {bad} values that are NaN or infinite (of {logits.numel()})")
 
 
 def at_hand(tensor: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """gatelet convert, on a tiny model: what it writes, that it resumes, what it refuses."""
 
 import io
+import json
 
 import pytest
 import torch
@@ -101,8 +102,37 @@ def test_resumes(home, tmp_path, monkeypatch):
 
 
 def test_nothing_to_resume(home, tmp_path):
-    with pytest.raises(ValueError, match="holds no checkpoint to go on from"):
+    with pytest.raises(ValueError, match="resume: no run was begun in "):
         run(options(home, tmp_path, resume=True))
+
+
+def test_a_run_that_had_saved_nothing_begins_anew_and_one_that_ended_does_not_resume(home, tmp_path, monkeypatch):
+    asked = {"gater": "preview", "steps": 1}
+    with monkeypatch.context() as patched:
+        patched.setattr(convert, "fit", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(options(home, tmp_path / "out", **asked))
+    assert "nothing had been saved yet: it begins anew" in run(options(home, tmp_path / "out", resume=True, **asked))
+    with pytest.raises(ValueError, match=r"resume: the run in .*out has ended; its report is .*report.md"):
+        run(options(home, tmp_path / "out", resume=True, **asked))
+
+
+def test_weights_learn_and_resume(home, tmp_path, monkeypatch):
+    asked = {"gater": "preview", "fit_weights": True, "steps": 8}
+    with monkeypatch.context() as patched:
+        patched.setattr(convert, "perplexity", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(options(home, tmp_path / "out", **asked))
+    assert (tmp_path / "out" / "output.pt").exists()
+    seen = []
+    made = convert.distil_output
+    monkeypatch.setattr(convert, "distil_output", lambda *args, **named: seen.append(made(*args, **named)) or seen[0])
+    shown = run(options(home, tmp_path / "out", resume=True, **asked))
+    assert seen[0].steps == 8
+    before, after = seen[0].first_errors["output"], seen[0].errors["output"]
+    assert after < before
+    assert f"divergence from the dense model's output {before:.4f} → {after:.4f}." in shown
+    assert not (tmp_path / "out" / "output.pt").exists()
 
 
 def test_bad_models(home, tmp_path):
@@ -134,6 +164,32 @@ def test_bad_text(home, tmp_path):
         (tmp_path / f"{name}.txt").write_text("")
     with pytest.raises(ValueError, match="text: the files held out yield 0 tokens, not one window of 64"):
         read_text(tokenizer, [str(tmp_path / "*.txt")], 64, 100, 100)
+
+
+def test_bad_input_is_refused_before_anything_is_written(home, tmp_path):
+    with pytest.raises(ValueError, match="text: give files to fit and to measure on"):
+        Convert(home / "model", (), tmp_path / "out")
+    with pytest.raises(ValueError, match="rate must lie strictly between 0 and 1, not 1.5"):
+        options(home, tmp_path / "out", rate=1.5)
+    with pytest.raises(ValueError, match="steps must be an integer of at least 1, not 0"):
+        options(home, tmp_path / "out", steps=0)
+    with pytest.raises(ValueError, match="names 0 files"):
+        run(Convert(home / "model", (str(tmp_path / "*.txt"),), tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_directory_of_another_version(home, tmp_path):
+    run(options(home, tmp_path / "out", gater="preview", steps=1))
+    path = tmp_path / "out" / "gatelet.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 99}))
+    with pytest.raises(ValueError, match=r"format 99; this is gatelet .*, which reads format"):
+        gatelet.load(tmp_path / "out")
+    config = tmp_path / "out" / "config.json"
+    about = json.loads(config.read_text())
+    about["quantization_config"]["format"] = 99
+    config.write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=r"model: transformers cannot load .*format 99"):
+        load_language(tmp_path / "out")
 
 
 def test_a_rate_that_saves_nothing(home, tmp_path):

@@ -1,11 +1,8 @@
 """Fitting the gaters of a converted model to the dense model that it came from."""
 
 import math
-import os
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,39 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from gatelet._checks import check_count, check_positive
-from gatelet.convert.block import BlockGating
-from gatelet.convert.place import blocks
+from gatelet.convert.fitting import (
+    Distillation,
+    Fit,
+    Forward,
+    Mask,
+    Plan,
+    but_first,
+    calibrate,
+    converted_blocks,
+    default_forward,
+    default_mask,
+    first_of,
+    in_eval,
+)
 from gatelet.convert.progress import Progress
 from gatelet.convert.student import Student, recording
-from gatelet.nn.conditional_layer import masking
-from gatelet.sparsity import calibrate_thresholds
-
-Forward = Callable[[nn.Module, Any], Any]
-Mask = Callable[[Any], Tensor | None]
-
-
-@dataclass
-class Distillation:
-    """What :func:`distil` returns; it prints as a table."""
-
-    errors: dict[str, float] = field(default_factory=dict)
-    """Block -> its held-out error: ‖FFN − teacher's‖² over the teacher's variance."""
-    first_errors: dict[str, float] = field(default_factory=dict)
-    """The same before the first step."""
-    open_share: dict[str, float] = field(default_factory=dict)
-    """Block -> share of open gates after calibration, on the batches of calibration."""
-    steps: int = 0
-    seconds: float = 0.0
-    why_stopped: str = ""
-
-    def __repr__(self) -> str:
-        """Show the errors."""
-        width = max([5, *map(len, self.errors)])
-        lines = [f"{'block':<{width}}  error before  error now   open"]
-        for name, error in self.errors.items():
-            share = f"{self.open_share[name]:6.1%}" if name in self.open_share else "     –"
-            lines.append(f"{name:<{width}}  {self.first_errors[name]:12.4f}  {error:9.4f}  {share}")
-        return "\n".join([*lines, f"{self.steps} steps, {self.seconds:.0f} s; {self.why_stopped}"])
 
 
 def distil(
@@ -123,66 +103,17 @@ def distil(
     if isinstance(loader, Iterator):
         raise ValueError("loader: must allow several passes; give a list or a DataLoader, not a generator")
     check_count(calibration, "calibration")
-    plan = _Plan(
-        steps=steps,
-        weights=weights,
-        lr=lr,
-        weights_lr=weights_lr,
-        held_out=held_out,
-        every=every,
-        patience=patience,
-    )
-    run, masked = forward or _default_forward, mask or _default_mask
-    students = [Student(name, owner, gating, teacher) for name, (owner, gating) in _blocks(model).items()]
-    modes = [(module, module.training) for each in (model, teacher) for module in each.modules()]
+    rates = {"lr": check_positive(lr, "lr"), "weights_lr": check_positive(weights_lr, "weights_lr")}
+    plan = Plan(steps=steps, held_out=held_out, every=every, patience=patience)
+    run, masked = forward or default_forward, mask or default_mask
+    students = [Student(name, owner, gating, teacher) for name, (owner, gating) in converted_blocks(model).items()]
     shown, begin = Progress(progress), time.perf_counter()
-    try:
-        model.eval()
-        teacher.eval()
+    with in_eval(model, teacher):
         batches = _Batches(teacher, students, loader, run, masked)
-        found = _Fit(students, batches, plan, None if checkpoint is None else Path(checkpoint), shown).run()
-        found.open_share = _calibrate(model, students, list(_first(loader, calibration)), run, masked, shown)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+        found = _Fit(students, batches, weights, rates, plan, checkpoint, shown).run()
+        found.open_share = calibrate(model, list(first_of(loader, calibration)), run, masked, shown)
     found.seconds = time.perf_counter() - begin
     return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """The options of :func:`distil`."""
-
-    steps: int
-    weights: bool
-    lr: float
-    weights_lr: float
-    held_out: int
-    every: int
-    patience: int
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "held_out", "every", "patience"):
-            check_count(getattr(self, name), name)
-        check_positive(self.lr, "lr")
-        check_positive(self.weights_lr, "weights_lr")
-
-
-def _blocks(model: nn.Module) -> dict[str, tuple[nn.Module, BlockGating]]:
-    found = blocks(model)
-    if not found:
-        raise ValueError("model: holds no converted block; call gatelet.convert(model) first")
-    return found
-
-
-def _default_forward(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, tuple | list) else batch)
-
-
-def _default_mask(batch: Any) -> Tensor | None:
-    return batch.get("attention_mask") if isinstance(batch, Mapping) else None
 
 
 class _Batches:
@@ -204,7 +135,7 @@ class _Batches:
         """Return each student's error on the loader's first batches."""
         sums = dict.fromkeys((student.name for student in self.students), 0.0)
         batches = 0
-        for batch in _first(self.loader, count):
+        for batch in first_of(self.loader, count):
             batches += 1
             for student, x, y in self.examples(batch):
                 with torch.no_grad():
@@ -218,79 +149,33 @@ class _Batches:
         return {name: value / batches for name, value in sums.items()}
 
 
-class _Fit:
-    """Steps towards the teacher, with measurements of the held-out error, early stopping and checkpoints."""
+class _Fit(Fit):
+    """Each block by itself: its gater and, on request, its weights."""
 
     def __init__(
-        self, students: list[Student], batches: _Batches, plan: _Plan, checkpoint: Path | None, progress: Progress
+        self,
+        students: list[Student],
+        batches: _Batches,
+        weights: bool,
+        rates: dict[str, float],
+        plan: Plan,
+        checkpoint: str | Path | None,
+        progress: Progress,
     ) -> None:
-        self.students, self.batches, self.plan = students, batches, plan
-        self.checkpoint, self.progress = checkpoint, progress
+        self.students, self.batches, self.weights = students, batches, weights
         gaters = [p for student in students for p in student.gater()]
-        others = [p for student in students for p in student.weights()] if plan.weights else []
-        self.trained = gaters + others
-        groups = [{"params": gaters, "lr": plan.lr}, {"params": others, "lr": plan.weights_lr}]
-        self.optimizer = torch.optim.Adam([group for group in groups if group["params"]] or groups)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda t: 0.5 * (1 + math.cos(math.pi * min(1, t / plan.steps)))
-        )
-        self.found = Distillation(why_stopped="all steps done")
-        self.step, self.looks = 0, 0
-        self.best: list[Tensor] = []
+        maps = [p for student in students for p in student.weights()] if weights else []
+        groups = [{"params": gaters, "lr": rates["lr"]}, {"params": maps, "lr": rates["weights_lr"]}]
+        scales = [buffer for student in students for buffer in student.gating.gater.buffers()]
+        super().__init__(groups, scales, batches.loader, plan, checkpoint, progress)
 
-    def run(self) -> Distillation:
-        """Return the errors; the model is then at its best state."""
-        flags = [(p, p.requires_grad) for p in self.trained]
-        self._begin()
-        try:
-            for p in self.trained:
-                p.requires_grad_(True)
-            self._steps()
-        except FloatingPointError as error:
-            self._load(self.best)
-            kept = self.checkpoint is not None and self.checkpoint.exists()
-            raise FloatingPointError(
-                f"distil: {error} at step {self.step + 1}; the model is back at its best state"
-                f"{f', which {self.checkpoint} holds' if kept else ''}"
-            ) from None
-        finally:
-            for p, flag in flags:
-                p.requires_grad_(flag)
-                p.grad = None
-        self._load(self.best)
-        self.found.steps = self.step
-        if self.looks >= self.plan.patience:
-            self.found.why_stopped = f"no better in {self.looks} measurements"
-        return self.found
+    def errors(self) -> dict[str, float]:
+        """Return each block's."""
+        return self.batches.held_out_errors(self.plan.held_out)
 
-    def _begin(self) -> None:
-        """Start at what least squares give, or where a checkpoint stopped."""
-        self.found.first_errors = self.found.errors = self.batches.held_out_errors(self.plan.held_out)
-        resumed = self.checkpoint is not None and self.checkpoint.exists()
-        if not resumed:
-            self.found.errors = self._begin_gaters()
-        self.best = self._state()
-        if resumed:
-            self._resume()
-
-    def _steps(self) -> None:
-        plan, batches = self.plan, _endless(self.batches.loader, self.plan.held_out)
-        if not self.trained:
-            self.found.why_stopped = "no steps: these gates have no weights"
-            return
-        self.progress.start("distil", plan.steps)
-        loss = math.nan
-        while self.step < plan.steps and self.looks < plan.patience:
-            loss = self._one_step(next(batches))
-            self.step += 1
-            self.progress.step(self.step, f"loss {loss:.4f}")
-            if self.step % plan.every == 0 or self.step == plan.steps:
-                self._look()
-        self.progress.end(self.step, f"loss {loss:.4f}")
-
-    def _one_step(self, batch: Any) -> float:
+    def gradients(self, batch: Any) -> float:
         """Return the mean loss of the blocks."""
-        total, weights = 0.0, self.plan.weights
+        total, weights = 0.0, self.weights
         for student, x, y in self.batches.examples(batch):
             terms = student.losses(x, y, gater=bool(student.gater()), error=weights, weights=weights)
             loss = torch.stack(list(terms.values())).sum()
@@ -298,44 +183,16 @@ class _Fit:
                 raise FloatingPointError(f"the loss of {student.name} is {loss.item()}")
             loss.backward()
             total += loss.item() / len(self.students)
-        self.optimizer.step()
-        self.scheduler.step()
-        self.optimizer.zero_grad()
         return total
 
-    def _look(self) -> None:
-        """Keep the state if it is the best so far, and write the checkpoint."""
-        errors = self.batches.held_out_errors(self.plan.held_out)
-        self.looks += 1
-        if sum(errors.values()) < sum(self.found.errors.values()):
-            self.best, self.found.errors, self.looks = self._state(), errors, 0
-        if self.checkpoint is not None:
-            saved: dict[str, Any] = {"step": self.step, "steps": self.plan.steps, "looks": self.looks}
-            saved |= {"now": self._state(), "best": self.best}
-            saved |= {"errors": self.found.errors, "first_errors": self.found.first_errors}
-            saved |= {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
-            write_atomically(saved, self.checkpoint)
-
-    def _resume(self) -> None:
-        assert self.checkpoint is not None
-        saved = torch.load(self.checkpoint, map_location=self.trained[0].device)
-        shapes = [tuple(p.shape) for p in self.trained]
-        if [tuple(p.shape) for p in saved["best"]] != shapes or saved["steps"] != self.plan.steps:
-            raise ValueError(f"checkpoint: {self.checkpoint} is of another model or of other options; remove it")
-        self._load(saved["now"])
-        self.optimizer.load_state_dict(saved["optimizer"])
-        self.scheduler.load_state_dict(saved["scheduler"])
-        self.step, self.looks, self.best = saved["step"], saved["looks"], saved["best"]
-        self.found.errors, self.found.first_errors = saved["errors"], saved["first_errors"]
-
-    def _begin_gaters(self) -> dict[str, float]:
+    def begin(self) -> dict[str, float]:
         """Start each gater at its regression, if that is better than its present state; return the errors then."""
         first, held_out = self.found.first_errors, self.plan.held_out
         beginnings = {student: student.beginning() for student in self.students}
         fits = {student: fit for student, fit in beginnings.items() if fit is not None}
         if not fits:
             return dict(first)
-        for batch in self.progress.phase("begin", _but_first(self.batches.loader, held_out)):
+        for batch in self.progress.phase("begin", but_first(self.batches.loader, held_out)):
             for student, x, _ in self.batches.examples(batch):
                 if student in fits:
                     student.add_to(fits[student], x)
@@ -347,78 +204,3 @@ class _Fit:
             if not errors[student.name] < first[student.name]:
                 fit.undo()
         return {name: min(error, first[name]) for name, error in errors.items()}
-
-    def _state(self) -> list[Tensor]:
-        return [p.detach().clone() for p in self.trained]
-
-    def _load(self, values: list[Tensor]) -> None:
-        with torch.no_grad():
-            for p, value in zip(self.trained, values, strict=True):
-                p.copy_(value)
-
-
-def _calibrate(
-    model: nn.Module, students: list[Student], loader: list[Any], run: Forward, mask: Mask, progress: Progress
-) -> dict[str, float]:
-    """Calibrate on the student's own inputs, then count what is open, for :func:`gatelet.report`."""
-
-    def masked(module: nn.Module, batch: Any) -> Any:
-        with masking(module, mask(batch)):
-            return run(module, batch)
-
-    shares = {}
-    if any(student.gating.unit.target_rate is not None for student in students):
-        calibrate_thresholds(model, _Shown(loader, progress), forward=masked)
-    for student in students:
-        student.gating.reset_statistics()
-    with torch.no_grad():
-        for batch in progress.phase("count open gates", loader):
-            masked(model, batch)
-    for student in students:
-        gating = student.gating
-        shares[student.name] = float(gating.opened.sum()) / max(1, int(gating.tokens) * gating.opened.numel())
-    return shares
-
-
-class _Shown:
-    """A list of batches whose passes are shown."""
-
-    def __init__(self, loader: list[Any], progress: Progress) -> None:
-        self.loader, self.progress = loader, progress
-
-    def __iter__(self) -> Iterator[Any]:
-        return self.progress.phase("calibrate", self.loader)
-
-
-def _first(loader: Iterable[Any], count: int) -> Iterator[Any]:
-    for index, batch in enumerate(loader):
-        if index == count:
-            return
-        yield batch
-
-
-def _but_first(loader: Iterable[Any], count: int) -> Iterator[Any]:
-    return (batch for index, batch in enumerate(loader) if index >= count)
-
-
-def _endless(loader: Iterable[Any], skip: int) -> Iterator[Any]:
-    """Yield the loader's batches again and again, without the first ``skip``."""
-    while True:
-        any_left = False
-        for batch in _but_first(loader, skip):
-            any_left = True
-            yield batch
-        if not any_left:
-            raise ValueError(f"loader: must yield more than the {skip} batches that are held out")
-
-
-def write_atomically(saved: Any, path: Path) -> None:
-    """Write a checkpoint so that a reader never sees half of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(saved, file)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -12,12 +12,13 @@ from rich.console import Console
 from tyro.conf import Positional, UseAppendAction
 
 import gatelet
-from gatelet.convert import Report, blocks, keep_rows, spread_rate
+from gatelet.convert import Distillation, Report, blocks, distil_output, keep_rows, spread_rate
 from gatelet.convert.progress import Progress
 from gatelet_lab.language import Language, Text, decoding, load_language, perplexity, read_text
 
-CHECKPOINT = "distil.pt"
-REQUEST = "convert.json"
+CHECKPOINTS = ("distil.pt", "output.pt")
+"""Of the gaters, and of the weights."""
+REQUEST, REPORT = "convert.json", "report.md"
 NOT_IN_REQUEST = ("resume", "out")
 
 
@@ -47,7 +48,7 @@ class Convert:
     steps: int = 200
     """Steps of fitting, at most."""
     fit_weights: bool = False
-    """Let the blocks' own weights learn too."""
+    """Then let the blocks' own weights learn, as many steps, towards the dense model's output."""
     tokens: int = 32768
     """Tokens to fit and calibrate on."""
     held_out: int = 8192
@@ -57,11 +58,14 @@ class Convert:
     batch: int = 1
     """The report gives expected times for this many tokens at once."""
     resume: bool = False
-    """Continue from the checkpoint in OUT."""
+    """Continue an interrupted run in OUT."""
 
     def __post_init__(self) -> None:
         for name in ("bottleneck", "steps", "tokens", "held_out", "batch"):
             gatelet._checks.check_count(getattr(self, name), name)
+        gatelet._checks.check_rate(self.rate, "rate")
+        if not self.text:
+            raise ValueError("text: give files to fit and to measure on, as --text 'src/*.py'")
         if self.length < 8:
             raise ValueError(f"length: a window has at least 8 tokens, not {self.length}")
         if self.spread and self.where is not None:
@@ -82,9 +86,10 @@ class Outcome:
 
 def run(options: Convert, console: Console) -> None:
     """Convert, fit, measure, save and report."""
-    _request(options)
+    _check_out(options, console)
     language = load_language(options.model)
     text = read_text(language.tokenizer, options.text, options.length, options.tokens, options.held_out)
+    _begin_in_out(options)
     console.print(f"{text.fit.numel():,} tokens of {text.files[0]} files to fit, "
                   f"{text.held_out.numel():,} of {text.files[1]} held out", highlight=False)  # fmt: skip
     teacher = copy.deepcopy(language.model)
@@ -94,28 +99,33 @@ def run(options: Convert, console: Console) -> None:
     outcome = fit_and_measure(options, language, teacher, text, Progress())
     gatelet.save(language.model, options.out)
     language.tokenizer.save_pretrained(options.out)
-    (options.out / CHECKPOINT).unlink(missing_ok=True)
+    for name in CHECKPOINTS:
+        (options.out / name).unlink(missing_ok=True)
     lines = table(options, outcome)
-    (options.out / "report.md").write_text("\n".join(lines) + "\n")
+    (options.out / REPORT).write_text("\n".join(lines) + "\n")
     draw(outcome, options.out / "report.png")
     console.print("\n".join(lines), highlight=False, markup=False)
     console.print(f"model and report: {options.out}", highlight=False)
 
 
+def fit(options: Convert, model: Any, teacher: Any, text: Text) -> Distillation:
+    """Fit the gaters and calibrate; on request let the weights learn. Return the blocks' errors, of the gaters."""
+    loader, windows = list(text.fit.split(2)), len(text.fit)
+    how: dict[str, Any] = {"steps": options.steps, "every": max(1, min(50, options.steps // 4))}
+    how |= {"held_out": max(1, min(4, windows // 8)), "calibration": max(1, min(16, windows // 2))}
+    first, second = (options.out / name for name in CHECKPOINTS)
+    found = gatelet.distil(model, teacher, loader, checkpoint=first, **how)
+    if options.fit_weights:
+        learned = distil_output(model, teacher, loader, checkpoint=second, **how)
+        found.errors |= learned.errors
+        found.first_errors |= learned.first_errors
+    return found
+
+
 def fit_and_measure(options: Convert, language: Language, teacher: Any, text: Text, progress: Progress) -> Outcome:
     """Distil, calibrate; return perplexity and speed of both models, and each block's numbers."""
     model = language.model
-    found = gatelet.distil(
-        model,
-        teacher,
-        list(text.fit.split(2)),
-        steps=options.steps,
-        weights=options.fit_weights,
-        held_out=max(1, min(4, len(text.fit) // 8)),
-        every=max(1, min(50, options.steps // 4)),
-        calibration=max(1, min(16, len(text.fit) // 2)),
-        checkpoint=options.out / CHECKPOINT,
-    )
+    found = fit(options, model, teacher, text)
     prompt = text.held_out[:1, :64]
     measured = {"dense": teacher, "gates": model}
     if any(gating.block.kind == "module" for _, gating in blocks(model).values()):
@@ -128,21 +138,35 @@ def fit_and_measure(options: Convert, language: Language, teacher: Any, text: Te
     return Outcome(seen, speeds, layers, errors)
 
 
-def _request(options: Convert) -> None:
-    """Note what was asked for; with a checkpoint of something else, say so."""
-    asked = {name: str(value) for name, value in dataclasses.asdict(options).items() if name not in NOT_IN_REQUEST}
-    path, checkpoint = options.out / REQUEST, options.out / CHECKPOINT
-    if options.resume and not checkpoint.exists():
-        raise ValueError(f"resume: {options.out} holds no checkpoint to go on from")
-    if options.resume and path.exists():
-        before = json.loads(path.read_text())
-        other = [name for name in asked if before.get(name) != asked[name]]
-        if other:
-            raise ValueError(f"{other[0]}: was {before.get(other[0])} and is {asked[other[0]]}; a resumed run keeps it")
-    elif checkpoint.exists():
-        raise ValueError(f"out: an interrupted run left its checkpoint there; --resume, or remove {checkpoint}")
+def _asked(options: Convert) -> dict[str, str]:
+    return {name: str(value) for name, value in dataclasses.asdict(options).items() if name not in NOT_IN_REQUEST}
+
+
+def _check_out(options: Convert, console: Console) -> None:
+    """Look at what is in OUT: an interrupted run of something else, or nothing to go on from, is an error."""
+    asked, path, report = _asked(options), options.out / REQUEST, options.out / REPORT
+    saved = [options.out / name for name in CHECKPOINTS if (options.out / name).exists()]
+    if saved and not options.resume:
+        raise ValueError(f"out: an interrupted run left its checkpoint there; --resume, or remove {saved[0]}")
+    if not options.resume:
+        return
+    if not path.exists():
+        raise ValueError(f"resume: no run was begun in {options.out}")
+    before = json.loads(path.read_text())
+    other = [name for name in asked if before.get(name) != asked[name]]
+    if other:
+        raise ValueError(f"{other[0]}: was {before.get(other[0])} and is {asked[other[0]]}; a resumed run keeps it")
+    if report.exists() and not saved:
+        raise ValueError(f"resume: the run in {options.out} has ended; its report is {report}")
+    if not saved:
+        console.print("nothing had been saved yet: it begins anew")
+
+
+def _begin_in_out(options: Convert) -> None:
+    """Note what was asked for, now that model and text are there."""
     options.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(asked, indent=1) + "\n")
+    (options.out / REPORT).unlink(missing_ok=True)
+    (options.out / REQUEST).write_text(json.dumps(_asked(options), indent=1) + "\n")
 
 
 def table(options: Convert, outcome: Outcome) -> list[str]:
@@ -168,6 +192,7 @@ def table(options: Convert, outcome: Outcome) -> list[str]:
         ),
         "",
         *_how_to_load(options, outcome),
+        *_what_weights_learned(outcome),
         "",
         f"| block | open | error before | after | gater, of dense FLOPs | ms for {options.batch} | dense ms |",
         "|---|---|---|---|---|---|---|",
@@ -190,6 +215,16 @@ def _how_to_load(options: Convert, outcome: Outcome) -> list[str]:
         return ["Its blocks are no modules of their own, so their rows cannot be kept to decode (`keep_rows`)."]
     made = f"keep_rows(gatelet.load({options.out.name!r}), {options.weights!r}, rest=True)"
     return [f"To decode: `from gatelet.convert import keep_rows; {made}`."]
+
+
+def _what_weights_learned(outcome: Outcome) -> list[str]:
+    if "output" not in outcome.errors:
+        return []
+    before, after = outcome.errors["output"]
+    return [
+        "",
+        f"The blocks' weights were trained: divergence from the dense model's output {before:.4f} → {after:.4f}.",
+    ]
 
 
 def draw(outcome: Outcome, path: Path) -> None:
