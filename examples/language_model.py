@@ -36,8 +36,8 @@ from gatelet_lab.language import decoding, load_language, perplexity, read_text
 LENGTH, PROMPT, ROOM = 256, 64, 256
 ALL_PRECISIONS = ("float32", "bf16", "int8")
 STEPS = 40
-LEARNING = {"steps": 40, "lr": 1e-4, "every": 20, "autocast": torch.bfloat16}
-"""How weights are distilled: 40 steps of 512 tokens, towards the dense model's output."""
+LEARNING = {"steps": 24, "every": 24, "lr": 1e-4, "autocast": torch.bfloat16}
+"""How weights are distilled: 24 steps of 512 tokens, towards the dense model's output."""
 HELD_OUT = {"held_out": 1, "calibration": 1}
 """Batches, of 1,536 tokens."""
 SPREAD, SPREAD_AT = 2, 0.45
@@ -84,7 +84,7 @@ def _lines():
     yield Line(gater="mlp", rate=0.5, steps=STEPS)
     yield Line(gater="two_stage", rate=0.5, steps=STEPS)
     yield Line(gater="fixed", rate=0.5)
-    for rate in (0.4, 0.3):
+    for rate in (0.45, 0.4, 0.3):
         yield Line(gater="preview", rate=rate, by_block=True, learns=True, weights=ALL_PRECISIONS)
     yield Line(gater="self", rate=0.5, by_block=True, learns=True, weights=ALL_PRECISIONS)
     yield Line(gater="mlp", rate=0.5, steps=STEPS, learns=True)
@@ -103,8 +103,9 @@ SHORT = (
     "dense, int8, quantize_dynamic",
     *(f"all units open, {weights}" for weights in ALL_PRECISIONS),
     *(f"preview, 60% open, {weights}" for weights in ALL_PRECISIONS),
-    *(f"preview, 45% open, by block, {weights}" for weights in ALL_PRECISIONS),
-    *(f"preview, 40% open, by block, distilled, {weights}" for weights in ALL_PRECISIONS),
+    "preview, 45% open, by block, float32",
+    *(f"preview, 45% open, by block, distilled, {weights}" for weights in ALL_PRECISIONS),
+    "preview, 40% open, by block, distilled, float32",
     "preview, 30% open, by block, distilled, float32",
     "self, 70% open, float32",
     "pruned, 50% open, float32",
