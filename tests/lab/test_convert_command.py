@@ -169,7 +169,7 @@ def test_bad_text(home, tmp_path):
 def test_bad_input_is_refused_before_anything_is_written(home, tmp_path):
     with pytest.raises(ValueError, match="text: give files to fit and to measure on"):
         Convert(home / "model", (), tmp_path / "out")
-    with pytest.raises(ValueError, match="rate must lie strictly between 0 and 1, not 1.5"):
+    with pytest.raises(ValueError, match=r"rate must lie strictly between 0 and 1, not 1.5"):
         options(home, tmp_path / "out", rate=1.5)
     with pytest.raises(ValueError, match="steps must be an integer of at least 1, not 0"):
         options(home, tmp_path / "out", steps=0)
