@@ -117,6 +117,19 @@ def test_changed_weights_are_read(taken: list[bool], name: str, way: str) -> Non
 
 
 @torch.no_grad()
+def test_another_threshold_is_read(taken: list[bool]) -> None:
+    layer, x = layer_of(), torch.randn(1, 24)
+    layer(x)
+    layer.unit.threshold = torch.tensor(-1e9)
+    layer(x)
+    assert layer.active_fraction == 1
+    layer.unit.threshold.fill_(1e9)
+    layer(x)
+    assert layer.active_fraction == 0
+    assert taken == [True] * 3
+
+
+@torch.no_grad()
 def test_threshold_and_input_are_looked_at(taken: list[bool]) -> None:
     layer, x = layer_of(), torch.randn(2, 24)
     layer(x)

@@ -1,7 +1,7 @@
 """A few tokens through a feed-forward block and its gater in one kernel, for ordinary calls in ``eval()``.
 
 For one token, calls into torch and Python's checks take longer than the arithmetic. So the arguments are packed once,
-and used again as long as all weights are at the same addresses.
+and used again as long as all weights and the threshold are at the same addresses.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def one_pass(
     gater = gating.plain_gater(x)
     if gater is None or gating.group_size != 1 or not plain(x):
         return None
-    places: list[Any] = [activation, down.weight._version]
+    places: list[Any] = [activation, down.weight._version, gater.threshold.data_ptr()]
     for weight, bias in (
         (gater.hidden, gater.last, up, down) if glu is None else (gater.hidden, gater.last, up, down, glu)
     ):
