@@ -17,7 +17,7 @@ _LONG = 128
 
 
 class NotFiniteError(ValueError, FloatingPointError):
-    """A tensor that was given, or that a model came to in training, holds NaN or infinity."""
+    """A given tensor, or one that a model computed in training, holds NaN or infinity."""
 
 
 def check_logits(logits: Any, name: str = "logits") -> None:

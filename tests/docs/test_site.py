@@ -1,5 +1,6 @@
 """The documentation: the site is built as `make docs` builds it, and opened in a real browser."""
 
+import inspect
 import json
 import os
 import re
@@ -124,6 +125,21 @@ def test_pages_link_to_files_of_the_repository_that_exist():
                 found += 1
                 assert (page.parent / link).exists(), f"{page.name}: {link}"
     assert found > 20
+
+
+@needs_mkdocs
+def test_the_reference_has_every_public_function_with_its_arguments(site):
+    text = (site / "api" / "gatelet" / "index.html").read_text() + (
+        site / "api" / "diagnose" / "index.html"
+    ).read_text()
+    names = [name for name in vars(gatelet) if callable(getattr(gatelet, name)) and not name.startswith("_")]
+    assert {"convert", "distil", "save", "diagnose"} <= set(names)
+    for name in names:
+        anchor = f'id="gatelet.{name}"' if name != "diagnose" else 'id="gatelet.diagnose.diagnose"'
+        assert anchor in text, name
+        shown, _, _ = text[text.index(anchor) :].partition("mkdocstrings-source")
+        for argument in list(inspect.signature(getattr(gatelet, name)).parameters)[:1]:
+            assert f"<code>{argument}</code>" in shown, f"{name}: {argument} is not described"
 
 
 @needs_mkdocs

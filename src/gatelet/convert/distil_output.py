@@ -1,4 +1,4 @@
-"""Training a converted model's blocks together, so that its output comes near the dense model's."""
+"""Training the blocks of a converted model together, so that its output comes close to the dense model's."""
 
 import contextlib
 import math
@@ -47,7 +47,7 @@ def distil_output(
     mask: Mask | None = None,
     progress: bool = True,
 ) -> Distillation:
-    """Train a converted model's blocks through the gates that they have, towards the dense model's output.
+    """Train the weights of a converted model's blocks, with their present gates, towards the dense model's output.
 
     The loss is the divergence of the output's distribution, mean over tokens,
 
@@ -126,7 +126,7 @@ def _maps(owner: nn.Module, gating: BlockGating) -> Iterator[nn.Parameter]:
 
 @contextlib.contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Let no parameter ask for a gradient inside the block; those that learn are told so later."""
+    """Turn off the gradients of all parameters inside the block; those to be trained are turned on later."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     try:
         for p, _ in flags:
