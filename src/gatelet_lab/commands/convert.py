@@ -110,9 +110,9 @@ def run(options: Convert, console: Console) -> None:
 
 def fit(options: Convert, model: Any, teacher: Any, text: Text) -> Distillation:
     """Fit the gaters and calibrate; on request let the weights learn. Return the blocks' errors, of the gaters."""
-    loader, windows = list(text.fit.split(2)), len(text.fit)
+    loader = _batches(text.fit)
     how: dict[str, Any] = {"steps": options.steps, "every": max(1, min(50, options.steps // 4))}
-    how |= {"held_out": max(1, min(4, windows // 8)), "calibration": max(1, min(16, windows // 2))}
+    how |= {"held_out": 1, "calibration": 1}
     first, second = (options.out / name for name in CHECKPOINTS)
     found = gatelet.distil(model, teacher, loader, checkpoint=first, **how)
     if options.fit_weights:
@@ -120,6 +120,17 @@ def fit(options: Convert, model: Any, teacher: Any, text: Text) -> Distillation:
         found.errors |= learned.errors
         found.first_errors |= learned.first_errors
     return found
+
+
+def _batches(windows: torch.Tensor) -> list[torch.Tensor]:
+    """Return one batch of windows from all over the text, and the others in pairs.
+
+    The first is to be held out and to set the thresholds: those of a single batch are found in one pass.
+    """
+    count = max(1, min(8, len(windows) // 4))
+    chosen = torch.zeros(len(windows), dtype=torch.bool)
+    chosen[torch.arange(count) * (len(windows) // count)] = True
+    return [windows[chosen], *(pair for pair in windows[~chosen].split(2) if len(pair))]
 
 
 def fit_and_measure(options: Convert, language: Language, teacher: Any, text: Text, progress: Progress) -> Outcome:
