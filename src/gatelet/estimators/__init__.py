@@ -121,6 +121,13 @@ ALL: Mapping[str, type[Estimator]] = MappingProxyType(
 def resolve(estimator: str | Estimator) -> Estimator:
     """Return the estimator itself, or a new one of the class that ``ALL`` has under this name.
 
+    Args:
+        estimator: a name of ``ALL``, or an instance.
+
+    Raises:
+        ValueError: for an unknown name.
+        TypeError: for anything else, a class included.
+
     >>> resolve("straight_through")
     StraightThrough()
     """
