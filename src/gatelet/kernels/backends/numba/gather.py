@@ -91,6 +91,64 @@ def gather_dots(
 
 
 @v.intrinsic
+def gather_axpy(
+    typing: Any,
+    size: Any,
+    indices: Any,
+    later: Any,
+    scales: Any,
+    table: Any,
+    pitch: Any,
+    target: Any,
+    length: Any,
+    rest: Any,
+    fresh: Any,
+    one: Any,
+) -> Any:
+    """Add Σ_e scale[e] · table[i[e]] to the target's row; if ``fresh``, overwrite the row.
+
+    Arguments are as in ``gather_dots``. For short lists, whose target comes from memory: it is loaded on the way.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        size, indices, later, scales, table, pitch, target, length, rest, fresh, _ = args
+        vector = v._vector(context, signature.args[10])
+        zero = ir.Constant(vector, None)
+        fresh = v._splat(builder, builder.icmp_signed("!=", fresh, _I64(0)), vector.count)
+        some = builder.icmp_signed("!=", rest, _I64(0))
+
+        def body(k: int) -> None:
+            rows = _rows(builder, table, pitch, indices, k)
+            ahead = _rows(builder, table, pitch, later, k)
+            each = [v._load(builder, scales, e * vector.element_size, vector.element) for e in range(k)]
+            each = [v._splat(builder, scale, vector.count) for scale in each]
+            step = v._Loop(builder, length, VECTOR)
+            step.open()
+            total = v._load(builder, builder.add(target, step.index), 0, vector)
+            total = builder.select(fresh, zero, total)
+            for scale, place, far in zip(each, rows, ahead, strict=True):
+                v._prefetch(builder, builder.add(far, step.index))
+                total = v._fma(builder, scale, v._load(builder, builder.add(place, step.index), 0, vector), total)
+            v._store(builder, total, builder.add(target, step.index), 0)
+            step.close([])
+            masked, end = builder.append_basic_block("masked"), builder.append_basic_block("end")
+            builder.cbranch(some, masked, end)
+            builder.position_at_end(masked)
+            total = v._masked(builder, builder.add(target, length), rest, vector)
+            total = builder.select(fresh, zero, total)
+            for scale, place in zip(each, rows, strict=True):
+                total = v._fma(builder, scale, v._masked(builder, builder.add(place, length), rest, vector), total)
+            v._masked_store(builder, total, builder.add(target, length), rest)
+            builder.branch(end)
+            builder.position_at_end(end)
+
+        v._by_size(builder, size, body)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 10, one), generate
+
+
+@v.intrinsic
 def gather_sum(
     typing: Any,
     size: Any,
@@ -146,7 +204,12 @@ def gather_sum(
             step.close([v._fma(builder, scale, own, chain) for own, chain in zip(pick(row, k), chains, strict=True)])
             for each in range(k - 1):
                 v._store(builder, chains[each], target, VECTOR * each)
-            v._masked_store(builder, chains[-1], builder.add(target, _I64(VECTOR * (k - 1))), rest)
+            final = builder.add(target, _I64(VECTOR * (k - 1)))
+            with builder.if_else(builder.icmp_signed("==", rest, _I64(vector.count))) as (whole, part):
+                with whole:
+                    v._store(builder, chains[-1], final, 0)
+                with part:
+                    v._masked_store(builder, chains[-1], final, rest)
 
         v._by_size(builder, size, body, PIECE)
         return context.get_dummy_value()

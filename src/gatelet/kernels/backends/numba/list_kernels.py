@@ -22,11 +22,12 @@ AHEAD = 2 * v.MOST
 AHEAD_BYTES, FARTHEST = 1 << 14, 64
 """For sums, rows are prefetched this many bytes ahead (they fit in the first-level cache), at most this many pairs."""
 # Numba's cache needs these as globals of this module.
-arguments, gather_dots, gather_sum, PIECE = g.arguments, g.gather_dots, g.gather_sum, g.PIECE
+arguments, gather_dots, gather_axpy = g.arguments, g.gather_dots, g.gather_axpy
+gather_sum, PIECE = g.gather_sum, g.PIECE
 above = g.above
 take, lowest, prefetch = v.take, v.lowest, v.prefetch
 read, write, read_word, write_word = v.read, v.write, v.read_word, v.write_word
-clear, copy = v.clear, v.copy
+clear = v.clear
 
 
 @compiled
@@ -88,6 +89,20 @@ def cut(
 
 
 @compiled
+def piece_of(pitch: Any) -> Any:  # pragma: no cover (compiled)
+    """Return how many vectors of a row are summed at once: pieces of about one size, at most PIECE."""
+    vectors = (pitch + VECTOR - 1) // VECTOR
+    pieces = max((vectors + PIECE - 1) // PIECE, 1)
+    return max((vectors + pieces - 1) // pieces, 1)
+
+
+@compiled
+def ahead_of(piece: Any) -> Any:  # pragma: no cover (compiled)
+    """Return how many bytes of a list ahead rows are prefetched."""
+    return 8 * min(AHEAD_BYTES // (piece * VECTOR), FARTHEST)
+
+
+@compiled
 def sum_rows(
     count: Any,
     indices: Any,
@@ -95,28 +110,30 @@ def sum_rows(
     scales: Any,
     table: Any,
     pitch: Any,
+    piece: Any,
+    ahead: Any,
     start: Any,
     target: Any,
     size: Any,
     one: Any,
 ) -> None:  # pragma: no cover (compiled)
-    """Write start + Σ scale · row to ``target`` for rows that ``count`` indices name; ``last``: where the list ends."""
-    vectors = (pitch + VECTOR - 1) // VECTOR
-    pieces = (vectors + PIECE - 1) // PIECE
-    first = 0
-    for piece in range(pieces):
-        behind = (piece + 1) * vectors // pieces
-        at, bytes_ = first * VECTOR, (behind - first) * VECTOR
-        rest = min(pitch - at - bytes_ + VECTOR, VECTOR) // size
-        ahead = min(AHEAD_BYTES // bytes_, FARTHEST) * 8
+    """Write start + Σ scale · row to ``target`` for rows that ``count`` indices name; ``last``: where the list ends.
+
+    ``piece`` and ``ahead`` are from ``piece_of`` and ``ahead_of``.
+    """
+    at, step = 0, piece * VECTOR
+    while at < pitch:
+        left = pitch - at
+        vectors = piece if left > step else (left + VECTOR - 1) // VECTOR
+        rest = min(left - (vectors - 1) * VECTOR, VECTOR) // size
         begin = start + at if start != 0 else 0
         # What comes next is the next piece of the same rows or, after the last one, the next list.
-        back, leap = (0, -at) if piece == pieces - 1 else (8 * count, bytes_)
+        back, leap = (8 * count, step) if left > step else (0, -at)
         gather_sum(
-            *(behind - first, rest, count, indices, ahead, back, leap, last),
+            *(vectors, rest, count, indices, ahead, back, leap, last),
             *(scales, table + at, pitch, begin, target + at, one),
         )
-        first = behind
+        at += step
 
 
 @compiled
@@ -180,6 +197,8 @@ def _make(one: Any) -> dict[str, Any]:
             p, 14
         )
         pitch, last = width * size, units + 8 * (pairs - 1)
+        piece = piece_of(pitch)
+        ahead = ahead_of(piece)
         while True:
             first = take(counter) * span
             if first >= examples:
@@ -190,7 +209,7 @@ def _make(one: Any) -> dict[str, Any]:
                     write_word(wrong, 1)
                     continue
                 at, scales, target = units + 8 * i, values + i * size, out + b * pitch
-                sum_rows(end - i, at, last, scales, weight, pitch, bias, target, size, one)
+                sum_rows(end - i, at, last, scales, weight, pitch, piece, ahead, bias, target, size, one)
 
     def by_unit(p: Any) -> None:
         """Σ values[i] · table[b] to sums, Σ values[i] to total, ⟨weight[n], table[b]⟩ to products, over units n.
@@ -221,7 +240,6 @@ def _make(one: Any) -> dict[str, Any]:
         ) = arguments(p, 19)
         near = scratch + take(counter + 8) * stride
         length, rest, pitch = width // lanes * VECTOR, width % lanes, width * size
-        last = examples + 8 * (pairs - 1)
         while True:
             first = take(counter) * span
             if first >= count:
@@ -243,7 +261,7 @@ def _make(one: Any) -> dict[str, Any]:
                         clear(sums + (n + 1) * pitch, (units - n - 1) * pitch)
                     if t == count - 1 and total != 0:
                         clear(total + (n + 1) * size, (units - n - 1) * size)
-                i, end, start, whole = read_word(starts + 8 * t), read_word(starts + 8 * t + 8), 0, zero
+                i, end, fresh, whole = read_word(starts + 8 * t), read_word(starts + 8 * t + 8), 1, zero
                 while i < end:
                     k = min(end - i, MOST)
                     at, later = examples + 8 * i, examples + 8 * min(i + AHEAD, pairs - k)
@@ -258,8 +276,8 @@ def _make(one: Any) -> dict[str, Any]:
                             write(near + e * size, scale)
                     if sums != 0:
                         target = sums + row * pitch
-                        sum_rows(k, at, last, near, table, pitch, start, target, size, one)
-                        start = target
+                        gather_axpy(k, at, later, near, table, pitch, target, length, rest, fresh, one)
+                    fresh = 0
                     i += k
                 if total != 0:
                     write(total + row * size, whole)
@@ -267,7 +285,7 @@ def _make(one: Any) -> dict[str, Any]:
     def add_rows(p: Any) -> None:
         """weight[touched[t]] += scale · rows[t]; a task is ``span`` rows. ``scale`` is an address too."""
         counter, rows, touched, weight, scale, order, count, width, span = arguments(p, 9)
-        pitch = width * size
+        length, rest, pitch = width // lanes * VECTOR, width % lanes, width * size
         while True:
             first = take(counter) * span
             if first >= count:
@@ -277,7 +295,7 @@ def _make(one: Any) -> dict[str, Any]:
                 for line in range(0, pitch, 64):
                     prefetch(soon + line)
                 target, at = weight + read_word(touched + 8 * t) * pitch, order + 8 * t
-                sum_rows(1, at, at, scale, rows, pitch, target, target, size, one)
+                gather_axpy(1, at, at, scale, rows, pitch, target, length, rest, 0, one)
 
     def select(p: Any) -> None:
         """Take ``width`` more numbers of an example and keep the ``most`` largest so far; of equals, the first.
