@@ -440,7 +440,7 @@ def test_a_recipe_is_nested_and_its_files_are_flat():
 def test_every_kept_result_can_be_read(tmp_path):
     """Also one with fields that are no more, or from before others were there."""
     (tmp_path / "rows").mkdir()
-    for name in ("paper", "paper_max_norm", "best", "best_voting"):
+    for name in ("paper", "paper_max_norm", "best", "best_134", "best_voting"):
         for row in json.loads((RESULTS / f"{name}.json").read_text())["rows"]:
             recipe = recipes.ROWS.get(row["row"], recipes.best)()
             config = {key: value for key, value in row["config"].items() if key in recipe.flat()}
