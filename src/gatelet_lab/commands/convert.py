@@ -252,13 +252,15 @@ def draw(outcome: Outcome, path: Path) -> None:
     left.plot(places, [layer.ms or 0 for layer in rows], "o-", label="with gates")
     left.set(xlabel="block", ylabel="ms", ylim=(0, None))
     left.legend(frameon=False)
-    right.bar(places, [layer.open_share or 0 for layer in rows], color="tab:blue", alpha=0.5, label="open")
-    right.plot(
-        places, [outcome.errors.get(layer.name, (0.0, 0.0))[1] for layer in rows], "o-", color="tab:red", label="error"
-    )
-    right.set(xlabel="block", ylim=(0, 1))
-    right.legend(frameon=False)
-    for axes in (left, right):
-        axes.spines[["top", "right"]].set_visible(False)
+    right.bar(places, [layer.open_share or 0 for layer in rows], color="tab:blue", alpha=0.5)
+    right.set(xlabel="block", ylabel="open", ylim=(0, 1))
+    beside = right.twinx()  # errors are far smaller than shares
+    errors = [outcome.errors.get(layer.name, (0.0, 0.0))[1] for layer in rows]
+    beside.plot(places, errors, "o-", color="tab:red", markersize=4)
+    beside.set_ylim(0, None)
+    beside.set_ylabel("held-out error", color="tab:red")
+    for axes in (left, right, beside):
+        axes.spines["top"].set_visible(False)
+    left.spines["right"].set_visible(False)
     figure.savefig(path, dpi=120)
     plt.close(figure)
