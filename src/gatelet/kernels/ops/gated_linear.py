@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from gatelet.kernels import choose
@@ -67,6 +68,10 @@ def gated_linear(
     tensor([[3., 3.],
             [3., 3.]])
     """
+    if pattern is None and support is None and not sparse_grad and backend in ("auto", "numba"):
+        found = _at_once(x, weight, bias, gate)
+        if found is not None:
+            return found
     choose.check_backend(backend)
     check_affine(x, weight, bias)
     units = weight.shape[0]
@@ -104,6 +109,36 @@ def gated_linear(
     return _op(Given(flat_x, weight, bias, flat_gate, form, wide_form, False, name, keep)).view(shape)
 
 
+def _at_once(x: Any, weight: Any, bias: Any, gate: Any) -> Tensor | None:
+    """Return the layer's values for one example where nothing is to be found out; None: go the long way.
+
+    For one example the checks and the choice would take longer than a small layer.
+    """
+    for each in (x, weight, gate):
+        if type(each) not in _ORDINARY or each.dtype is not torch.float32 or not each.is_cpu:
+            return None
+    if bias is not None and (type(bias) not in _ORDINARY or bias.dtype is not torch.float32 or not bias.is_cpu):
+        return None
+    if (
+        weight.dim() != 2
+        or forward_ad._current_level >= 0
+        or not plain()
+        or (torch.is_grad_enabled() and recording(x, weight, bias, gate))
+    ):
+        return None
+    (units, width), gates, lead = weight.shape, gate.shape, x.shape
+    if x.numel() != width or not lead or lead[-1] != width or gates[:-1] != lead[:-1] or gate.numel() != gates[-1]:
+        return None
+    if units * width < LEAST or not gates[-1] or units % gates[-1] or (bias is not None and bias.shape != (units,)):
+        return None
+    if not (x.is_contiguous() and weight.is_contiguous() and gate.is_contiguous()) or BACKENDS["numba"].missing():
+        return None
+    if bias is not None and not bias.is_contiguous():
+        return None
+    found: Tensor = BACKENDS["numba"].products.one(x, weight, bias, gate)
+    return found if len(lead) == 2 else found.view(*lead[:-1], units)
+
+
 def _at_pairs(
     x: Tensor,
     weight: Tensor,
@@ -126,6 +161,11 @@ def _at_pairs(
     layer = Layer(lists.batch, weight.shape[1], weight.shape[0], 1, x.dtype, x.device, keep)
     name = choose.choose_for_lists(backend, layer)
     return _op(Given(flat_x, weight, bias, values, lists, None, sparse_grad, name, keep)).view(shape)
+
+
+_ORDINARY = (Tensor, torch.nn.Parameter)
+LEAST = 1 << 18
+"""Multiply-adds of a layer for one example from which the CPU kernels win at any active fraction."""
 
 
 class Given(NamedTuple):

@@ -9,15 +9,16 @@ from typing import Any
 import numpy as np
 
 from gatelet.kernels.backends.numba import gather as g
-from gatelet.kernels.backends.numba.kernels import activate, compiled
+from gatelet.kernels.backends.numba.kernels import compiled
 from gatelet.kernels.backends.numba.narrow_kernels import (
     NEAR,
     ROWS,
+    add_rows,
     arguments,
     clear,
+    hidden_of,
     read,
     read_word,
-    rows_axpy,
     rows_dots,
     shifted,
     take,
@@ -35,6 +36,20 @@ def numbered(target: Any, first: Any, last: Any) -> Any:  # pragma: no cover (co
 
 
 # Long: the kernels are nested functions, because Numba fixes their types and widths by what they close over.
+@compiled
+def keep(
+    rows: Any, kept: Any, some: Any, k: Any, near: Any, scale: Any, limit: Any, one: Any
+) -> Any:  # pragma: no cover (compiled)
+    """List those of k units, with their numbers, whose scaled number is above the limit; return how many are kept."""
+    for e in range(k):
+        unit, a = read_word(some + 16 * e), read(near + 4 * e, one)
+        if abs(a) * read(scale + 4 * unit, one) > limit:
+            write_word(rows + 16 * kept, unit)
+            write(rows + 16 * kept + 8, a)
+            kept += 1
+    return kept
+
+
 def _make(kind: Any) -> dict[str, Any]:
     """Return the kernels, not yet compiled, for weights stored like ``kind``."""
     one, byte = np.float32(1), np.int8(1)
@@ -49,33 +64,12 @@ def _make(kind: Any) -> dict[str, Any]:
         from the copies: unit n is listed if scale_n·|hidden_n|, computed from them, is above limits[0]. Then a_n,
         too, is computed exactly for listed units only.
         """
+        # fmt: off
         (
-            counter,
-            x,
-            w1,
-            s1,
-            b1,
-            w3,
-            s3,
-            b3,
-            near_1,
-            sn,
-            near_3,
-            sm,
-            scale,
-            norm,
-            limits,
-            w2,
-            s2,
-            out,
-            units,
-            width,
-            outputs,
-            code,
-            scratch,
-            stride,
-            parts,
+            counter, x, w1, s1, b1, w3, s3, b3, near_1, sn, near_3, sm, scale, norm, limits, w2, s2, out, units, width,
+            outputs, code, scratch, stride, parts,
         ) = arguments(p, 25)
+        # fmt: on
         words = (units + 63) // 64
         while True:
             part = take(counter)
@@ -90,51 +84,27 @@ def _make(kind: Any) -> dict[str, Any]:
                 k = min(ROWS, count - i)
                 some, later = rows + 16 * i, rows + 16 * min(i + ROWS, count - k)
                 if near_1 != 0:
-                    rows_dots(k, some, later, near_1, x, width, near, byte)
-                    if near_3 != 0:
-                        rows_dots(k, some, later, near_3, x, width, near + 32, byte)
+                    hidden_of(near, k, some, later, x, width, near_1, sn, b1, near_3, sm, b3, code, byte, one)
                 else:
-                    rows_dots(k, some, later, w1, x, width, near, kind)
-                for e in range(k):
-                    unit = read_word(some + 16 * e)
-                    if near_1 != 0:
-                        a = activate(shifted(read(near + 4 * e, one), sn, b1, unit, one), code, one)
-                        if near_3 != 0:
-                            a *= shifted(read(near + 32 + 4 * e, one), sm, b3, unit, one)
-                    else:
-                        a = activate(shifted(read(near + 4 * e, one), s1, b1, unit, one), code, one)
-                    if abs(a) * read(scale + 4 * unit, one) > read(limits, one):
-                        write_word(rows + 16 * kept, unit)
-                        write(rows + 16 * kept + 8, a)
-                        kept += 1
+                    hidden_of(near, k, some, later, x, width, w1, s1, b1, 0, 0, 0, code, kind, one)
+                kept = keep(rows, kept, some, k, near, scale, read(limits, one), one)
                 i += k
             count, kept, i = kept, 0, 0
             while i < count:
                 k = min(ROWS, count - i)
                 some, later = rows + 16 * i, rows + 16 * min(i + ROWS, count - k)
                 if near_1 != 0:
-                    rows_dots(k, some, later, w1, x, width, near, kind)
-                if w3 != 0:
-                    rows_dots(k, some, later, w3, x, width, near + 32, kind)
-                for e in range(k):
-                    unit, a = read_word(some + 16 * e), read(some + 16 * e + 8, one)
-                    if near_1 != 0:
-                        a = activate(shifted(read(near + 4 * e, one), s1, b1, unit, one), code, one)
-                    if w3 != 0:
-                        a *= shifted(read(near + 32 + 4 * e, one), s3, b3, unit, one)
-                    if abs(a) * read(norm + 4 * unit, one) > read(limits + 4, one):
-                        write_word(rows + 16 * kept, unit)
-                        write(rows + 16 * kept + 8, a * read(s2 + 4 * unit, one) if s2 != 0 else a)
-                        kept += 1
+                    hidden_of(near, k, some, later, x, width, w1, s1, b1, w3, s3, b3, code, kind, one)
+                else:
+                    hidden_of(near, k, some, later, x, width, 0, 0, 0, w3, s3, b3, code, kind, one)
+                    for e in range(k):
+                        write(near + 4 * e, read(near + 4 * e, one) * read(some + 16 * e + 8, one))
+                kept = keep(rows, kept, some, k, near, norm, read(limits + 4, one), one)
                 i += k
-            i = 0
-            while i < kept:
-                k = min(ROWS, kept - i)
-                some, later = rows + 16 * i, rows + 16 * min(i + ROWS, kept - k)
-                for e in range(k):
-                    write(near + 4 * e, read(some + 16 * e + 8, one))
-                rows_axpy(k, some, later, w2, target, outputs, near, kind)
-                i += k
+            for i in range(kept if s2 != 0 else 0):
+                at = rows + 16 * i
+                write(at + 8, read(at + 8, one) * read(s2 + 4 * read_word(at), one))
+            add_rows(near, rows, kept, w2, target, outputs, kind, one)
 
     def by_input(p: Any) -> None:
         """out[part] = Σ_d x_d · W[d] over the part's inputs d of which |x_d|·norm_d > limits[0]; W is (D, N)."""
@@ -153,14 +123,7 @@ def _make(kind: Any) -> dict[str, Any]:
                     write_word(rows + 16 * kept, d)
                     write(rows + 16 * kept + 8, value * read(s + 4 * d, one) if s != 0 else value)
                     kept += 1
-            i = 0
-            while i < kept:
-                k = min(ROWS, kept - i)
-                some, later = rows + 16 * i, rows + 16 * min(i + ROWS, kept - k)
-                for e in range(k):
-                    write(near + 4 * e, read(some + 16 * e + 8, one))
-                rows_axpy(k, some, later, w, target, outputs, near, kind)
-                i += k
+            add_rows(near, rows, kept, w, target, outputs, kind, one)
 
     def full(p: Any) -> None:
         """out = x Wᵀ + b, all rows."""

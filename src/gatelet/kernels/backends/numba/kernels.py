@@ -229,7 +229,7 @@ def _kernels(one: Any) -> dict[str, Any]:
     """Return the kernels, not yet compiled, for numbers of the type of ``one``."""
     size = one.itemsize
     lanes = VECTOR // size
-    span = SLICE // size  # numbers in a slice
+    span = SLICE // size  # numbers in a slice of a row of sums
     zero = one * 0
 
     def pattern(p: Any) -> None:
@@ -244,8 +244,8 @@ def _kernels(one: Any) -> dict[str, Any]:
 
     def pack(p: Any) -> None:
         """Copy x (B, D) into slices: blocks of B rows, the last ones padded with zeros."""
-        counter, x, packed, B, D = arguments(p, 5)
-        slices, each = slicing(D, lanes, span)
+        counter, x, packed, B, D, most_bytes = arguments(p, 6)
+        slices, each = slicing(D, lanes, most_bytes // size)
         while True:
             b0 = take(counter) * 16
             if b0 >= B:
@@ -263,8 +263,8 @@ def _kernels(one: Any) -> dict[str, Any]:
         # fmt: off
         (
             counter, packed, W, bias, mask, gate, rows, cols, out, pre, B, N, D,
-            group, fill, code, span_b, span_n, scratch, stride,
-        ) = arguments(p, 20)
+            group, fill, code, span_b, span_n, most_bytes, scratch, stride,
+        ) = arguments(p, 21)
         # fmt: on
         near = scratch + take(counter + 8) * stride
         near_pre = near + 64 * span_n * size
@@ -273,7 +273,7 @@ def _kernels(one: Any) -> dict[str, Any]:
         most = span_b // 64 * span_n * ((min(B, 64) + MOST - 1) // MOST)
         sums = records + (most * RECORD + 63) // 64 * 64
         chunks = (B + 63) // 64
-        slices, each = slicing(D, lanes, span)
+        slices, each = slicing(D, lanes, most_bytes // size)
         tiles_n, gates = (N + span_n - 1) // span_n, N // group
         while True:
             t = take(counter)
@@ -550,9 +550,9 @@ def _kernels(one: Any) -> dict[str, Any]:
 
     def by_unit(p: Any) -> None:
         """A task is some units; a slice of their rows of V stays in cache while the packed examples pass."""
-        counter, C, packed, cols, V, total, B, N, D, span_n, room, room_stride = arguments(p, 12)
+        counter, C, packed, cols, V, total, B, N, D, span_n, most_bytes, room, room_stride = arguments(p, 13)
         chunks = (B + 63) // 64
-        slices, each = slicing(D, lanes, span)
+        slices, each = slicing(D, lanes, most_bytes // size)
         stride = each * size
         near = room + take(counter + 8) * room_stride
         columns = near + span_n * SLICE

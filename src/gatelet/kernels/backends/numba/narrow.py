@@ -1,14 +1,17 @@
-"""One to sixteen examples and weights of few bytes, as functions of tensors; for inference only, without gradients.
+"""One to 64 examples and weights of few bytes, as functions of tensors; for inference only, without gradients.
 
 A weight is float32 or bfloat16 (N, D), or ``Int8Rows``. Activations are float32 or bfloat16. Products are summed in
 float32, and results have the activations' dtype.
 """
+
+import functools
 
 import torch
 from torch import Tensor
 
 from gatelet.kernels.backends._activations import ACTIVATIONS
 from gatelet.kernels.backends.numba import team
+from gatelet.kernels.backends.numba.few_kernels import VALUES, few
 from gatelet.kernels.backends.numba.narrow_kernels import NEAR, narrow
 from gatelet.kernels.backends.rows import Int8Rows, Rows
 
@@ -20,7 +23,7 @@ def linear(x: Tensor, weight: Rows, bias: Tensor | None, gate: Tensor, activatio
     """Return act(x Wᵀ + b) ∘ gate, zero where the gate is zero; rows of closed units are not read.
 
     Args:
-        x: (B, D), B at most 16, float32 or bfloat16.
+        x: (B, D), B at most 64, float32 or bfloat16.
         weight: (N, D).
         bias: (N,).
         gate: (B, N), or (B, G) for groups of N / G units.
@@ -36,32 +39,55 @@ def linear(x: Tensor, weight: Rows, bias: Tensor | None, gate: Tensor, activatio
         return out.to(x.dtype)
     own, mask = _floats(x), _floats(gate)
     shift = None if bias is None else _floats(bias)
-    scratch, stride = _scratch(units)
-    narrow.run(
-        *("linear", 8 * rows.element_size(), team.threads(batch * units * width // team.DENSE)),
-        x=own.data_ptr(),
-        weight=rows.data_ptr(),
-        scales=_address(scales),
-        bias=_address(shift),
-        gate=mask.data_ptr(),
-        out=out.data_ptr(),
-        examples=batch,
-        units=units,
-        width=width,
-        group=units // mask.shape[1],
-        code=ACTIVATIONS.index(activation),
-        scratch=scratch.data_ptr(),
-        stride=stride,
-        parts=PARTS,
-    )
+    args = {
+        **{"x": own.data_ptr(), "weight": _map(rows), "scales": _address(scales), "bias": _address(shift)},
+        **{"gate": mask.data_ptr(), "out": out.data_ptr(), "units": units, "width": width},
+        **{"group": units // mask.shape[1], "code": ACTIVATIONS.index(activation)},
+    }
+    bits, threads = 8 * rows.element_size(), team.threads(batch * units * width // team.DENSE)
+    scratch, stride = _scratch(batch, units, threads)
+    args |= {"scratch": scratch.data_ptr(), "stride": stride}
+    if batch == 1:
+        narrow.run("linear", bits, threads, **args, parts=PARTS)
+    else:
+        few.run("linear", bits, threads, **args, examples=batch, span=max(1, units // (64 * PARTS * threads)))
     return _as(out, x.dtype)
+
+
+def one(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
+    """Return (x Wᵀ + b) ∘ gate for one example, all contiguous float32: what :func:`linear` does, with fewer steps."""
+    units, width = weight.shape
+    run, size, spare = _prepared(units, width, units // gate.shape[-1])
+    out = torch.empty(1, units)
+    scratch = spare.pop() if spare else torch.empty(size, dtype=torch.uint8)
+    run(
+        team.threads(units * width // team.DENSE),
+        x.data_ptr(),
+        weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        gate.data_ptr(),
+        out.data_ptr(),
+        scratch.data_ptr(),
+    )
+    spare.append(scratch)
+    return out
+
+
+@functools.lru_cache(maxsize=64)
+def _prepared(units: int, width: int, group: int) -> tuple[team.Prepared, int, list[Tensor]]:
+    """Return the kernel for one example, the bytes of its memory, and where calls take that from and give it back."""
+    scratch, stride = _scratch(1, units, 1)
+    addresses = dict.fromkeys(("x", "weight", "bias", "gate", "out", "scratch"))
+    sizes = {"units": units, "width": width, "group": group, "stride": stride, "parts": PARTS}
+    run = narrow.prepare("linear", 32, **addresses, **sizes, scales=0, code=ACTIVATIONS.index("identity"))
+    return run, scratch.numel(), [scratch]
 
 
 def input_linear(hidden: Tensor, weight: Rows, bias: Tensor | None) -> Tensor:
     """Return Σ_n hidden[b, n] · W[n] + bias; only the rows of open units are read.
 
     Args:
-        hidden: (B, N), B at most 16, float32 or bfloat16; zero means closed.
+        hidden: (B, N), B at most 64, float32 or bfloat16; zero means closed.
         weight: (N, O), by unit.
         bias: (O,).
 
@@ -85,7 +111,7 @@ def ffn(
     """Return (act(x W1ᵀ + b1) ∘ (x W3ᵀ + b3) ∘ gate) W2 + b2 in one pass over the open units; SwiGLU where act is silu.
 
     Args:
-        x: (B, D), B at most 16, float32 or bfloat16.
+        x: (B, D), B at most 64, float32 or bfloat16.
         w1: (N, D).
         b1: (N,).
         gate: (B, N), or (B, G) for groups of N / G units.
@@ -122,31 +148,20 @@ def _ffn(
     kept = [None if each is None else _floats(each) for each in (x, b1, b3, gate)]
     own, shift, third_shift, mask = kept
     assert mask is not None
-    scratch, stride = _scratch(units)
     work = batch * units * (outputs + (width if first is not None else 0) + (width if third is not None else 0))
-    narrow.run(
-        *("ffn", 8 * rows.element_size(), team.threads(work // team.DENSE)),
-        x=_address(own),
-        w1=_address(first),
-        s1=_address(first_scales),
-        b1=_address(shift),
-        w3=_address(third),
-        s3=_address(third_scales),
-        b3=_address(third_shift),
-        gate=mask.data_ptr(),
-        w2=rows.data_ptr(),
-        s2=_address(scales),
-        out=sums.data_ptr(),
-        examples=batch,
-        units=units,
-        width=width,
-        outputs=outputs,
-        group=units // mask.shape[1],
-        code=ACTIVATIONS.index(activation),
-        scratch=scratch.data_ptr(),
-        stride=stride,
-        parts=PARTS,
-    )
+    threads = team.threads(work // team.DENSE)
+    scratch, stride = _scratch(batch, units, threads)
+    args = {
+        **{"x": _address(own), "w1": _map(first), "s1": _address(first_scales), "b1": _address(shift)},
+        **{"w3": _map(third), "s3": _address(third_scales), "b3": _address(third_shift), "gate": mask.data_ptr()},
+        **{"w2": rows.data_ptr(), "s2": _address(scales), "out": sums.data_ptr(), "units": units, "width": width},
+        **{"outputs": outputs, "group": units // mask.shape[1], "code": ACTIVATIONS.index(activation)},
+        **{"scratch": scratch.data_ptr(), "stride": stride, "parts": PARTS},
+    }
+    if batch == 1:
+        narrow.run("ffn", 8 * rows.element_size(), threads, **args)
+    else:
+        few.run("ffn", 8 * rows.element_size(), threads, **args, examples=batch)
     total = sums.sum(0)
     return _as(total if b2 is None else total.add_(b2), x.dtype)
 
@@ -171,11 +186,19 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
-def _scratch(units: int) -> tuple[Tensor, int]:
-    """Return memory for every part, and the bytes of each."""
+def _scratch(batch: int, units: int, threads: int) -> tuple[Tensor, int]:
+    """Return memory for every part, or with several examples for every thread, and the bytes of each."""
+    if batch > 1:
+        stride = VALUES + 256 * batch + 128
+        return torch.empty(threads * stride, dtype=torch.uint8), stride
     words = -(-units // 64)
     stride = 4 * NEAR + 16 * 64 * -(-words // PARTS) + 128
     return torch.empty(PARTS * stride, dtype=torch.uint8), stride
+
+
+def _map(weight: Tensor | None) -> int:
+    """Return where a weight lies; 0 means that there is none, which is not the same as one of no features."""
+    return 0 if weight is None else weight.data_ptr() or 1
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -77,16 +77,27 @@ def _examples(builder: Any, base: Any, pitch: Any, places: Any, k: int) -> list[
 
 @v.intrinsic
 def row_dots(
-    typing: Any, size: Any, row: Any, x: Any, pitch: Any, places: Any, width: Any, later: Any, result: Any, kind: Any
+    typing: Any,
+    size: Any,
+    row: Any,
+    x: Any,
+    pitch: Any,
+    places: Any,
+    width: Any,
+    later: Any,
+    also: Any,
+    result: Any,
+    kind: Any,
 ) -> Any:
-    """Write ⟨row, x[b]⟩ to ``result`` for ``size`` examples b, at most MOST; the row at ``later`` is prefetched.
+    """Write ⟨row, x[b]⟩ to ``result`` for ``size`` examples b, at most MOST; rows at ``later`` and ``also`` are
+    prefetched.
 
     x is float32, its rows ``pitch`` bytes apart; the bytes of ``places`` number the examples.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        size, row, x, pitch, places, width, later, result, _ = args
-        kind = signature.args[8]
+        size, row, x, pitch, places, width, later, also, result, _ = args
+        kind = signature.args[9]
         bytes_ = SIZES[kind]
 
         def body(k: int) -> None:
@@ -100,6 +111,7 @@ def row_dots(
             here = builder.mul(step.index, _I64(bytes_))
             for line in range(0, turns * LANES * bytes_, 64):
                 v._prefetch(builder, builder.add(builder.add(later, here), _I64(line)))
+                v._prefetch(builder, builder.add(builder.add(also, here), _I64(line)))
             at, over = builder.add(row, here), builder.mul(step.index, _I64(4))
             following = []
             for turn in range(turns):
@@ -126,50 +138,7 @@ def row_dots(
         _by_count(builder, size, body)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 8, kind), generate
-
-
-@v.intrinsic
-def row_axpy(
-    typing: Any, size: Any, row: Any, y: Any, pitch: Any, places: Any, width: Any, later: Any, scales: Any, kind: Any
-) -> Any:
-    """Add scale[e] · row to y[b[e]] for ``size`` examples b, at most MOST. Arguments are as in ``row_dots``."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        size, row, y, pitch, places, width, later, scales, _ = args
-        kind = signature.args[8]
-        bytes_ = SIZES[kind]
-
-        def body(k: int) -> None:
-            rows = _examples(builder, y, pitch, places, k)
-            each = [v._splat(builder, v._load(builder, scales, 4 * e, ir.FloatType()), LANES) for e in range(k)]
-            turns = 64 // bytes_ // LANES if bytes_ < 4 else 1
-            whole = builder.mul(builder.sdiv(width, _I64(turns * LANES)), _I64(turns * LANES))
-            step = v._Loop(builder, whole, turns * LANES)
-            step.open()
-            here = builder.mul(step.index, _I64(bytes_))
-            v._prefetch(builder, builder.add(later, here))
-            at, over = builder.add(row, here), builder.mul(step.index, _I64(4))
-            for turn in range(turns):
-                own = _whole(builder, at, turn * LANES, kind)
-                for e in range(k):
-                    target = builder.add(rows[e], over)
-                    total = v._fma(builder, each[e], own, v._load(builder, target, 4 * turn * LANES, _FLOATS))
-                    v._store(builder, total, target, 4 * turn * LANES)
-            step.close([])
-            for turn in range(turns):
-                first = builder.add(whole, _I64(turn * LANES))
-                rest = builder.sub(width, first)
-                own = _part(builder, builder.add(row, builder.mul(first, _I64(bytes_))), rest, kind)
-                for e in range(k):
-                    target = builder.add(rows[e], builder.mul(first, _I64(4)))
-                    total = v._fma(builder, each[e], own, v._masked(builder, target, rest, _FLOATS))
-                    v._masked_store(builder, total, target, rest)
-
-        _by_count(builder, size, body)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 8, kind), generate
+    return types.void(*[types.int64] * 9, kind), generate
 
 
 def _listed(builder: Any, base: Any, pitch: Any, units: Any, k: int) -> list[Any]:

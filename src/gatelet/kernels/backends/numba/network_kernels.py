@@ -15,8 +15,8 @@ import numpy as np
 from gatelet.kernels.backends.numba import gather as g
 from gatelet.kernels.backends.numba import narrow_vector as n
 from gatelet.kernels.backends.numba import vector as v
-from gatelet.kernels.backends.numba.kernels import activate, compiled
-from gatelet.kernels.backends.numba.narrow_kernels import NEAR, shifted
+from gatelet.kernels.backends.numba.kernels import compiled
+from gatelet.kernels.backends.numba.narrow_kernels import NEAR, hidden_of, shifted
 
 ROWS = n.ROWS
 LIST = NEAR * 4
@@ -132,15 +132,7 @@ def _make(kind: Any) -> dict[str, Any]:
             while i < count:
                 k = min(ROWS, count - i)
                 some, later = near + LIST + 16 * i, near + LIST + 16 * min(i + ROWS, count - k)
-                rows_dots(k, some, later, w1, x, width, near, kind)
-                if w3 != 0:
-                    rows_dots(k, some, later, w3, x, width, near + 32, kind)
-                for e in range(k):
-                    unit = read_word(some + 16 * e)
-                    h = activate(shifted(read(near + 4 * e, one), 0, b1, unit, one), code, one)
-                    if w3 != 0:
-                        h *= shifted(read(near + 32 + 4 * e, one), 0, b3, unit, one)
-                    write(near + 4 * e, h)
+                hidden_of(near, k, some, later, x, width, w1, 0, b1, w3, 0, b3, code, kind, one)
                 rows_axpy(k, some, later, w2, target, outputs, near, kind)
                 i += k
             if wrong != 0:

@@ -13,8 +13,9 @@ from gatelet.kernels.backends.numba import team as _team
 from gatelet.kernels.backends.numba.kernels import MOST, RECORD, RUNS, SLICE, VECTOR, WORDS, products
 from gatelet.kernels.pattern import Bits, Form, Lists, words
 
-FEW_EXAMPLES = 8
-"""At most this many go through the kernels that read a unit's row once for all of them, whatever is open."""
+FEW_EXAMPLES, FEW_TOKENS = 8, 32
+"""At most this many go through the kernels that read a unit's row once for all of them, whatever is open: of a layer,
+and of a whole feed-forward layer."""
 
 
 def _bits(tensor: Tensor) -> int:
@@ -68,11 +69,16 @@ def _build(gate: Tensor, rows: Tensor | None, cols: Tensor | None, units: int) -
         )
 
 
-def _slicing(width: int, size: int) -> tuple[int, int]:
+def _most_bytes(batch: int) -> int:
+    """Return the most bytes of a slice of the examples: they stay in the first-level cache while units pass."""
+    return SLICE * (4 if batch <= 16 else 2 if batch <= 48 else 1)
+
+
+def _slicing(width: int, size: int, most_bytes: int = SLICE) -> tuple[int, int]:
     """Return into how many slices the products cut a row of ``width`` numbers, and the numbers in each."""
     lanes = VECTOR // size
     vectors = -(-width // lanes)
-    slices = max(-(-vectors * VECTOR // SLICE), 1)
+    slices = max(-(-vectors * VECTOR // most_bytes), 1)
     each = max(-(-vectors // slices), 1)
     return -(-vectors // each), each * lanes
 
@@ -97,9 +103,9 @@ def pack(x: Tensor) -> Tensor:
     lanes = VECTOR // x.element_size()
     if batch == 1 and width % lanes == 0:
         return x
-    slices, each = _slicing(width, x.element_size())
+    slices, each = _slicing(width, x.element_size(), _most_bytes(batch))
     packed = x.new_empty(batch * slices * each)
-    sizes = {"B": batch, "D": width}
+    sizes = {"B": batch, "D": width, "most_bytes": _most_bytes(batch)}
     products.run("pack", _bits(x), _team.threads(x.numel()), x=x.data_ptr(), packed=packed.data_ptr(), **sizes)
     return packed
 
@@ -140,15 +146,18 @@ def dots(
     return out, pre
 
 
+one = narrow.one
+
+
 def ffn(
     x: Tensor, w1: Tensor, b1: Tensor | None, gate: Tensor, activation: str, w2: Tensor, b2: Tensor | None
 ) -> Tensor | None:
     """Return (act(x W1ᵀ + b1) ∘ gate) W2 + b2 of a few float32 examples, in one pass; None for others."""
-    return narrow.ffn(x, w1, b1, gate, activation, w2, b2) if _few(x) else None
+    return narrow.ffn(x, w1, b1, gate, activation, w2, b2) if _few(x, FEW_TOKENS) else None
 
 
-def _few(x: Tensor) -> bool:
-    return len(x) <= FEW_EXAMPLES and x.dtype == torch.float32
+def _few(x: Tensor, most: int = FEW_EXAMPLES) -> bool:
+    return len(x) <= most and x.dtype == torch.float32
 
 
 def _dots(
@@ -193,6 +202,7 @@ def _dots(
         packed = pack(x)
         args |= {"packed": packed.data_ptr(), "scratch": scratch.data_ptr(), "stride": stride, "B": batch}
         args |= {"mask": _address(mask), "rows": _address(rows), "span_b": span_b, "span_n": span_n}
+        args["most_bytes"] = _most_bytes(batch)
     products.run(name, _bits(x), team, **args)
 
 
@@ -265,6 +275,7 @@ def by_unit(
         *("by_unit", _bits(x), team),
         **{"C": coefficient.data_ptr(), "packed": source.data_ptr(), "cols": cols.data_ptr()},
         **{"V": _address(result), "total": _address(sums), "B": batch, "N": units, "D": width, "span_n": span},
+        most_bytes=_most_bytes(batch),
         **{"room": scratch.data_ptr(), "room_stride": stride},
     )
     return result.t() if result is not None and transposed else result, sums

@@ -243,8 +243,11 @@ def dot(
             row = builder.add(w, builder.mul(_number(builder, record), pitch))
             later = _number(builder, builder.add(record, _I64(max(AHEAD, 4 * AHEAD // k) * RECORD)))
             later = builder.add(w, builder.mul(later, pitch))
+            ask = _Loop(builder, length, SLICE)
+            ask.open()
             for line in range(0, SLICE, 64):
-                _prefetch(builder, builder.add(later, _I64(line)))
+                _prefetch(builder, builder.add(later, builder.add(ask.index, _I64(line))))
+            ask.close([])
             places = _places(builder, record, k, block, stride)
             step = _Loop(builder, length, VECTOR)
             chains = [step.carry(ir.Constant(vector, None)) for _ in range(k)]
