@@ -292,7 +292,7 @@ def test_one_process_alone(ran):
     assert "local=True" in found["said"]
     assert found["seconds"] < 20
     assert abs(found["share"] - 0.1) < 0.01
-    assert "process 1 failed: ValueError: x holds 48 values that are NaN" in found["bad"]
+    assert "process 1 failed: NotFiniteError: x holds 48 values that are NaN" in found["bad"]
     assert "NaN" in ran[1]["alone"]["bad"]
 
 

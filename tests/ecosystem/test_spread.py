@@ -176,10 +176,7 @@ def ran(tmp_path_factory):
     torchrun, *words = command("torchrun --standalone --nproc-per-node 2 spread.py")
     ran = subprocess.run(
         [str(Path(sys.executable).with_name(torchrun)), *words],
-        # Unbuffered, two processes' lines could run into one another.
-        env=os.environ
-        | ranks.ENVIRONMENT
-        | {"PYTHONPATH": ranks.path_of(Path(__file__).parent), "PYTHONUNBUFFERED": ""},
+        env=os.environ | ranks.ENVIRONMENT | {"PYTHONPATH": ranks.path_of(Path(__file__).parent)},
         cwd=folder,
         capture_output=True,
         timeout=480,
@@ -187,7 +184,8 @@ def ran(tmp_path_factory):
     )
     assert ran.returncode == 0, ran.stderr
     found = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-    return [each | {"page": float(line)} for each, line in zip(found, ran.stdout.split(), strict=True)]
+    numbers = re.findall(r"\d+\.\d{6}", ran.stdout)  # two processes' lines may run into one another
+    return [each | {"page": float(number)} for each, number in zip(found, numbers, strict=True)]
 
 
 @pytest.mark.parametrize(("name", "case"), [*(("ffn", case) for case in FFN), *(("sae", case) for case in SAE)])

@@ -31,12 +31,13 @@ def one_pass(
     x: Tensor, gating: ConditionalLayer, activation: str, up: Part, down: Part, glu: Part | None
 ) -> Tensor | None:
     """Return the block's output for a few tokens, whose gates are counted; None: go the long way."""
-    if gating.training or x.dtype is not torch.float32 or not 0 < x.numel() <= FEW * gating.in_features:
+    if gating.training or x.dtype is not torch.float32 or gating.group_size != 1:
         return None
     if type(up) is not Affine or type(down) is not Affine or not (glu is None or type(glu) is Affine):
         return None
     gater = gating.plain_gater(x)
-    if gater is None or gating.group_size != 1 or not plain(x):
+    # The number of tokens is looked at last: while a model is exported, that would narrow the range it is exported for.
+    if gater is None or not plain(x) or not 0 < x.numel() <= FEW * gating.in_features:
         return None
     places: list[Any] = [activation, down.weight._version, gater.threshold.data_ptr()]
     for weight, bias in (
