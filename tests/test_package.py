@@ -103,7 +103,7 @@ def test_the_documented_surface():
         gatelet.estimators.ALL["mine"] = gatelet.estimators.Estimator
 
 
-COMPILED = {"kernels.py", "list_kernels.py", "narrow_kernels.py", "decode_kernels.py", "vector.py"}
+COMPILED = {f"{kind}kernels.py" for kind in ("", "list_", "narrow_", "few_", "decode_")} | {"vector.py"}
 """Files of Numba's and Triton's kernels: a factory holds all functions that it compiles together."""
 
 

@@ -94,6 +94,7 @@ def add_block(
     add_rows(near, near + LIST, count, weight, target, width, kind, one)
 
 
+# Long: the kernels are nested functions, because Numba fixes their types and widths by what they close over.
 def _make(kind: Any) -> dict[str, Any]:
     """Return the kernels, not yet compiled, for weights stored like ``kind``."""
     size, one = kind.itemsize, np.float32(1)
