@@ -463,8 +463,8 @@ def show(found, out):
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
-    top, offsets = 1.14 * base["perplexity"], [(5, 5), (5, -9)]
+    figure, axes = plt.subplots(figsize=(9.5, 4.6), layout="constrained")
+    top, offsets = 1.18 * base["perplexity"], [(5, 5), (5, -9)]
     kinds = {"dense": "s", "all": "D", "preview": "o", "self": "v", "network": "^", "pruned": "x", "TEAL": "P"}
     for prefix, marker in kinds.items():
         points = [(name, it) for name, it in rows if name.startswith(prefix) and "perplexity" in it]
@@ -483,7 +483,7 @@ def show(found, out):
     axes.axvline(1.3e3 / base["ms 1"], color="0.7", linewidth=0.8, linestyle=":", label="dense × 1.3")
     axes.set(xlabel="tokens per second, one thread", ylabel="perplexity, held out")
     axes.set_ylim(0.985 * base["perplexity"], 1.02 * top)
-    axes.legend(frameon=False, loc="center right")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.05, 1))
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(out / "language-model.png", dpi=110)
 
