@@ -35,7 +35,6 @@ def numbered(target: Any, first: Any, last: Any) -> Any:  # pragma: no cover (co
     return last - first
 
 
-# Long: the kernels are nested functions, because Numba fixes their types and widths by what they close over.
 @compiled
 def keep(
     rows: Any, kept: Any, some: Any, k: Any, near: Any, scale: Any, limit: Any, one: Any
@@ -50,6 +49,7 @@ def keep(
     return kept
 
 
+# Long: the kernels are nested functions, because Numba fixes their types and widths by what they close over.
 def _make(kind: Any) -> dict[str, Any]:
     """Return the kernels, not yet compiled, for weights stored like ``kind``."""
     one, byte = np.float32(1), np.int8(1)
