@@ -224,6 +224,218 @@ def slicing(D: Any, lanes: Any, span: Any) -> Any:  # pragma: no cover (compiled
     return (vectors + each - 1) // each, each * lanes
 
 
+@compiled
+def lengths(left: Any, each: Any, size: Any) -> Any:  # pragma: no cover (compiled)
+    """Return the bytes of whole vectors in a slice of ``each`` numbers, of which ``left`` are left, and the rest."""
+    lanes, count = VECTOR // size, min(left, each)
+    return count // lanes * VECTOR, count % lanes
+
+
+@compiled
+def dot_chunks(
+    records: Any,
+    runs: Any,
+    chunks: Any,
+    w: Any,
+    pitch: Any,
+    block: Any,
+    stride: Any,
+    length: Any,
+    rest: Any,
+    sums: Any,
+    size: Any,
+    one: Any,
+) -> None:  # pragma: no cover (compiled)
+    """Add a slice's products to the sums of the records of some chunks of 64 examples; arguments are as in ``dot``."""
+    total = 0
+    for c in range(chunks):
+        start = runs + c * RUNS
+        for k in range(1, MOST + 1):
+            i = read_word(start + 8 * k)
+            count = read_word(start + 8 * k + 8) - i
+            i += total
+            if count != 0:
+                dot(
+                    *(k, records + i * RECORD, count, w, pitch, block + 64 * c * stride, stride, length, rest),
+                    *(sums + i * MOST * size, one),
+                )
+        total += read_word(start + 8 * (MOST + 1))
+
+
+@compiled
+def axpy_sizes(
+    start: Any,
+    before: Any,
+    records: Any,
+    target: Any,
+    pitch: Any,
+    block: Any,
+    stride: Any,
+    length: Any,
+    rest: Any,
+    scales: Any,
+    fresh: Any,
+    size: Any,
+    one: Any,
+) -> None:  # pragma: no cover (compiled)
+    """Add a slice's rows for the records whose runs are at ``start``, behind ``before`` others; as in ``axpy``."""
+    for k in range(1, MOST + 1):
+        i = read_word(start + 8 * k)
+        count = read_word(start + 8 * k + 8) - i
+        i += before
+        if count != 0:
+            axpy(
+                *(k, records + i * RECORD, count, target, pitch, block, stride, length, rest),
+                *(scales + i * MOST * size, fresh, one),
+            )
+
+
+@compiled
+def put_rows(
+    start: Any,
+    before: Any,
+    records: Any,
+    sums: Any,
+    bias: Any,
+    gate: Any,
+    out: Any,
+    pre: Any,
+    near: Any,
+    near_pre: Any,
+    first: Any,
+    last: Any,
+    n0: Any,
+    n1: Any,
+    N: Any,
+    group: Any,
+    code: Any,
+    size: Any,
+    one: Any,
+) -> None:  # pragma: no cover (compiled)
+    """Write a block's results, zero at closed pairs, for examples ``first`` to ``last`` and units ``n0`` to ``n1``.
+
+    Columns of a large matrix share cache sets, so results are put into a small copy of the block first. Gates are read
+    by rows, in whole vectors, unless units share a gate.
+    """
+    wide, gates = (n1 - n0) * size, N // group
+    clear(near, (last - first) * wide)
+    if pre != 0 and code != 0:
+        clear(near_pre, (last - first) * wide)
+    for k in range(1, MOST + 1):
+        for i in range(before + read_word(start + 8 * k), before + read_word(start + 8 * k + 8)):
+            n, places = read_word(records + i * RECORD) & (ALONE - 1), read_word(records + i * RECORD + 8)
+            add = read(bias + (n0 + n) * size, one) if bias != 0 else one - one
+            for e in range(k):
+                at = n * size + (places & 255) * wide
+                places >>= 8
+                z = read(sums + (i * MOST + e) * size, one) + add
+                if code != 0:
+                    if pre != 0:
+                        write(near_pre + at, z)
+                    z = activate(z, code, one)
+                write(near + at, z)
+    for b in range(first, last):
+        source, here = near + (b - first) * wide, (b * N + n0) * size
+        if pre != 0:
+            copy(pre + here, source if code == 0 else near_pre + (b - first) * wide, wide)
+        if gate != 0 and group == 1:
+            gated(out + here, source, gate + here, n1 - n0, one)
+            continue
+        if gate != 0:
+            for n in range(n0, n1):
+                h = read(gate + (b * gates + n // group) * size, one)
+                at = source + (n - n0) * size
+                write(at, read(at, one) * h if h != 0 else one - one)
+        copy(out + here, source, wide)
+
+
+@compiled
+def put_pairs(
+    start: Any,
+    before: Any,
+    records: Any,
+    sums: Any,
+    bias: Any,
+    gate: Any,
+    out: Any,
+    pre: Any,
+    near: Any,
+    first: Any,
+    last: Any,
+    n0: Any,
+    n1: Any,
+    N: Any,
+    group: Any,
+    code: Any,
+    size: Any,
+    one: Any,
+) -> None:  # pragma: no cover (compiled)
+    """Write a block's results at open pairs alone; arguments are as in ``put_rows``."""
+    wide, gates = (n1 - n0) * size, N // group
+    if gate != 0 and group == 1:
+        for b in range(first, last):
+            copy(near + (b - first) * wide, gate + (b * N + n0) * size, wide)
+    for k in range(1, MOST + 1):
+        for i in range(before + read_word(start + 8 * k), before + read_word(start + 8 * k + 8)):
+            n, places = read_word(records + i * RECORD) & (ALONE - 1), read_word(records + i * RECORD + 8)
+            add = read(bias + (n0 + n) * size, one) if bias != 0 else one - one
+            for e in range(k):
+                b = (places >> (8 * e)) & 255
+                z = read(sums + (i * MOST + e) * size, one) + add
+                at = ((first + b) * N + n0 + n) * size
+                if pre != 0:
+                    write(pre + at, z)
+                z = activate(z, code, one)
+                if gate != 0:
+                    far = gate + ((first + b) * gates + (n0 + n) // group) * size
+                    h = read(near + n * size + b * wide if group == 1 else far, one)
+                    z = z * h if h != 0 else one - one
+                write(out + at, z)
+
+
+@compiled
+def list_words(
+    records: Any,
+    scales: Any,
+    runs: Any,
+    rows: Any,
+    C: Any,
+    words: Any,
+    height: Any,
+    count: Any,
+    N: Any,
+    size: Any,
+    one: Any,
+) -> None:  # pragma: no cover (compiled)
+    """List the pairs of ``count`` words of units and ``height`` examples, and the coefficient of each pair.
+
+    ``rows`` and ``C`` are where the first word's bits and coefficients of the first example are.
+    """
+    have = 0
+    for word in range(count):
+        start = runs + word * RUNS
+        found = listed(records + have * RECORD, start, rows + word * 8, words, 0, height)
+        for k in range(1, MOST + 1):
+            for i in range(have + read_word(start + 8 * k), have + read_word(start + 8 * k + 8)):
+                b, places = read_word(records + i * RECORD) & (ALONE - 1), read_word(records + i * RECORD + 8)
+                c = C + (b * N + 64 * word) * size
+                for e in range(k):
+                    write(scales + (i * MOST + e) * size, read(c + ((places >> (8 * e)) & 255) * size, one))
+        have += found
+
+
+@compiled
+def copy_block(
+    near: Any, stride: Any, block: Any, pitch: Any, count: Any, size: Any
+) -> None:  # pragma: no cover (compiled)
+    """Copy ``size`` bytes of ``count`` rows; meanwhile those of the next 64 rows are prefetched."""
+    ahead = block + 64 * pitch
+    for n in range(count):
+        copy(near + n * stride, block + n * pitch, size)
+        for line in range(0, stride, 64):
+            prefetch(ahead + n * pitch + line)
+
+
 # Long: the kernels are nested functions, because Numba fixes their types and widths by what they close over.
 def _kernels(one: Any) -> dict[str, Any]:
     """Return the kernels, not yet compiled, for numbers of the type of ``one``."""
@@ -274,7 +486,7 @@ def _kernels(one: Any) -> dict[str, Any]:
         sums = records + (most * RECORD + 63) // 64 * 64
         chunks = (B + 63) // 64
         slices, each = slicing(D, lanes, most_bytes // size)
-        tiles_n, gates = (N + span_n - 1) // span_n, N // group
+        tiles_n = (N + span_n - 1) // span_n
         while True:
             t = take(counter)
             if t >= tiles_n * ((B + span_b - 1) // span_b):
@@ -287,83 +499,29 @@ def _kernels(one: Any) -> dict[str, Any]:
                     build(mask, rows, cols, n0 // 64, (n1 + 63) // 64, c, B, N, group, size, one)
             total = 0
             for c in range(c0, c1):
-                start = runs + (c - c0) * RUNS
-                count = listed(records + total * RECORD, start, cols + (n0 * chunks + c) * 8, chunks, 0, n1 - n0)
-                total += count
+                start, words = runs + (c - c0) * RUNS, cols + (n0 * chunks + c) * 8
+                total += listed(records + total * RECORD, start, words, chunks, 0, n1 - n0)
             clear(sums, total * MOST * size)
             for s in range(slices):
-                w = W + (n0 * D + s * each) * size
-                length, rest = each // lanes * VECTOR, 0
-                if D - s * each < each:
-                    length, rest = (D - s * each) // lanes * VECTOR, (D - s * each) % lanes
-                total = 0
-                for c in range(c0, c1):
-                    block, start = packed + (s * B + 64 * c) * each * size, runs + (c - c0) * RUNS
-                    for k in range(1, MOST + 1):
-                        i = read_word(start + 8 * k)
-                        count = read_word(start + 8 * k + 8) - i
-                        i += total
-                        if count != 0:
-                            dot(
-                                *(k, records + i * RECORD, count, w, D * size, block, each * size, length, rest),
-                                *(sums + i * MOST * size, one),
-                            )
-                    total += read_word(start + 8 * (MOST + 1))
+                w, block = W + (n0 * D + s * each) * size, packed + (s * B + b0) * each * size
+                length, rest = lengths(D - s * each, each, size)
+                dot_chunks(
+                    *(records, runs, c1 - c0, w, D * size, block, each * size, length, rest, sums, size, one),
+                )
             total = 0
-            wide = (n1 - n0) * size
-            # Columns of a large matrix share cache sets, so results are put into a small copy of the block first. Gates
-            # are read by rows, in whole vectors, unless units share a gate or closed units are not written.
-            by_rows = fill != 0 and (gate == 0 or group == 1)
             for c in range(c0, c1):
-                first, last = 64 * c, min(64 * c + 64, B)
-                if fill == 0 and gate != 0 and group == 1:
-                    for b in range(first, last):
-                        copy(near + (b - first) * wide, gate + (b * N + n0) * size, wide)
+                first, last, start = 64 * c, min(64 * c + 64, B), runs + (c - c0) * RUNS
                 if fill != 0:
-                    clear(near, (last - first) * wide)
-                    if pre != 0 and code != 0:
-                        clear(near_pre, (last - first) * wide)
-                for k in range(1, MOST + 1):
-                    start = runs + (c - c0) * RUNS + 8 * k
-                    for i in range(total + read_word(start), total + read_word(start + 8)):
-                        n, places = read_word(records + i * RECORD) & (ALONE - 1), read_word(records + i * RECORD + 8)
-                        add = read(bias + (n0 + n) * size, one) if bias != 0 else zero
-                        at = near + n * size
-                        if by_rows and code == 0:
-                            for e in range(k):
-                                write(at + (places & 255) * wide, read(sums + (i * MOST + e) * size, one) + add)
-                                places >>= 8
-                            continue
-                        for e in range(k):
-                            b = (places >> (8 * e)) & 255
-                            z = read(sums + (i * MOST + e) * size, one) + add
-                            outside = ((first + b) * N + n0 + n) * size
-                            if pre != 0 and (fill == 0 or code != 0):
-                                write((near_pre + n * size + b * wide) if fill != 0 else (pre + outside), z)
-                            z = activate(z, code, one)
-                            if fill != 0:
-                                write(at + b * wide, z)
-                            else:
-                                if gate != 0:
-                                    far = gate + ((first + b) * gates + (n0 + n) // group) * size
-                                    h = read(at + b * wide if group == 1 else far, one)
-                                    z = z * h if h != 0 else zero
-                                write(out + outside, z)
-                total += read_word(runs + (c - c0) * RUNS + 8 * (MOST + 1))
-                if fill != 0:
-                    for b in range(first, last):
-                        source, here = near + (b - first) * wide, (b * N + n0) * size
-                        if pre != 0:
-                            copy(pre + here, source if code == 0 else near_pre + (b - first) * wide, wide)
-                        if by_rows and gate != 0:
-                            gated(out + here, source, gate + here, n1 - n0, one)
-                            continue
-                        if gate != 0:
-                            for n in range(n0, n1):
-                                h = read(gate + (b * gates + n // group) * size, one)
-                                at = source + (n - n0) * size
-                                write(at, read(at, one) * h if h != 0 else zero)
-                        copy(out + here, source, wide)
+                    put_rows(
+                        *(start, total, records, sums, bias, gate, out, pre, near, near_pre),
+                        *(first, last, n0, n1, N, group, code, size, one),
+                    )
+                else:
+                    put_pairs(
+                        *(start, total, records, sums, bias, gate, out, pre, near),
+                        *(first, last, n0, n1, N, group, code, size, one),
+                    )
+                total += read_word(start + 8 * (MOST + 1))
 
     def one_dots(p: Any) -> None:
         """Like ``dots`` for one example, whose open weight rows are read from end to end; a task is 256 units."""
@@ -502,46 +660,24 @@ def _kernels(one: Any) -> dict[str, Any]:
                         clear(target, stride)
             for word0 in range(0, words, WORDS):
                 word1 = min(word0 + WORDS, words)
-                have = 0
-                for word in range(word0, word1):
-                    start = runs + (word - word0) * RUNS
-                    count = listed(records + have * RECORD, start, rows + (b0 * words + word) * 8, words, 0, height)
-                    for k in range(1, MOST + 1):
-                        for i in range(have + read_word(start + 8 * k), have + read_word(start + 8 * k + 8)):
-                            b, places = (
-                                read_word(records + i * RECORD) & (ALONE - 1),
-                                read_word(records + i * RECORD + 8),
-                            )
-                            c = C + ((b0 + b) * N + 64 * word) * size
-                            for e in range(k):
-                                write(scales + (i * MOST + e) * size, read(c + ((places >> (8 * e)) & 255) * size, one))
-                    have += count
+                list_words(
+                    *(records, scales, runs, rows + (b0 * words + word0) * 8, C + (b0 * N + 64 * word0) * size),
+                    *(words, height, word1 - word0, N, size, one),
+                )
                 for s in range(s0, s1):
-                    length, rest = stride, 0
-                    if D - s * each < each:
-                        length, rest = (D - s * each) // lanes * VECTOR, (D - s * each) % lanes
-                    have = 0
+                    length, rest = lengths(D - s * each, each, size)
+                    target, have = near + (s - s0) * height * stride, 0
                     for word in range(word0, word1):
                         start = runs + (word - word0) * RUNS
                         count = read_word(start + 8 * (MOST + 1))
                         block, pitch = W + (64 * word * D + s * each) * size, D * size
                         if count != 0 and copies:
-                            # Meanwhile the rows to be copied next are prefetched.
-                            ahead = block + 64 * pitch
-                            for n in range(min(64, N - 64 * word)):
-                                copy(scratch + n * stride, block + n * pitch, min(each, D - s * each) * size)
-                                for line in range(0, stride, 64):
-                                    prefetch(ahead + n * pitch + line)
+                            wide = min(each, D - s * each) * size
+                            copy_block(scratch, stride, block, pitch, min(64, N - 64 * word), wide)
                             block, pitch = scratch, stride
-                        for k in range(1, MOST + 1):
-                            i = read_word(start + 8 * k)
-                            many = read_word(start + 8 * k + 8) - i
-                            i += have
-                            if many != 0:
-                                axpy(
-                                    *(k, records + i * RECORD, many, near + (s - s0) * height * stride, stride),
-                                    *(block, pitch, length, rest, scales + i * MOST * size, 0, one),
-                                )
+                        axpy_sizes(
+                            *(start, have, records, target, stride, block, pitch, length, rest, scales, 0, size, one),
+                        )
                         have += count
             for b in range(height):
                 for s in range(s0, s1):
@@ -601,21 +737,13 @@ def _kernels(one: Any) -> dict[str, Any]:
                 if fresh == 0:
                     target, pitch = near, stride
                     clear(near, (n1 - n0) * stride)
-                length, rest = stride, 0
-                if D - s * each < each:
-                    length, rest = (D - s * each) // lanes * VECTOR, (D - s * each) % lanes
+                length, rest = lengths(D - s * each, each, size)
                 have = 0
                 for c in range(chunks):
                     start, block = runs + c * RUNS, packed + (s * B + 64 * c) * stride
-                    for k in range(1, MOST + 1):
-                        i = read_word(start + 8 * k)
-                        count = read_word(start + 8 * k + 8) - i
-                        i += have
-                        if count != 0:
-                            axpy(
-                                *(k, records + i * RECORD, count, target, pitch, block, stride, length, rest),
-                                *(scales + i * MOST * size, fresh, one),
-                            )
+                    axpy_sizes(
+                        *(start, have, records, target, pitch, block, stride, length, rest, scales, fresh, size, one),
+                    )
                     have += read_word(start + 8 * (MOST + 1))
                 if fresh == 0:
                     for n in range(n0, n1):
