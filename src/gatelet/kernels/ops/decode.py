@@ -76,7 +76,7 @@ def decode_linear(weight: Rows, bias: Float32[Tensor, " N"] | None = None) -> De
     """
     units, width = _shape(weight, "weight")
     _check_vector(bias, "bias", units)
-    ones = torch.ones(1, 1)
+    ones = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     return Decode(
         width,
         lambda run: run.linear(weight, bias),

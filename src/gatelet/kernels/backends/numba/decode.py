@@ -39,7 +39,7 @@ def linear(weight: Rows, bias: Tensor | None) -> Run:
     kept, numbers = (rows, scales, bias), rows.nbytes // BYTES  # kept alive: the packed addresses point at them
 
     def call(x: Tensor) -> Tensor:
-        out, scratch = torch.empty(units), torch.empty(PARTS * stride, dtype=torch.uint8)
+        out, scratch = x.new_empty(units), x.new_empty(PARTS * stride, dtype=torch.uint8)
         run(team.threads(numbers), x.data_ptr(), out.data_ptr(), scratch.data_ptr())
         return out
 
@@ -69,7 +69,7 @@ def input_linear(weight: Rows, bias: Tensor | None, norm: Tensor, limit: Tensor)
     kept, numbers = (rows, scales, norm, limit), rows.nbytes // BYTES
 
     def call(x: Tensor) -> Tensor:
-        sums, scratch = torch.empty(PARTS, outputs), torch.empty(PARTS * stride, dtype=torch.uint8)
+        sums, scratch = x.new_empty(PARTS, outputs), x.new_empty(PARTS * stride, dtype=torch.uint8)
         run(team.threads(numbers), x.data_ptr(), sums.data_ptr(), scratch.data_ptr())
         total = sums.sum(0)
         return total if bias is None else total.add_(bias)
@@ -118,7 +118,7 @@ def ffn(given: Decided) -> Run:
     numbers, bias = (w1.nbytes + w2.nbytes) // BYTES, given.down_bias
 
     def call(x: Tensor) -> Tensor:
-        sums, scratch = torch.empty(PARTS, outputs), torch.empty(PARTS * stride, dtype=torch.uint8)
+        sums, scratch = x.new_empty(PARTS, outputs), x.new_empty(PARTS * stride, dtype=torch.uint8)
         run(team.threads(numbers), x.data_ptr(), sums.data_ptr(), scratch.data_ptr())
         total = sums.sum(0)
         return total if bias is None else total.add_(bias)

@@ -258,7 +258,7 @@ def add_rows(weight: Tensor, rows: Tensor, lists: Turned, scale: float) -> None:
     count, width = rows.shape
     if not rows.numel():
         return
-    factor, order = torch.full((1,), scale, dtype=rows.dtype), torch.arange(count)
+    factor, order = rows.new_full((1,), scale), torch.arange(count, device=rows.device)
     products.run(
         *("add_rows", _bits(rows), team.threads(rows.numel())),
         rows=rows.data_ptr(),
@@ -298,8 +298,8 @@ def top_k(x: Tensor, weight: Tensor, bias: Tensor | None, most: int, *, half: bo
     # A list is cut when it is full, so more room means fewer cuts.
     room = 2 * most + 32
     bias = weight.new_zeros(units) if bias is None else bias
-    values, names = x.new_empty((batch, room)), torch.empty((batch, room), dtype=torch.int64)
-    counts, floors = torch.zeros(batch, dtype=torch.int64), x.new_full((batch,), torch.nan)
+    values, names = x.new_empty((batch, room)), x.new_empty((batch, room), dtype=torch.int64)
+    counts, floors = x.new_zeros(batch, dtype=torch.int64), x.new_full((batch,), torch.nan)
     buffer = x.new_empty(min(batch, CHUNK) * min(units, BLOCK))
     threads = team.threads(len(buffer))
     scratch = x.new_empty(threads * (room + 32))

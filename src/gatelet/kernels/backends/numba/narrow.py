@@ -34,10 +34,10 @@ def linear(x: Tensor, weight: Rows, bias: Tensor | None, gate: Tensor, activatio
     """
     rows, scales = _stored(weight)
     (batch, width), units = x.shape, len(rows)
-    out = torch.empty((batch, units))
+    own, mask = _floats(x), _floats(gate)
+    out = own.new_empty(batch, units)
     if not out.numel():
         return out.to(x.dtype)
-    own, mask = _floats(x), _floats(gate)
     shift = None if bias is None else _floats(bias)
     args = {
         **{"x": own.data_ptr(), "weight": _map(rows), "scales": _address(scales), "bias": _address(shift)},
@@ -58,8 +58,8 @@ def one(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
     """Return (x Wᵀ + b) ∘ gate for one example, all contiguous float32: what :func:`linear` does, with fewer steps."""
     units, width = weight.shape
     run, size, spare = _prepared(units, width, units // gate.shape[-1])
-    out = torch.empty(1, units)
-    scratch = spare.pop() if spare else torch.empty(size, dtype=torch.uint8)
+    out = x.new_empty(1, units)
+    scratch = spare.pop() if spare else x.new_empty(size, dtype=torch.uint8)
     run(
         team.threads(units * width // team.DENSE),
         x.data_ptr(),
@@ -140,7 +140,7 @@ def _ffn(
 ) -> Tensor:
     rows, scales = _stored(w2)
     (batch, width), (units, outputs) = x.shape, rows.shape
-    sums = torch.empty((PARTS, batch, outputs))
+    sums = x.new_empty(PARTS, batch, outputs, dtype=torch.float32)
     if not (sums.numel() and units):
         return sums.new_zeros((batch, outputs)).add_(0 if b2 is None else b2.float()).to(x.dtype)
     first, first_scales = (None, None) if w1 is None else _stored(w1)
@@ -190,10 +190,10 @@ def _scratch(batch: int, units: int, threads: int) -> tuple[Tensor, int]:
     """Return memory for every part, or with several examples for every thread, and the bytes of each."""
     if batch > 1:
         stride = VALUES + 256 * batch + 128
-        return torch.empty(threads * stride, dtype=torch.uint8), stride
+        return torch.empty(threads * stride, dtype=torch.uint8, device="cpu"), stride
     words = -(-units // 64)
     stride = 4 * NEAR + 16 * 64 * -(-words // PARTS) + 128
-    return torch.empty(PARTS * stride, dtype=torch.uint8), stride
+    return torch.empty(PARTS * stride, dtype=torch.uint8, device="cpu"), stride
 
 
 def _map(weight: Tensor | None) -> int:

@@ -61,8 +61,8 @@ def prepare(given: Gated) -> Run:
     def call(x: Tensor, opened: Tensor) -> tuple[Tensor, Tensor] | None:
         threads, scratch = team.threads(numbers), spare.pop() if spare else None
         if scratch is None or scratch.shape[0] < shared + threads * own:
-            scratch = torch.empty(shared + threads * own, dtype=torch.uint8)
-        out, gates = torch.empty(outputs), torch.empty(units)
+            scratch = x.new_empty(shared + threads * own, dtype=torch.uint8)
+        out, gates = x.new_empty(outputs), x.new_empty(units)
         answer = run(threads, x.data_ptr(), out.data_ptr(), gates.data_ptr(), opened.data_ptr(), scratch.data_ptr())
         spare.append(scratch)
         return None if answer[0] else (out, gates)

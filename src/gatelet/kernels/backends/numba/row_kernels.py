@@ -115,8 +115,8 @@ def adam_rows(
     if not grad.numel():
         return
     threads = team.threads(4 * grad.numel())
-    numbers = torch.tensor([rate, 1 - betas[0], 1 - betas[1], eps], dtype=weight.dtype)
-    scratch = torch.empty(threads * 128, dtype=torch.uint8)
+    numbers = weight.new_tensor([rate, 1 - betas[0], 1 - betas[1], eps])
+    scratch = weight.new_empty(threads * 128, dtype=torch.uint8)
     kernels.run(
         *("adam", 8 * weight.element_size(), threads),
         w=weight.data_ptr(),
