@@ -4,6 +4,7 @@ import glob
 import math
 import random
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -27,12 +28,16 @@ class Language:
 def load_language(path: Path) -> Language:
     """Return the causal language model in a Hugging Face directory or a GGUF file, in float32 and ``eval()``.
 
+    Where there is no terminal, transformers' progress bars are off from then on: they would fill a log.
+
     Raises:
         ValueError: for a path that holds none, or a GGUF file of an architecture that transformers does not know.
         ImportError: without transformers (for a GGUF file: gguf).
     """
     import transformers
 
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     if not path.exists():
         raise ValueError(f"model: {path} does not exist")
     if path.is_file() and path.suffix != ".gguf":

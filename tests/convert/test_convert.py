@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import gatelet
-from gatelet.convert import blocks
+from gatelet.convert import Conversion, blocks
 from gatelet.nn import fully_open
 from gatelet.sparsity import calibrate_thresholds, penalty
 
@@ -267,6 +267,35 @@ def test_two_blocks_of_a_sequential_one_after_the_other():
         with fully_open(model):
             torch.testing.assert_close(model(X), want)
     assert repr(done) == "converted 1, left 1\n  1: 32 → 128 → 64, relu\n  7: left, already converted: revert it first"
+
+
+def test_equal_neighbours_share_a_line():
+    names = [
+        "layers.0.mlp",
+        "layers.1.mlp",
+        "layers.2.mlp",
+        "layers.3.mlp",
+        "layers.5.mlp",
+        "layers.5.other",
+        "h.9",
+        "h.10",
+    ]
+    done = Conversion(
+        dict.fromkeys(names, "a") | {"layers.2.mlp": "b"}, {"x.0.y.0": "why", "x.1.y.0": "why", "x.1.y.1": "why"}
+    )
+    assert repr(done).splitlines() == [
+        "converted 8, left 3",
+        "  layers.0-1.mlp: a",
+        "  layers.2.mlp: b",
+        "  layers.3.mlp: a",
+        "  layers.5.mlp: a",  # 4 is missing
+        "  layers.5.other: a",
+        "  h.9-10: a",
+        "  x.0-1.y.0: left, why",
+        "  x.1.y.1: left, why",  # another number counts
+    ]
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16)) for _ in range(12)))
+    assert repr(convert(model, bottleneck=2)) == "converted 12, left 0\n  0-11.0: 16 → 64 → 16, relu"
 
 
 # ---------------------------------------------------------------- what is refused

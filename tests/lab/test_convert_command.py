@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 
 import pytest
 import torch
@@ -46,6 +47,15 @@ def run(asked):
     stream = io.StringIO()
     convert.run(asked, Console(file=stream, width=200))
     return stream.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_bars_are_for_terminals(home, tmp_path, monkeypatch, capfd, terminal):
+    logging = transformers.utils.logging
+    logging.enable_progress_bar()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    load_language(home / "model").model.save_pretrained(tmp_path / "out")
+    assert ("it/s" in capfd.readouterr().err) == terminal
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import copy
 import fnmatch
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -36,13 +37,41 @@ class Conversion:
     """Block's name -> its times, if ``batch`` was given."""
 
     def __repr__(self) -> str:
-        """Show both lists."""
+        """Show both lists; neighbours that differ in the layer's number only share a line."""
+        said = [
+            (name, what + (f"; {self.times[name]}" if name in self.times else ""))
+            for name, what in self.converted.items()
+        ]
+        said += [(name, f"left, {why}") for name, why in self.left.items()]
         lines = [f"converted {len(self.converted)}, left {len(self.left)}"]
-        for name, what in self.converted.items():
-            times = f"; {self.times[name]}" if name in self.times else ""
-            lines.append(f"  {name or '(the model)'}: {what}{times}")
-        lines += [f"  {name or '(the model)'}: left, {why}" for name, why in self.left.items()]
-        return "\n".join(lines)
+        return "\n".join([*lines, *(f"  {name or '(the model)'}: {words}" for name, words in _grouped(said))])
+
+
+def _grouped(said: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return the pairs, with one, ``layers.0-2.mlp``, for neighbours that say the same of layers.0.mlp and so on."""
+    groups: list[list[tuple[str, str]]] = []
+    for name, words in said:
+        if groups and words == groups[-1][0][1] and _counts_up([other for other, _ in groups[-1]], name):
+            groups[-1].append((name, words))
+        else:
+            groups.append([(name, words)])
+    found = []
+    for group in groups:
+        parts, last = (re.split(r"(\d+)", name) for name, _ in (group[0], group[-1]))
+        pairs = zip(parts, last, strict=True)
+        found.append(("".join(part if part == end else f"{part}-{end}" for part, end in pairs), group[0][1]))
+    return found
+
+
+def _counts_up(names: list[str], name: str) -> bool:
+    """Return whether the name goes on counting where these end: the same but for one number, the next one."""
+    first, previous, new = (re.split(r"(\d+)", each) for each in (names[0], names[-1], name))
+    if len(new) != len(previous):
+        return False
+    places = [place for place, part in enumerate(new) if part != previous[place]]
+    if len(places) != 1 or not places[0] % 2 or int(new[places[0]]) != int(previous[places[0]]) + 1:
+        return False
+    return len(names) == 1 or first[places[0]] != previous[places[0]]
 
 
 def convert(
