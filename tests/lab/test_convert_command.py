@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import transformers
+import tyro
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -40,7 +41,7 @@ def home(tmp_path_factory):
 
 def options(home, out, **changes):
     given = {"gater": "mlp", "rate": 0.4, "bottleneck": 4, "steps": 4, "tokens": 2048, "held_out": 512, "length": 64}
-    return Convert(home / "model", (str(home / "text" / "*.txt"),), out, **given | changes)
+    return Convert(home / "model", ((str(home / "text" / "*.txt"),),), out, **given | changes)
 
 
 def run(asked):
@@ -176,15 +177,20 @@ def test_bad_text(home, tmp_path):
         read_text(tokenizer, [str(tmp_path / "*.txt")], 64, 100, 100)
 
 
+def test_text_may_be_files_that_a_shell_lists_and_globs():
+    asked = tyro.cli(Convert, args=["m", "--text", "a.py", "b.py", "--text", "c/*.py", "--out", "o"])
+    assert asked.text == (("a.py", "b.py"), ("c/*.py",))
+
+
 def test_bad_input_is_refused_before_anything_is_written(home, tmp_path):
     with pytest.raises(ValueError, match="text: give files to fit and to measure on"):
-        Convert(home / "model", (), tmp_path / "out")
+        Convert(home / "model", ((),), tmp_path / "out")
     with pytest.raises(ValueError, match=r"rate must lie strictly between 0 and 1, not 1.5"):
         options(home, tmp_path / "out", rate=1.5)
     with pytest.raises(ValueError, match="steps must be an integer of at least 1, not 0"):
         options(home, tmp_path / "out", steps=0)
     with pytest.raises(ValueError, match="names 0 files"):
-        run(Convert(home / "model", (str(tmp_path / "*.txt"),), tmp_path / "out"))
+        run(Convert(home / "model", ((str(tmp_path / "*.txt"),),), tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

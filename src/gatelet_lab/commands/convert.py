@@ -28,8 +28,8 @@ class Convert:
 
     model: Positional[Path]
     """A Hugging Face directory, or a .gguf file."""
-    text: Annotated[tuple[str, ...], UseAppendAction]
-    """Files to fit and to measure on, a glob; may be given several times. Every fifth file is held out."""
+    text: Annotated[tuple[tuple[str, ...], ...], UseAppendAction]
+    """Files to fit and to measure on, or globs of them. Every fifth file is held out."""
     out: Path
     """Directory for the model and the report."""
     rate: float = 0.5
@@ -64,7 +64,7 @@ class Convert:
         for name in ("bottleneck", "steps", "tokens", "held_out", "batch"):
             gatelet._checks.check_count(getattr(self, name), name)
         gatelet._checks.check_rate(self.rate, "rate")
-        if not self.text:
+        if not any(self.text):
             raise ValueError("text: give files to fit and to measure on, as --text 'src/*.py'")
         if self.length < 8:
             raise ValueError(f"length: a window has at least 8 tokens, not {self.length}")
@@ -88,7 +88,8 @@ def run(options: Convert, console: Console) -> None:
     """Convert, fit, measure, save and report."""
     _check_out(options, console)
     language = load_language(options.model)
-    text = read_text(language.tokenizer, options.text, options.length, options.tokens, options.held_out)
+    patterns = [pattern for given in options.text for pattern in given]
+    text = read_text(language.tokenizer, patterns, options.length, options.tokens, options.held_out)
     _begin_in_out(options)
     console.print(f"{text.fit.numel():,} tokens of {text.files[0]} files to fit, "
                   f"{text.held_out.numel():,} of {text.files[1]} held out", highlight=False)  # fmt: skip
