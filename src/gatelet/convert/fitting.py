@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,8 @@ class Fit(ABC):
         self.best = self._state()
 
     def _steps(self) -> None:
-        plan, batches = self.plan, endless(self.loader, self.plan.held_out)
+        plan = self.plan
+        batches = islice(endless(self.loader, plan.held_out), self.step, None)  # on from where a checkpoint stopped
         if not self.trained:
             self.found.why_stopped = "no steps: these gates have no weights"
             return
