@@ -1,6 +1,7 @@
 """More models of transformers, tiny and random: open gates are the dense model, closed units closed, saved."""
 
 import copy
+import threading
 import warnings
 
 import pytest
@@ -198,3 +199,34 @@ def test_padding_reaches_layers_that_flatten_their_tokens():
     with gatelet.nn.masking(model, mask):
         run(model, inputs)
     assert int(gating.tokens) == int(mask.sum())
+
+
+@pytest.mark.parametrize("gater", ["mlp", "self"])
+def test_two_threads_run_one_pair_of_maps(gater):
+    """W1 of one thread and W2 of another are no pair: here both threads have passed W1 when the first enters W2."""
+    model = opt()[0].eval()
+    gatelet.convert(model, 0.3, **({"bottleneck": 2} if gater == "mlp" else {"gater": gater}))
+    gatelet.sparsity.calibrate_thresholds(model, [IDS])
+    batches = [IDS, IDS.flip(1)]
+    with torch.no_grad():
+        want = [model(ids).logits for ids in batches]
+    found, meeting = {}, threading.Barrier(2)
+
+    def run(i):
+        with torch.no_grad():
+            found[i] = model(batches[i]).logits
+
+    def meet(*_):
+        meeting.wait(60)
+
+    hooks = [layer.fc1.register_forward_hook(meet) for layer in model.model.decoder.layers]
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    for hook in hooks:
+        hook.remove()
+    for i, each in enumerate(want):
+        torch.testing.assert_close(found[i], each)
+    assert not any(gating.passed for _, gating in blocks(model).values())

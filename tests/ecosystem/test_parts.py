@@ -7,11 +7,13 @@ import pickle
 
 import pytest
 import torch
+import transformers
 from torch import nn
-from torch.nn.utils import parametrizations, prune, weight_norm
+from torch.nn.utils import parametrizations, parametrize, prune, weight_norm
 
 import gatelet
 from gatelet.nn import ConditionalFFN, ConditionalLinear
+from gatelet.nn.parts import ByUnit
 from gatelet.sparsity import calibrate_thresholds, penalty
 
 X = torch.randn(64, 96, generator=torch.Generator().manual_seed(1))
@@ -280,15 +282,71 @@ def test_parameters_are_contiguous_and_a_changed_weight_is_seen(make):
         assert all(p.is_contiguous() for p in twin.parameters())
 
 
+class Scaled(nn.Module):
+    """A parametrization: the weight is another tensor at every call, often at the address of the last one."""
+
+    def forward(self, weight):
+        return weight * 2
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 64])
+@torch.no_grad()
+def test_one_changed_number_of_a_parametrized_weight_is_seen(tokens):
+    layer = ffn()
+    parametrize.register_parametrization(layer.down, "weight", Scaled())
+    calibrate_thresholds(layer, [X])
+    layer.eval()
+    for k in range(3):
+        layer.down.parametrizations.weight.original[3 + k, 7 + k] += 500
+        x = X[:tokens]
+        torch.testing.assert_close(layer(x), by_modules(layer, x, layer.decide(x)[0]), rtol=1e-4, atol=1e-3)
+
+
+def test_another_tensor_at_the_same_address_is_copied_anew():
+    laid, memory = ByUnit(), bytearray(4 * 40 * 1000)
+    for k in range(3):
+        weight = torch.frombuffer(memory, dtype=torch.float32).view(40, 1000)
+        weight[1, 7 + k] = 5  # the same version every time, and none of the numbers that are looked at
+        assert torch.equal(laid.columns("down", weight), weight)
+        del weight
+
+
+def test_weights_made_in_inference_mode():
+    with torch.inference_mode():
+        layer = ffn()
+        calibrate_thresholds(layer, [X])
+        layer.eval()
+        for x in (X[:1], X):
+            want = by_modules(layer, x, layer.decide(x)[0])
+            torch.testing.assert_close(layer(x), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_copy_that_a_graph_holds_is_not_written_over():
+    """GPT-2's W1 is kept transposed. Its weights are frozen here, so that the graph saves the copy itself."""
+    config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50)
+    mlp = transformers.GPT2Model(config).h[0].mlp.eval()
+    gatelet.convert(mlp, 0.5, bottleneck=2)
+    calibrate_thresholds(mlp, [torch.randn(50, 16)])
+    mlp.requires_grad_(False)
+    x, found = torch.randn(3, 16).requires_grad_(), []
+    for change in (False, True):
+        out = mlp(x).square().sum()
+        if change:
+            mlp.c_fc.weight.add_(1)
+            mlp(x)
+        found.append(torch.autograd.grad(out, x)[0])
+    assert torch.equal(*found)
+
+
 def test_the_copy_is_made_once(monkeypatch):
     layer = ffn()
     calibrate_thresholds(layer, [X])
     layer.eval()
     with torch.inference_mode():
         layer(X)
-        kept = layer.laid._kept["down"][1]
+        kept = layer.laid._kept["down"].copy
         layer(X)
-        assert layer.laid._kept["down"][1] is kept
+        assert layer.laid._kept["down"].copy is kept
         assert not kept.is_inference()
     layer(X.clone().requires_grad_()).sum().backward()
 
@@ -298,13 +356,13 @@ def test_the_copy_of_a_training_pass_stays_until_its_graph_is_gone():
     noise, found = torch.rand(len(X), layer.up.out_features), []
     x = X.clone().requires_grad_()
     want = torch.autograd.grad(layer(x, noise=noise).sum(), x)[0]
-    memory = layer.laid._kept["down"][1].data_ptr()
+    memory = layer.laid._kept["down"].copy.data_ptr()
     first = layer(x, noise=noise)
-    assert layer.laid._kept["down"][1].data_ptr() == memory
+    assert layer.laid._kept["down"].copy.data_ptr() == memory
     weight = layer.down.weight.data
     weight.zero_()  # changes no version, and the first pass's graph is still there
     found.append(layer(x, noise=noise))
-    assert layer.laid._kept["down"][1].data_ptr() != memory
+    assert layer.laid._kept["down"].copy.data_ptr() != memory
     assert not (found[0] - layer.down.bias).any()
     torch.testing.assert_close(torch.autograd.grad(first.sum(), x)[0], want)
 

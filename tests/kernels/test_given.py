@@ -239,11 +239,52 @@ def test_wrong_order_is_found_beside_examples_with_nothing_open(starts):
         OpenPattern.from_indices(csr([5, 2]), 6)
 
 
+@pytest.mark.cpu
+@pytest.mark.parametrize("backend", ["dense", "numba"])
+@pytest.mark.parametrize("starts", [[0, 10**8, 3], [0, 3, 2], [0, 1, 2], [-(10**8), 1, 3], [1, 2, 3]], ids=str)
+def test_a_csr_tensor_whose_parts_do_not_fit(starts, backend):
+    csr = torch.sparse_csr_tensor(
+        torch.tensor(starts), torch.tensor([1, 2, 3]), torch.ones(3), (2, 30), check_invariants=False
+    )
+    with pytest.raises(ValueError, match=r"pattern: .*crow_indices\(\) must ascend from 0 to .* 3"):
+        gated_linear(torch.ones(2, 3), torch.ones(30, 3), None, None, pattern=csr, backend=backend)
+
+
+@pytest.mark.parametrize("form", ["pattern", "CSR", "indices"])
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_indices_that_were_changed_in_place_are_refused(backend, op, form):
+    p = Problem()
+    csr = p.wide(torch.ones(B, K, dtype=torch.float64)).to_sparse_csr()
+    given = p.indices if form != "CSR" else csr.col_indices()
+    p.pattern = {"pattern": p.pattern, "CSR": OpenPattern.from_indices(csr, N), "indices": p.indices}[form]
+    if form == "CSR":
+        p.values = p.values.detach().flatten().requires_grad_()
+    _, run, _ = cases(p)[op]
+    run(backend=backend).sum().backward()
+    out = run(backend=backend)
+    given.fill_(10**9)
+    with pytest.raises(RuntimeError, match="was changed in place after it was given"):
+        out.sum().backward()
+    if form != "indices":
+        with pytest.raises(RuntimeError, match="indices: was changed in place"):
+            run(backend=backend)
+
+
 def test_errors_name_the_argument():
     linear, after, ffn = map(inspect.unwrap, (gated_linear, gated_input_linear, gated_ffn))
-    p = Problem()
+    p, from_indices = Problem(), inspect.unwrap(OpenPattern.from_indices)
     with pytest.raises(TypeError, match=r"indices must be integers .*float64"):
         OpenPattern.from_indices(p.values, N)
+    with pytest.raises(TypeError, match=r"indices must be integers .*complex64"):
+        OpenPattern.from_indices(torch.ones(2, 2, dtype=torch.complex64), N)
+    with pytest.raises(TypeError, match=r"indices must be a torch\.Tensor, not list"):
+        from_indices([[1]], N)
+    with pytest.raises(TypeError, match=r"indices: a sparse tensor must be CSR, not torch\.sparse_coo"):
+        OpenPattern.from_indices(torch.eye(3).to_sparse(), 3)
+    for units in (3.5, True, -1):
+        with pytest.raises(TypeError, match=r"units must be an integer of at least 0"):
+            from_indices(torch.tensor([[0]]), units)
     with pytest.raises(ValueError, match=r"CSR tensor of shape \(7, 30\), not \(B, 31\)"):
         OpenPattern.from_indices(p.wide(p.values).to_sparse_csr(), N + 1)
     with pytest.raises(ValueError, match=r"gate must have a number for each of pattern's pairs, \(7, 4\)"):

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gatelet
 import ranks
-from gatelet.nn import SparseAutoencoder, sparse_autoencoder
+from gatelet.nn import SparseAutoencoder, SparseCode, sparse_autoencoder
 
 D, N, K, B = 12, 64, 4, 10
 ACTIVATIONS = ("top_k", "batch_top_k", "jump_relu", "relu", "gated")
@@ -346,6 +346,39 @@ def test_bad_inputs_are_refused_by_name():
     other = SparseAutoencoder(D, 2 * N, dtype=torch.float64)
     with pytest.raises(ValueError, match="code: is of 128 latents"):
         sae.decode(other.encode(inputs()))
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+@pytest.mark.parametrize(
+    ("parts", "error", "told"),
+    [
+        ({"indices": [[1, 2], [3, 10**9]]}, ValueError, "code: its indices must lie in 0 … 63, but 1000000000"),
+        ({"indices": [[-(10**9), 2], [3, 4]]}, ValueError, "code: its indices must lie in 0 … 63, but -1000000000"),
+        ({"dtype": torch.int32}, TypeError, "code: its indices must be int64"),
+        ({"values": (2, 1)}, ValueError, r"code: has indices \(2, 2\), but values \(2, 1\)"),
+        ({"lead": (3,)}, ValueError, r"code: has indices \(2, 2\), .* examples \(3,\)"),
+        ({"indices": [1, 2, 3], "offsets": [0, 9, 3]}, ValueError, "code: its offsets must ascend from 0 to .* 3"),
+        ({"indices": [1, 2, 3], "offsets": [0, 3]}, ValueError, "code: has 2 offsets, but 2 examples"),
+    ],
+)
+def test_codes_whose_parts_do_not_fit(parts, error, told, recorded):
+    sae = made("top_k").cpu()
+    indices = torch.tensor(parts.get("indices", [[1, 2], [3, 4]]), dtype=parts.get("dtype", torch.int64))
+    values = torch.ones(parts.get("values", indices.shape), dtype=torch.float64)
+    offsets = torch.tensor(parts["offsets"]) if "offsets" in parts else None
+    code = SparseCode(indices, values, N, torch.Size(parts.get("lead", (2,))), offsets)
+    with torch.set_grad_enabled(recorded), pytest.raises(error, match=told):
+        sae.decode(code)
+
+
+def test_a_code_that_was_changed_in_place_after_its_decoding():
+    sae = made("top_k").cpu()
+    code = SparseCode(torch.tensor([[1, 2], [3, 4]]), torch.ones(2, 2, dtype=torch.float64), N, torch.Size((2,)))
+    out = sae.decode(code)
+    code.indices.add_(1)
+    with pytest.raises(RuntimeError, match="was changed in place"):
+        out.sum().backward()
+    sae.decode(code).sum().backward()
 
 
 @pytest.mark.cpu

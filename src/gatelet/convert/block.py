@@ -86,8 +86,12 @@ class BlockGating(ConditionalLayer):
 
     block: Block
     options: Options
-    passed: OpenPattern | None = None
-    """For a pair: the units that W1 opened in the call that W2's belongs to."""
+    passed: dict[int, OpenPattern]
+    """For a pair: Python thread -> the units that W1 opened in the call that W2's belongs to."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.passed = {}
 
     @property
     def has_glu(self) -> bool:

@@ -1,5 +1,6 @@
 """The computation of a converted block, in a class that replaces its owner's."""
 
+import threading
 from typing import Any, cast
 
 import torch
@@ -58,6 +59,7 @@ def swapped(dense_class: type[nn.Module], kind: Kind) -> type[nn.Module]:
 def _up(self: nn.Module, x: Tensor) -> Tensor:
     """Return W1 x + b1 at open units and zero at closed ones, which every known activation leaves at zero."""
     gating: BlockGating = self.__dict__["gating_of_pair"]
+    gating.passed.pop(_caller(), None)
     own = affine_of(self)
     if gating.mask is not None and gating.mask.shape != x.shape[:-1] and gating.mask.numel() == x.shape[:-1].numel():
         gating.mask = gating.mask.view(x.shape[:-1])  # the owner flattens its tokens
@@ -65,26 +67,31 @@ def _up(self: nn.Module, x: Tensor) -> Tensor:
     if isinstance(gating.gater, SelfGater):
         out = F.linear(x, *own)
         gates, support = gating.decide_unpadded(x, mask, None, None, ACTIVATIONS[gating.block.activation](out))
-        gating.passed = None if gating.needs_dense(x, gates) else open_pattern(gates, 1)
+        if not gating.needs_dense(x, gates):
+            gating.passed[_caller()] = open_pattern(gates, 1)
         return out * gates
     gates, support = gating.decide_unpadded(x, mask, None, None)
     if gating.needs_dense(x, gates) or torch.compiler.is_compiling():
-        gating.passed = None
         return F.linear(x, *own) * (gates.repeat_interleave(gating.group_size, -1) if gating.group_size > 1 else gates)
     computed = gates if support is None else support.to(gates.dtype)
-    gating.passed = open_pattern(computed, gating.group_size)
+    gating.passed[_caller()] = pattern = open_pattern(computed, gating.group_size)
     weight = gating.laid.rows("up", own.weight)
-    return gated_linear(x, weight, own.bias, gates, pattern=gating.passed, active_fraction=gating.unit.target_rate)
+    return gated_linear(x, weight, own.bias, gates, pattern=pattern, active_fraction=gating.unit.target_rate)
 
 
 def _down(self: nn.Module, hidden: Tensor) -> Tensor:
     """Return W2 hidden + b2, reading the units that W1 opened."""
     gating: BlockGating = self.__dict__["gating_of_pair"]
-    pattern, gating.passed = gating.passed, None
+    pattern = gating.passed.pop(_caller(), None)
     if pattern is None or pattern.lead != hidden.shape[:-1]:
         return F.linear(hidden, *affine_of(self))
     own = affine_of(self)
     return gated_input_linear(hidden, pattern, gating.laid.columns("down", own.weight), own.bias)
+
+
+def _caller() -> int:
+    """Return whose call this is: several Python threads may run one block."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _subclass(dense_class: type[nn.Module], kind: Kind) -> type[nn.Module]:

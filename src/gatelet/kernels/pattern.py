@@ -66,9 +66,10 @@ class Lists:
         given: units that were not checked yet; None after the check. The first product that reads them checks them, or
             else the first access to ``units``.
         name: the name of the argument, for errors.
+        watched: tensors of a caller, who might change them, each with its version.
     """
 
-    __slots__ = ("_units", "by_unit", "count", "given", "length", "name", "notes")
+    __slots__ = ("_units", "by_unit", "count", "given", "length", "name", "notes", "watched")
 
     def __init__(
         self,
@@ -79,9 +80,10 @@ class Lists:
         *,
         looked: bool = True,
         name: str = "indices",
+        watched: tuple[tuple[Tensor, int], ...] = (),
     ) -> None:
         self.length, self._units, self.count, self.by_unit = starts, units, count, by_unit
-        self.given, self.name = None if looked else units, name
+        self.given, self.name, self.watched = None if looked else units, name, watched
         self.notes: Any = None
 
     @property
@@ -93,7 +95,11 @@ class Lists:
 
     @property
     def units(self) -> Tensor:
-        """The units; raises unless they ascend within each example and are among 0 … N − 1."""
+        """The units; raises unless they ascend within each example and are among 0 … N − 1, as they were given."""
+        if any(each._version != version for each, version in self.watched):
+            raise RuntimeError(
+                f"{self.name}: was changed in place after it was given; give a copy (clone()), or make a new pattern"
+            )
         if self.given is not None:
             _check_lists(self.starts, self._units, self.count, self.name)
             self.given = None
@@ -176,13 +182,18 @@ class OpenPattern:
             units: N.
 
         Raises:
-            TypeError: for indices that are not integers.
+            TypeError: for indices that are not a tensor of integers, or units that are not an integer.
             ValueError: for indices out of range, repeated in an example or not ascending, or a CSR tensor of another
-                width.
+                width or one whose parts do not fit.
+            RuntimeError: by an op or its backward pass, if indices were changed in place after this.
 
         >>> OpenPattern.from_indices(torch.tensor([[0, 2], [1, 3]]), units=4).values_shape
         torch.Size([2, 2])
         """
+        if not isinstance(indices, Tensor):
+            raise TypeError(f"indices must be a torch.Tensor, not {type(indices).__name__}")
+        if isinstance(units, bool) or not isinstance(units, int | torch.SymInt) or units < 0:
+            raise TypeError(f"units must be an integer of at least 0, not {units!r}")
         return pattern_of_indices(indices, units, "indices", now=True)
 
     @property
@@ -227,19 +238,42 @@ def pattern_of_indices(indices: Tensor, units: int, name: str, *, now: bool = Fa
         if indices.dim() != 2 or indices.shape[1] != units:
             raise ValueError(f"{name} is a CSR tensor of shape {tuple(indices.shape)}, not (B, {units})")
         starts, names = indices.crow_indices().long(), indices.col_indices().long()
+        if looks:
+            check_starts(starts, len(names), f"{name}: the CSR tensor's crow_indices()")
         lead, most = indices.shape[:1], None
     else:
-        if indices.is_floating_point() or indices.dtype == torch.bool or indices.dim() == 0:
-            raise TypeError(f"{name} must be integers (..., K), not {indices.dtype} {tuple(indices.shape)}")
+        _check_integers(indices, name)
         lead, most = indices.shape[:-1], indices.shape[-1]
         names = indices.reshape(-1)
         if names.dtype != torch.int64:
             names = names.long()
         starts = most if looks and most else fixed_starts(lead.numel(), most, indices.device)
-    lists = Lists(starts, names, units, looked=not looks, name=name)
+    lists = Lists(starts, names, units, looked=not looks, name=name, watched=watched(starts, names))
     if now and looks:
         _ = lists.units
     return OpenPattern(lists, lead, units, most)
+
+
+def watched(*tensors: Tensor | int | None) -> tuple[tuple[Tensor, int], ...]:
+    """Return the tensors with their versions, by which torch tells that one was written to in place."""
+    if torch.compiler.is_compiling():
+        return ()
+    return tuple((each, each._version) for each in tensors if isinstance(each, Tensor) and not each.is_inference())
+
+
+def _check_integers(indices: Tensor, name: str) -> None:
+    """Raise unless these are integers (..., K)."""
+    if indices.layout != torch.strided:
+        raise TypeError(f"{name}: a sparse tensor must be CSR, not {indices.layout}; to_sparse_csr() makes one")
+    dtype = indices.dtype
+    if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool or indices.dim() == 0:
+        raise TypeError(f"{name} must be integers (..., K), not {dtype} {tuple(indices.shape)}")
+
+
+def check_starts(starts: Tensor, pairs: int, what: str) -> None:
+    """Raise unless each example's list begins where the last one ends, in all from 0 to P."""
+    if starts[0] != 0 or starts[-1] != pairs or bool((starts[1:] < starts[:-1]).any()):
+        raise ValueError(f"{what} must ascend from 0 to the number of indices, {pairs}")
 
 
 def _check_lists(starts: Tensor, units: Tensor, count: int, name: str) -> None:

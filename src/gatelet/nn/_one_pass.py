@@ -39,6 +39,8 @@ def one_pass(
     # The number of tokens is looked at last: while a model is exported, that would narrow the range it is exported for.
     if gater is None or not plain(x) or not 0 < x.numel() <= FEW * gating.in_features:
         return None
+    if down.weight.is_inference():  # it has no version that would tell of a change
+        return None
     places: list[Any] = [activation, down.weight._version, gater.threshold.data_ptr()]
     for weight, bias in (
         (gater.hidden, gater.last, up, down) if glu is None else (gater.hidden, gater.last, up, down, glu)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F
 from torch.nn.modules import module as _torch_module
 
@@ -111,12 +112,22 @@ class _Laid(torch.autograd.Function):
         return (turned(grad.t()) if ctx.by_rows else turned(grad).t()), None
 
 
+class _Kept(NamedTuple):
+    """A copy; its source's memory, state and some of its numbers at that time."""
+
+    source: StorageWeakRef
+    state: tuple[Any, ...]
+    copy: Tensor
+    some: Tensor
+
+
 class ByUnit:
     """Weights laid out so that each hidden unit's numbers lie together, which is how the kernels read them.
 
     Parameters are ordinary contiguous tensors; where a unit's numbers are a column of one, the layer keeps a copy
-    beside it for calls without gradients, made again when the parameter has changed: another tensor, another version,
-    or, as writing to ``.data`` changes no version, other numbers among those that are looked at. :meth:`forget` (the
+    beside it for calls without gradients, made again when the weight has changed: another tensor (a parametrization
+    gives one at every call, often at the address of the last), another version, or, as writing to ``.data`` changes no
+    version, other numbers among those that are looked at. :meth:`forget` (the
     layer's ``train()`` and ``eval()``) drops it. A pass with gradients copies anew, into the same memory unless a graph
     still holds it.
     """
@@ -124,7 +135,7 @@ class ByUnit:
     SAMPLE = 256
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[tuple[Any, ...], Tensor, Tensor]] = {}
+        self._kept: dict[str, _Kept] = {}
         self.prepared: Any = None  # what reads the copies where they lie
 
     def forget(self) -> None:
@@ -151,12 +162,13 @@ class ByUnit:
         """Return a contiguous copy of the weight's transposed view, the one that is kept if it still holds."""
         now = (view.data_ptr(), view._version, view.shape, view.dtype)
         kept = self._kept.get(key)
-        if not new and kept is not None and kept[0] == now and torch.equal(self._some(view), kept[2]):
-            return kept[1]
+        if not new and kept is not None and not kept.source.expired() and kept.state == now:
+            if torch.equal(self._some(view), kept.some):
+                return kept.copy.detach()
         with torch.inference_mode(False):  # for use in any mode
-            copy = turned(view.t(), into=None if kept is None else _unused(kept[1], view))
-        self._kept[key] = (now, copy, self._some(view).clone())
-        return copy
+            copy = turned(view.t(), into=None if kept is None else _unused(kept.copy, view))
+        self._kept[key] = _Kept(StorageWeakRef(view.untyped_storage()), now, copy, self._some(view).clone())
+        return copy.detach()  # a tensor of its own: a graph that saves it is then seen to hold the memory
 
     def _some(self, view: Tensor) -> Tensor:
         """Return numbers spread over the whole matrix, along a diagonal that wraps around."""

@@ -310,10 +310,11 @@ class SparseAutoencoder(nn.Module):
         """Return the reconstruction of a code, in the input's units.
 
         Raises:
-            ValueError: for a code of another number of latents.
+            ValueError, TypeError: for a code of another number of latents, or whose parts do not fit each other.
         """
         if code.latents != self.d_sae:
             raise ValueError(f"code: is of {code.latents} latents, but the layer has {self.d_sae}")
+        code.check()
         if code.single and self.split is ALL_HERE and not torch.is_autocast_enabled(self.decoder_bias.device.type):
             weight, bias = self.decoder_weight, self.decoder_bias
             if not recording(code.values, weight, bias):  # few operators, since the calls take most of the time here

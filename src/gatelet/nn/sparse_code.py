@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gatelet.kernels.pattern import Lists
+from gatelet._checks import values_hidden
+from gatelet.kernels.pattern import Lists, check_starts, watched
 
 
 class SparseCode:
@@ -77,13 +78,40 @@ class SparseCode:
         """Whether it is the code of one example, with a fixed number of open latents."""
         return self._dense is None and self._offsets is None and self.lead.numel() == 1
 
+    def check(self) -> None:
+        """Raise unless indices, values and offsets fit each other; the kernels read memory by them.
+
+        Raises:
+            ValueError, TypeError: if they do not. On a GPU, values are not looked at.
+        """
+        if self._dense is not None:
+            return
+        indices, shape = self._indices, tuple(self._indices.shape)
+        if indices.dtype != torch.int64:
+            raise TypeError(f"code: its indices must be int64, not {indices.dtype}")
+        if tuple(self._values.shape) != shape:
+            raise ValueError(f"code: has indices {shape}, but values {tuple(self._values.shape)}")
+        if self._offsets is None and shape[:-1] != tuple(self.lead):
+            raise ValueError(f"code: has indices {shape}, which is not (..., K) for examples {tuple(self.lead)}")
+        if self._offsets is not None and self._offsets.shape != (self.lead.numel() + 1,):
+            raise ValueError(f"code: has {len(self._offsets)} offsets, but {self.lead.numel()} examples")
+        hidden = torch.compiler.is_compiling() or values_hidden(indices)
+        if indices.device.type != "cpu" or hidden or not indices.numel():
+            return
+        if self._offsets is not None:
+            check_starts(self._offsets, len(indices), "code: its offsets")
+        low, high = (int(each) for each in indices.aminmax())
+        if low < 0 or high >= self.latents:
+            wrong = low if low < 0 else high
+            raise ValueError(f"code: its indices must lie in 0 … {self.latents - 1}, but {wrong} is among them")
+
     def lists(self) -> Lists:
         """Return the open latents as one list with offsets."""
         if self.offsets is not None:
-            return Lists(self.offsets, self.indices, self.latents)
+            return Lists(self.offsets, self.indices, self.latents, watched=watched(self.offsets, self.indices))
         k = self.indices.shape[-1]
         offsets = torch.arange(0, self.indices.numel() + 1, k, device=self.indices.device)
-        return Lists(offsets, self.indices.reshape(-1), self.latents)
+        return Lists(offsets, self.indices.reshape(-1), self.latents, watched=watched(self.indices))
 
     @property
     def l0(self) -> Tensor:

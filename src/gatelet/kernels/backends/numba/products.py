@@ -354,7 +354,8 @@ def _looking(product: Callable[..., Tensor], pattern: Lists, *args: Tensor | Non
 
 def _turned(pattern: Lists) -> lists.Turned:
     """Return the lists by unit."""
+    units = pattern.units  # raises if they were changed
     if pattern.notes is None:
-        pattern.notes = lists.turned(pattern.starts, pattern.units, pattern.count)
+        pattern.notes = lists.turned(pattern.starts, units, pattern.count)
     found: lists.Turned = pattern.notes
     return found
