@@ -9,7 +9,7 @@ from torch import nn
 
 import gatelet
 from gatelet.convert import blocks, keep_rows, skip_inputs
-from gatelet.convert.rows import InputRows, RowsFFN, RowsLinear
+from gatelet.convert.rows import InputRows, RowsFFN, RowsLinear, _exceeded
 from gatelet.kernels import int8_rows
 
 CLOSE = {"float32": 1e-5, "bf16": 1e-2, "int8": 2e-2}
@@ -208,7 +208,7 @@ def test_a_preview_spares_all_rows_of_closed_units():
     want = block(x)
     hidden = torch.nn.functional.silu(x @ block.near_first_values.float().t() * block.near_first_scales)
     hidden = hidden * (x @ block.near_up_values.float().t() * block.near_up_scales)
-    closed = (hidden.abs() * block.scale <= block.limit)[0]
+    closed = (hidden.abs() * block.scale <= block.limits[0])[0]
     assert 0.2 < closed.float().mean() < 0.9
     for name in ("first", "up", "down"):
         block._buffers[f"{name}_values"][closed] = torch.nan
@@ -226,3 +226,71 @@ def test_refused():
         keep_rows(converted(llama(), estimator="noisy_rectifier")[0])
     with pytest.raises(ValueError, match="holds no converted block that is a module of its own"):
         keep_rows(llama())
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+@torch.no_grad()
+def test_groups_of_units_share_a_gate(make):
+    model, ids = converted(make(), group_size=4)
+    want = model(ids).logits
+    torch.testing.assert_close(keep_rows(model, "float32")(ids).logits, want)
+
+
+@torch.no_grad()
+def test_the_rest_may_be_replaced_later():
+    model, ids = converted(llama())
+    want = keep_rows(model, "float32")(ids).logits
+    torch.testing.assert_close(keep_rows(model, "float32", rest=True)(ids).logits, want)
+    assert all(type(layer.mlp.gater.hidden) is nn.Linear for layer in model.model.layers)
+    with pytest.raises(ValueError, match="its blocks were replaced already"):
+        keep_rows(model, rest=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_a_model_that_was_cast_before(dtype):
+    model, ids = converted(llama())
+    want = model(ids).logits
+    have = keep_rows(model.to(dtype), "float32")(ids).logits
+    assert have.dtype is dtype
+    assert (have - want).norm() / want.norm() < (0.2 if dtype is torch.bfloat16 else 1e-5)  # gates near the threshold
+
+
+@pytest.mark.parametrize("gater", ["mlp", "self"])
+@torch.no_grad()
+def test_a_state_dict_brings_the_thresholds(gater):
+    (model, ids), (other, _) = converted(gpt2(), gater=gater), converted(gpt2(), gater=gater)
+    for _, gating in blocks(other).values():
+        gating.unit.threshold.fill_(9.0)
+    want = keep_rows(model, "float32")(ids).logits
+    keep_rows(other, "float32").load_state_dict(model.state_dict())
+    torch.testing.assert_close(other(ids).logits, want)
+
+
+@pytest.mark.parametrize("rest", [False, True])
+def test_a_backward_pass_is_refused(rest):
+    model, ids = converted(llama())
+    keep_rows(model, "float32", rest=rest)
+    loss = model(ids, labels=ids).loss
+    assert loss.isfinite()
+    with pytest.raises(RuntimeError, match="for inference, which have no gradient"):
+        loss.backward()
+
+
+def test_nothing_goes_on_as_if_the_blocks_were_still_there(tmp_path):
+    model, _ = converted(llama())
+    keep_rows(model, "float32")
+    told = "keep_rows or skip_inputs has replaced"
+    for call in (lambda: gatelet.save(model, tmp_path), lambda: copy.deepcopy(model).save_pretrained(tmp_path)):
+        with pytest.raises(ValueError, match=f"cannot be saved, because {told}"):
+            call()
+    assert not list(tmp_path.iterdir())
+    for call in (gatelet.revert, lambda model: gatelet.distil(model, llama(), [torch.ones(1, 2, dtype=torch.int64)])):
+        with pytest.raises(ValueError, match=f"holds no converted block: {told}"):
+            call(model)
+
+
+def test_a_limit_of_more_sizes_than_quantile_takes():
+    sizes = torch.arange(1.0, 1001).repeat(17_000)
+    assert _exceeded(sizes, 0.25) == 750
+    assert _exceeded(sizes[:3], 0.999) == 1

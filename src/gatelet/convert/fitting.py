@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gatelet._checks import check_count
 from gatelet.convert.block import BlockGating
-from gatelet.convert.place import blocks
+from gatelet.convert.place import blocks, holds_rows, why_no_block
 from gatelet.convert.progress import Progress
 from gatelet.nn.conditional_layer import masking
 from gatelet.sparsity import calibrate_thresholds
@@ -68,7 +68,8 @@ def converted_blocks(model: nn.Module) -> dict[str, tuple[nn.Module, BlockGating
     """Return the converted blocks; raise if there is none."""
     found = blocks(model)
     if not found:
-        raise ValueError("model: holds no converted block; call gatelet.convert(model) first")
+        told = why_no_block(model)
+        raise ValueError(told if holds_rows(model) else f"{told}; call gatelet.convert(model) first")
     return found
 
 

@@ -47,6 +47,19 @@ def blocks(model: nn.Module) -> dict[str, tuple[nn.Module, BlockGating]]:
     return found
 
 
+REPLACED = "keep_rows or skip_inputs has replaced its maps by ones for inference"
+
+
+def holds_rows(model: nn.Module) -> bool:
+    """Whether maps were replaced by ones for inference (:func:`gatelet.convert.keep_rows`)."""
+    return any(getattr(type(module), "holds_rows", False) for module in model.modules())
+
+
+def why_no_block(model: nn.Module) -> str:
+    """Say that a model holds no converted block."""
+    return "model: holds no converted block" + (f": {REPLACED}, without a way back" if holds_rows(model) else "")
+
+
 def without_nested_tensors(model: nn.Module) -> None:
     """Keep encoders off their fused path, which passes nested tensors that no kernel reads."""
     for module in model.modules():

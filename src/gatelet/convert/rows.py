@@ -1,5 +1,6 @@
 """A converted model for inference only: weights by unit in float32, bfloat16 or int8, few calls per token."""
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from gatelet._checks import check_choice, check_rate
 from gatelet.convert.block import Block, BlockGating, Options, affine_at, all_of, at
 from gatelet.convert.find import find
-from gatelet.convert.place import blocks
+from gatelet.convert.place import REPLACED, blocks, is_hugging_face
 from gatelet.kernels import ACTIVATIONS as FUSED
 from gatelet.kernels import (
     Decided,
@@ -38,13 +39,42 @@ NEVER = -1.0
 """A limit that every size is above."""
 
 
+class _Inference(torch.autograd.Function):
+    """A result without a gradient, which says so when one is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, out: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise RuntimeError(
+            "model: keep_rows or skip_inputs replaced some of its maps by ones for inference, which have no gradient"
+        )
+
+
 class _Rows(nn.Module):
     """Weights by unit, kept in few bytes; the kernel that decodes is prepared at the first call."""
+
+    holds_rows = True
 
     def __init__(self, weights: str) -> None:
         super().__init__()
         self.weights = weights
         self._ready: tuple[list[Tensor], Decode] | None = None
+
+    def forward(self, x: Float[Tensor, "*lead D"]) -> Float[Tensor, "*lead O"]:
+        """Return the map's value, in x's dtype.
+
+        Raises:
+            RuntimeError: by a backward pass that gets here.
+        """
+        with torch.no_grad():
+            out = self._value(x)
+        return cast(Tensor, _Inference.apply(x, out)) if torch.is_grad_enabled() and x.requires_grad else out
+
+    def _value(self, x: Tensor) -> Tensor:
+        raise TypeError(f"{type(self).__name__} is no map")
 
     def _keep(self, name: str, weight: Tensor, bias: Tensor | None, weights: str | None = None) -> None:
         weight, weights = weight.detach(), weights or self.weights
@@ -92,9 +122,8 @@ class RowsLinear(_Rows):
         super().__init__(weights)
         self._keep("map", *linear)
 
-    @torch.no_grad()
-    def forward(self, x: Float[Tensor, "*lead D"]) -> Float[Tensor, "*lead N"]:
-        """Return x Wᵀ + b, in x's dtype."""
+    def _value(self, x: Tensor) -> Tensor:
+        """Return x Wᵀ + b."""
         return self._decode(lambda: decode_linear(self._rows("map"), self._buffers["map_bias"]))(x)
 
     def extra_repr(self) -> str:
@@ -123,9 +152,8 @@ class InputRows(_Rows):
         self.register_buffer("limit", torch.tensor([limit]))
         self.register_buffer("norm", torch.ones(linear.weight.shape[1]))
 
-    @torch.no_grad()
-    def forward(self, x: Float[Tensor, "*lead D"]) -> Float[Tensor, "*lead N"]:
-        """Return x̃ Wᵀ + b, in x's dtype."""
+    def _value(self, x: Tensor) -> Tensor:
+        """Return x̃ Wᵀ + b."""
         return self._decode(self._made)(x)
 
     def _made(self) -> Decode:
@@ -164,8 +192,7 @@ class RowsFFN(_Rows):
             raise ValueError(f"model: gates of {type(unit.estimator).__name__} are more than 0 or 1 by a threshold")
         if bool(unit.threshold.isnan()):
             raise ValueError("model: its gates have no threshold yet; distil or calibrate first")
-        self.gater, self.activation = gating.gater, block.activation
-        self.limit = float(unit.threshold)
+        self.gater, self.activation = _in_float32(gating.gater), block.activation
         self.sparsity = gating.sparsity
         self.gated = block.glu is not None
         first, down = all_of(owner, block.glu or block.up), all_of(owner, block.down)
@@ -175,7 +202,9 @@ class RowsFFN(_Rows):
         self._keep_down(down.weight.detach(), down.bias)
         self.alone = isinstance(self.gater, SelfGater) and not len(self.sparsity) and self.activation in FUSED
         """Whether one kernel does all of it."""
+        limit = float(unit.threshold)
         if not self.alone:
+            self.register_buffer("limit", torch.tensor(limit))
             return
         self.preview = isinstance(self.gater, PreviewGater) and weights == "float32"
         if self.preview:
@@ -183,7 +212,7 @@ class RowsFFN(_Rows):
             if self.gated:
                 self._keep("near_up", all_of(owner, block.up).weight, None, "int8")
         last = isinstance(self.gater, PreviewGater) and not self.preview
-        self.register_buffer("limits", torch.tensor([NEVER, self.limit] if last else [self.limit, NEVER]))
+        self.register_buffer("limits", torch.tensor([NEVER, limit] if last else [limit, NEVER]))
         self.register_buffer("scale", self.gater.scale.detach().float().clone())
 
     def _keep_down(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -220,9 +249,8 @@ class RowsFFN(_Rows):
             )
         )
 
-    @torch.no_grad()
-    def forward(self, x: Float[Tensor, "*lead D"]) -> Float[Tensor, "*lead O"]:
-        """Return y, in x's dtype."""
+    def _value(self, x: Tensor) -> Tensor:
+        """Return y."""
         own = x.float()
         out = self._decode(self._decided)(own) if self.alone else self._of(own)
         if self.weights == "int8":
@@ -236,13 +264,14 @@ class RowsFFN(_Rows):
         if isinstance(self.gater, SelfGater):
             return self._by_itself(own)
         logits = self._shifted(self.gater(own))
-        gate = torch.gt(logits, self.limit, out=torch.empty_like(logits))
+        gate = torch.gt(logits, self._limit, out=torch.empty_like(logits))
         bias, down_bias = self._buffers["first_bias"], self._buffers["down_bias"]
         third, third_bias = (self._rows("up"), self._buffers["up_bias"]) if self.gated else (None, None)
         if self.activation in FUSED:
             args = (gate, self.activation, self._rows("down"), down_bias)
             return narrow_ffn(own, self._rows("first"), bias, *args, w3=third, b3=third_bias)
-        hidden = ACTIVATIONS[self.activation](narrow_linear(own, self._rows("first"), bias, gate)) * gate
+        # Closed units are zero, and every known activation leaves them so.
+        hidden = ACTIVATIONS[self.activation](narrow_linear(own, self._rows("first"), bias, gate))
         return self._rest(own, hidden)
 
     def _by_itself(self, x: Tensor) -> Tensor:
@@ -251,9 +280,13 @@ class RowsFFN(_Rows):
         first = ACTIVATIONS[self.activation](narrow_linear(x, self._rows("first"), self._buffers["first_bias"], every))
         if isinstance(self.gater, PreviewGater) and self.gated:
             first = first * narrow_linear(x, self._rows("up"), self._buffers["up_bias"], every)
-            hidden = first * (self._shifted(first.abs() * self.gater.scale) > self.limit)
+            hidden = first * (self._shifted(first.abs() * self.gater.scale) > self._limit)
             return narrow_input_linear(hidden, self._rows("down"), self._buffers["down_bias"])
-        return self._rest(x, first * (self._shifted(first.abs() * self.gater.scale) > self.limit))
+        return self._rest(x, first * (self._shifted(first.abs() * self.gater.scale) > self._limit))
+
+    @property
+    def _limit(self) -> Tensor:
+        return cast(Tensor, self._buffers["limit"])
 
     def _shifted(self, logits: Tensor) -> Tensor:
         for control in self.sparsity:
@@ -270,6 +303,12 @@ class RowsFFN(_Rows):
     def extra_repr(self) -> str:
         """Show how weights are kept."""
         return f"weights={self.weights!r}, activation={self.activation!r}, gated={self.gated}"
+
+
+def _in_float32(gater: nn.Module) -> nn.Module:
+    """Return the gater, or where it was cast with its model a copy in float32."""
+    numbers = [each.dtype for each in (*gater.parameters(), *gater.buffers()) if each.is_floating_point()]
+    return gater if all(dtype is torch.float32 for dtype in numbers) else copy.deepcopy(gater).float()
 
 
 def all_open(owner: nn.Module, block: Block) -> BlockGating:
@@ -316,10 +355,12 @@ def keep_rows(model: nn.Module, weights: str = "int8", rest: bool = False) -> nn
     made: dict[str, nn.Module] = {
         name.removesuffix(".gating"): RowsFFN(owner, gating, weights) for name, (owner, gating) in chosen.items()
     }
+    kept = [name for name, module in model.named_modules() if isinstance(module, _Rows)]
     if rest:
-        made |= _open_rows(model, weights, (*made, *blocks(model)))
+        made |= _open_rows(model, weights, (*made, *blocks(model), *kept))
     if not made:
-        raise ValueError("model: holds no converted block that is a module of its own")
+        done = "; its blocks were replaced already" if kept else ""
+        raise ValueError(f"model: holds no converted block that is a module of its own{done}")
     return _put(model, made)
 
 
@@ -417,11 +458,16 @@ def skip_inputs(
     missing = [name for name, sizes in seen.items() if not sizes]
     if missing:
         raise ValueError(f"loader: no batch reaches {missing[0]}")
-    limits = {name: float(torch.cat(sizes).quantile(1 - rate)) for name, sizes in seen.items()}
+    limits = {name: _exceeded(torch.cat(sizes), rate) for name, sizes in seen.items()}
     made: dict[str, nn.Module] = {name: InputRows(part, limits[name], weights) for name, part in chosen.items()}
     if rest:
         made |= _open_rows(model, weights, (*made, *(name.removesuffix(".") for name in kept)))
     return _put(model, made)
+
+
+def _exceeded(sizes: Tensor, rate: float) -> float:
+    """Return the number that this share of the sizes exceeds (``quantile`` takes at most 2²⁴ of them)."""
+    return float(sizes.kthvalue(min(max(round((1 - rate) * len(sizes)), 1), len(sizes))).values)
 
 
 def _put(model: nn.Module, made: dict[str, nn.Module]) -> nn.Module:
@@ -429,7 +475,14 @@ def _put(model: nn.Module, made: dict[str, nn.Module]) -> nn.Module:
         parent, _, key = name.rpartition(".")
         setattr(model.get_submodule(parent), key, module)
     _lay_together(made.values())
+    if is_hugging_face(model):
+        model.__dict__["save_pretrained"] = _refuse_to_save
     return model.eval()
+
+
+def _refuse_to_save(*args: Any, **named: Any) -> None:
+    """Say why a model is not written: what is read again would be a model of random weights."""
+    raise ValueError(f"model: cannot be saved, because {REPLACED}; save it before")
 
 
 @torch.no_grad()

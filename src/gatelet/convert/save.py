@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from gatelet.convert.describe import FORMAT, describe, rates, restore
-from gatelet.convert.place import is_hugging_face
+from gatelet.convert.place import REPLACED, holds_rows, is_hugging_face
 from gatelet.nn.conditional_layer import conditional_layers
 
 DESCRIPTION, WEIGHTS, CONFIGURATION = "gatelet.json", "model.safetensors", "config.json"
@@ -25,7 +25,7 @@ def save(model: nn.Module, directory: str | Path) -> None:
         directory: created if it is missing; files of these names in it are replaced.
 
     Raises:
-        ValueError: for a model without conditional layers; an estimator, controller or gater of your own, which cannot
+        ValueError: for a model without conditional layers, or after :func:`gatelet.convert.keep_rows`; an estimator, controller or gater of your own, which cannot
             be made again from a description.
 
     >>> import copy, tempfile, torch, gatelet
@@ -38,6 +38,8 @@ def save(model: nn.Module, directory: str | Path) -> None:
     >>> torch.equal(again[0].gating.gater.gates.weight, model[0].gating.gater.gates.weight)
     True
     """
+    if holds_rows(model):
+        raise ValueError(f"model: cannot be saved, because {REPLACED}; save it before")
     conditional_layers(model)
     directory = Path(directory)
     described = {"format": FORMAT, "gatelet": version("gatelet"), "blocks": describe(model), "layers": rates(model)}

@@ -14,7 +14,7 @@ from gatelet.convert.block import METHOD, NATIVE, Block, BlockGating, Options, a
 from gatelet.convert.block_times import BlockTimes, time_block
 from gatelet.convert.describe import note
 from gatelet.convert.find import find
-from gatelet.convert.place import blocks, put, without_nested_tensors
+from gatelet.convert.place import blocks, put, why_no_block, without_nested_tensors
 from gatelet.convert.report import others_of
 from gatelet.convert.run import Swapped
 from gatelet.estimators import Estimator, resolve
@@ -269,7 +269,7 @@ def revert(model: nn.Module) -> nn.Module:
     """
     found = blocks(model)
     if not found:
-        raise ValueError("model: holds no converted block")
+        raise ValueError(why_no_block(model))
     for owner, gating in found.values():
         holder = holder_in(at(owner, gating.block.up)) if gating.block.kind == "sequential" else owner
         del cast(nn.Module, holder)._modules["gating"]

@@ -120,6 +120,10 @@ class _Kept(NamedTuple):
     copy: Tensor
     some: Tensor
 
+    def holds(self, state: tuple[Any, ...], some: Tensor) -> bool:
+        """Whether the source, as it is now, still says what was copied."""
+        return not self.source.expired() and self.state == state and torch.equal(self.some, some)
+
 
 class ByUnit:
     """Weights laid out so that each hidden unit's numbers lie together, which is how the kernels read them.
@@ -162,9 +166,8 @@ class ByUnit:
         """Return a contiguous copy of the weight's transposed view, the one that is kept if it still holds."""
         now = (view.data_ptr(), view._version, view.shape, view.dtype)
         kept = self._kept.get(key)
-        if not new and kept is not None and not kept.source.expired() and kept.state == now:
-            if torch.equal(self._some(view), kept.some):
-                return kept.copy.detach()
+        if not new and kept is not None and kept.holds(now, self._some(view)):
+            return kept.copy.detach()
         with torch.inference_mode(False):  # for use in any mode
             copy = turned(view.t(), into=None if kept is None else _unused(kept.copy, view))
         self._kept[key] = _Kept(StorageWeakRef(view.untyped_storage()), now, copy, self._some(view).clone())
