@@ -25,8 +25,8 @@ def save(model: nn.Module, directory: str | Path) -> None:
         directory: created if it is missing; files of these names in it are replaced.
 
     Raises:
-        ValueError: for a model without conditional layers, or after :func:`gatelet.convert.keep_rows`; an estimator, controller or gater of your own, which cannot
-            be made again from a description.
+        ValueError: for a model without conditional layers, or after :func:`gatelet.convert.keep_rows`; an estimator,
+            controller or gater of your own, which cannot be made again from a description.
 
     >>> import copy, tempfile, torch, gatelet
     >>> dense = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.ReLU(), torch.nn.Linear(32, 8))
