@@ -305,7 +305,7 @@ class RowsFFN(_Rows):
         return f"weights={self.weights!r}, activation={self.activation!r}, gated={self.gated}"
 
 
-def _in_float32(gater: nn.Module) -> nn.Module:
+def _in_float32(gater: Any) -> Any:
     """Return the gater, or where it was cast with its model a copy in float32."""
     numbers = [each.dtype for each in (*gater.parameters(), *gater.buffers()) if each.is_floating_point()]
     return gater if all(dtype is torch.float32 for dtype in numbers) else copy.deepcopy(gater).float()
