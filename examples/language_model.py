@@ -88,6 +88,8 @@ def _lines():
                 if rate != 0.6 or gater == "preview":
                     yield Line(gater=gater, rate=rate, learns=learns, weights=weights)
         yield Line(gater="preview", rate=0.45, learns=learns, by_block=True, weights=ALL_PRECISIONS)
+        if not learns:
+            yield Line(gater="preview", rate=0.45)  # beside which the rates by block are seen
         yield Line(gater="mlp", rate=0.5, learns=learns, steps=STEPS)
     yield Line(gater="two_stage", rate=0.5, steps=STEPS)
     yield Line(gater="preview", rate=0.3, learns=True, by_block=True, weights=ALL_PRECISIONS)
@@ -99,16 +101,21 @@ TEAL = (0.75, 0.65, 0.5)
 """Shares of inputs that the rows of activation sparsity read."""
 ATTENTION = 0.75
 """The same for attention's maps in the rows that have gates as well: those of these lines."""
-BOTH = ("preview, 60% open", "preview, 50% open, distilled", "preview, 45% open, by block, distilled")
+BOTH = (
+    "preview, 60% open",
+    "preview, 50% open, distilled",
+    "preview, 45% open, by block, distilled",
+    "preview, 35% open, distilled",
+)
 SHORT = (
     "dense, float32",
     "dense, bf16",
     "dense, int8, quantize_dynamic",
     *(f"all units open, {weights}" for weights in ALL_PRECISIONS),
     *(f"preview, 60% open, {weights}" for weights in ALL_PRECISIONS),
-    "preview, 45% open, by block, float32",
-    *(f"preview, 45% open, by block, distilled, {weights}" for weights in ("float32", "int8")),
-    "preview, 30% open, by block, distilled, float32",
+    *(f"preview, 50% open, distilled, {weights}" for weights in ("float32", "int8")),
+    "preview, 50% open, distilled, attention by 75% of inputs, float32",
+    "preview, 35% open, distilled, float32",
     "self, 70% open, float32",
     "pruned, 50% open, float32",
     "TEAL, 75% of inputs, float32",
@@ -268,6 +275,9 @@ def rows_of(dense, text, out):
     }
     for weights in ALL_PRECISIONS:
         rows[f"all units open, {weights}"] = Row(lambda weights=weights: kept(twin(), weights), weights)
+    rows[f"all units open, attention by {ATTENTION:.0%} of inputs, float32"] = Row(
+        lambda: few_inputs(twin(), text, ATTENTION, in_attention)
+    )
     for rate in TEAL:
         rows[f"TEAL, {rate:.0%} of inputs, float32"] = Row(
             lambda rate=rate: few_inputs(twin(), text, rate, lambda name: name != "lm_head")
@@ -280,7 +290,7 @@ def rows_of(dense, text, out):
         if line.name in BOTH:
             rows[f"{line.name}, attention by {ATTENTION:.0%} of inputs, float32"] = Row(
                 lambda line=line: few_inputs(
-                    keep_rows(gatelet.load(out / line.name), "float32"), text, ATTENTION, lambda name: "attn" in name
+                    keep_rows(gatelet.load(out / line.name), "float32"), text, ATTENTION, in_attention
                 ),
                 line=line,
                 attention=True,
@@ -291,6 +301,10 @@ def rows_of(dense, text, out):
 def kept(model, weights):
     """All maps by rows in this precision; gates choose rows, without gates all are read."""
     return keep_rows(model, weights, rest=True)
+
+
+def in_attention(name):
+    return "attn" in name
 
 
 def few_inputs(model, text, rate, where):

@@ -58,8 +58,8 @@ def row_of_table(name, row, found, base):
     for each in ("ms 1", "ms 2"):
         cells.append(f"{1e3 / it[each]:.1f}")
         for rival in (DENSE[row.weights], f"all units open, {row.weights}"):
-            itself = name.startswith(("dense", "all")) and rival.startswith("all")
-            cells.append(f"{found[rival][each] / it[each]:.2f}" if rival in found and not itself else "–")
+            says = rival in found and not (rival.startswith("all") and (name == rival or name.startswith("dense")))
+            cells.append(f"{found[rival][each] / it[each]:.2f}" if says else "–")
     return f"| {' | '.join(cells)} | {it['ffn']:.1f} | {_quality(it['perplexity'], base)} |"
 
 
@@ -104,7 +104,7 @@ def draw(rows, found, base, path):
             speed = 1.3 * here[DENSE[weights]][0]
             axes.axvline(speed, color="0.7", linewidth=0.8, linestyle=":", label="1.3 times dense")
         axes.set_yscale("symlog", linthresh=10, linscale=1.8)
-        axes.set(title=weights, xlabel="tokens per second, one thread", ylim=(-0.8, 1.1 * EDGE))
+        axes.set(title=weights, xlabel="tokens per second, one thread", ylim=(-3, 1.1 * EDGE))
         axes.margins(x=0.12)
         axes.spines[["top", "right"]].set_visible(False)
     beyond = sorted((it["ms 1"], name) for name, it in found.items() if it["perplexity"] > (1 + EDGE / 100) * base)
@@ -122,22 +122,23 @@ def draw(rows, found, base, path):
 
 def _label(name, rows):
     """What the picture says of a row, beside colour and panel: of a line its rate, without the percent sign."""
-    short = name.removesuffix(f", {rows[name].weights}").replace("dense, ", "").replace("int8, ", "")
+    short = name.removesuffix(f", {rows[name].weights}").removesuffix(" of inputs")
+    short = short.removeprefix("dense, ").removeprefix("int8, ").removeprefix("float32, ")
     if rows[name].line is None or rows[name].line.gater not in ("preview", "self"):
         return short
     short = short.split(", ", 1)[1].replace("% open", "").replace(", distilled", "")
-    return short.replace("attention by 75% of inputs", "attention too")
+    return short.replace("attention by 75%", "attention too")
 
 
 def matrix(rows, gater, learns):
     """The rows of a gater that differ in the rate only, in each precision."""
-    return [
+    mine = [
         name
         for name, row in rows.items()
-        if row.line
-        and (row.line.gater, row.line.learns) == (gater, learns)
-        and not (row.line.by_block or row.line.relu or row.attention)
+        if row.line and (row.line.gater, row.line.learns) == (gater, learns)
+        if not (row.line.by_block or row.line.relu or row.attention)
     ]
+    return sorted(mine, key=lambda name: rows[name].line.rate)
 
 
 def draw_points(axes, points, rows):
@@ -158,6 +159,6 @@ def draw_points(axes, points, rows):
                           **side)  # fmt: skip
     for gater in ("preview", "self"):
         for learns in (False, True):
-            joined = [point for name, point in points.items() if name in matrix(rows, gater, learns)]
+            joined = [points[name] for name in matrix(rows, gater, learns) if name in points]
             axes.plot(*zip(*joined, strict=True) if joined else ((), ()), "-" if learns else "--",
                       color=LOOKS[gater][1], linewidth=0.8)  # fmt: skip
