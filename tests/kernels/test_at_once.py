@@ -1,6 +1,7 @@
 """One example through gated_linear without the checks that nothing depends on: what the long way gives."""
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,17 +12,25 @@ from torch.nn import functional as F
 from gatelet.kernels import gated_linear
 from gatelet.kernels.backends import BACKENDS
 
+op = importlib.import_module("gatelet.kernels.ops.gated_linear")
 pytestmark = pytest.mark.skipif(BACKENDS["numba"].missing() is not None, reason="without Numba there is no such kernel")
 
 
 @pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def taken(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """A number for each layer that went this way."""
     calls: list[int] = []
     products = BACKENDS["numba"].products
-    one: Callable[..., Tensor] = products.one
-    monkeypatch.setattr(products, "one", lambda *args: (calls.append(1), one(*args))[1])
-    return calls
+    one: Callable[..., Callable[..., Tensor]] = products.one
+
+    def counted(*sizes: Any) -> Callable[..., Tensor]:
+        run = one(*sizes)
+        return lambda *args: (calls.append(1), run(*args))[1]
+
+    monkeypatch.setattr(products, "one", counted)
+    op._fitting.cache_clear()
+    yield calls
+    op._fitting.cache_clear()
 
 
 def drawn(width: int = 256, units: int = 1100, group: int = 1, lead: tuple[int, ...] = (1,)) -> tuple[Tensor, ...]:

@@ -29,12 +29,16 @@ _SCHEMA = {
 
 def plain(*tensors: Tensor | None) -> bool:
     """Whether these are ordinary tensors outside of tracing and transforms, so that kernels may be called directly."""
+    return untraced() and all(t is None or type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
+
+
+def untraced() -> bool:
+    """Whether nothing traces or transforms what is called now."""
     return (
         not torch.compiler.is_compiling()
         and torch._C._get_tracing_state() is None  # torch.jit.trace, which sees ops and no kernels
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._functorch.peek_interpreter_stack() is None
-        and all(t is None or type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
     )
 
 

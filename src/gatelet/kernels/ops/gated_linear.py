@@ -1,5 +1,6 @@
 """gated_linear: an affine layer of which each example computes only its open units."""
 
+import functools
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from gatelet.kernels import choose
 from gatelet.kernels.backends import BACKENDS, Backend, Layer, _pairs
 from gatelet.kernels.ops._checks import check_affine, check_gate
-from gatelet.kernels.ops._declare import Op, plain, recording
+from gatelet.kernels.ops._declare import Op, plain, recording, untraced
 from gatelet.kernels.ops._sparse_grad import listed, refuse_sparse, touched
 from gatelet.kernels.ops.open_pattern import check_values, checked, mask_of_form, pattern_of, promised
 from gatelet.kernels.pattern import Form, Lists, OpenPattern, flat, spread
@@ -114,29 +115,31 @@ def _at_once(x: Any, weight: Any, bias: Any, gate: Any) -> Tensor | None:
 
     For one example the checks and the choice would take longer than a small layer.
     """
-    for each in (x, weight, gate):
-        if type(each) not in _ORDINARY or each.dtype is not torch.float32 or not each.is_cpu:
+    for each in (x, weight, gate, weight if bias is None else bias):
+        if type(each) not in _ORDINARY or each.dtype is not _FLOAT or not each.is_cpu:
             return None
-    if bias is not None and (type(bias) not in _ORDINARY or bias.dtype is not torch.float32 or not bias.is_cpu):
+    if forward_ad._current_level >= 0 or not untraced():
         return None
-    if (
-        weight.dim() != 2
-        or forward_ad._current_level >= 0
-        or not plain()
-        or (torch.is_grad_enabled() and recording(x, weight, bias, gate))
-    ):
+    if torch.is_grad_enabled() and recording(x, weight, bias, gate):
         return None
-    (units, width), gates, lead = weight.shape, gate.shape, x.shape
-    if x.numel() != width or not lead or lead[-1] != width or gates[:-1] != lead[:-1] or gate.numel() != gates[-1]:
+    run = _fitting(x.shape, weight.shape, None if bias is None else bias.shape, gate.shape)
+    if run is None or not (x.is_contiguous() and weight.is_contiguous() and gate.is_contiguous()):
         return None
-    if units * width < LEAST or not gates[-1] or units % gates[-1] or (bias is not None and bias.shape != (units,)):
+    found: Tensor | None = run(x, weight, bias, gate) if bias is None or bias.is_contiguous() else None
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _fitting(x: torch.Size, weight: torch.Size, bias: torch.Size | None, gate: torch.Size) -> Any:
+    """Return what computes one example of these shapes; None if they need checks or a choice."""
+    if len(weight) != 2 or not x or not gate or x.numel() != x[-1] or gate.numel() != gate[-1] or x[:-1] != gate[:-1]:
         return None
-    if not (x.is_contiguous() and weight.is_contiguous() and gate.is_contiguous()) or BACKENDS["numba"].missing():
+    units, width = weight
+    if x[-1] != width or units * width < LEAST or not gate[-1] or units % gate[-1] or bias not in (None, (units,)):
         return None
-    if bias is not None and not bias.is_contiguous():
+    if BACKENDS["numba"].missing():
         return None
-    found: Tensor = BACKENDS["numba"].products.one(x, weight, bias, gate)
-    return found if len(lead) == 2 else found.view(*lead[:-1], units)
+    return BACKENDS["numba"].products.one(units, width, units // gate[-1], (*x[:-1], units))
 
 
 def _at_pairs(
@@ -163,7 +166,7 @@ def _at_pairs(
     return _op(Given(flat_x, weight, bias, values, lists, None, sparse_grad, name, keep)).view(shape)
 
 
-_ORDINARY = (Tensor, torch.nn.Parameter)
+_ORDINARY, _FLOAT = (Tensor, torch.nn.Parameter), torch.float32
 LEAST = 1 << 18
 """Multiply-adds of a layer for one example from which the CPU kernels win at any active fraction."""
 

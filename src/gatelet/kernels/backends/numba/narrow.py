@@ -4,7 +4,7 @@ A weight is float32 or bfloat16 (N, D), or ``Int8Rows``. Activations are float32
 float32, and results have the activations' dtype.
 """
 
-import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -54,33 +54,34 @@ def linear(x: Tensor, weight: Rows, bias: Tensor | None, gate: Tensor, activatio
     return _as(out, x.dtype)
 
 
-def one(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
-    """Return (x Wᵀ + b) ∘ gate for one example, all contiguous float32: what :func:`linear` does, with fewer steps."""
-    units, width = weight.shape
-    run, size, spare = _prepared(units, width, units // gate.shape[-1])
-    out = x.new_empty(1, units)
-    scratch = spare.pop() if spare else x.new_empty(size, dtype=torch.uint8)
-    run(
-        team.threads(units * width // team.DENSE),
-        x.data_ptr(),
-        weight.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        gate.data_ptr(),
-        out.data_ptr(),
-        scratch.data_ptr(),
-    )
-    spare.append(scratch)
-    return out
+def one(units: int, width: int, group: int, shape: tuple[int, ...]) -> Callable[..., Tensor]:
+    """Return a function of x (D,), W (N, D), bias (N,) or None and gates (G,) that does what :func:`linear` does.
 
+    Its arguments must be contiguous float32, in any shape. The function takes fewer steps than :func:`linear`.
 
-@functools.lru_cache(maxsize=64)
-def _prepared(units: int, width: int, group: int) -> tuple[team.Prepared, int, list[Tensor]]:
-    """Return the kernel for one example, the bytes of its memory, and where calls take that from and give it back."""
-    scratch, stride = _scratch(1, units, 1)
+    Args:
+        units: N.
+        width: D.
+        group: N / G.
+        shape: of the result, N numbers.
+    """
+    first, stride = _scratch(1, units, 1)
     addresses = dict.fromkeys(("x", "weight", "bias", "gate", "out", "scratch"))
     sizes = {"units": units, "width": width, "group": group, "stride": stride, "parts": PARTS}
     run = narrow.prepare("linear", 32, **addresses, **sizes, scales=0, code=ACTIVATIONS.index("identity"))
-    return run, scratch.numel(), [scratch]
+    numbers, size = units * width // team.DENSE, first.numel()
+    spare = [first]  # memory of earlier calls, to be used again
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
+        out = x.new_empty(*shape)
+        scratch = spare.pop() if spare else x.new_empty(size, dtype=torch.uint8)
+        shift = 0 if bias is None else bias.data_ptr()
+        threads, data = team.threads(numbers), (x.data_ptr(), weight.data_ptr(), shift, gate.data_ptr())
+        run(threads, *data, out.data_ptr(), scratch.data_ptr())
+        spare.append(scratch)
+        return out
+
+    return call
 
 
 def input_linear(hidden: Tensor, weight: Rows, bias: Tensor | None) -> Tensor:

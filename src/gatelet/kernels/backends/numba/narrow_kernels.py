@@ -42,6 +42,13 @@ def listed(
 
 
 @compiled
+def evenly(left: Any) -> Any:  # pragma: no cover (compiled)
+    """Return how many of the rows that are left are taken together: at most ROWS, and no single row at the end."""
+    turns = (left + ROWS - 1) // ROWS
+    return (left + turns - 1) // turns
+
+
+@compiled
 def shifted(z: Any, scales: Any, bias: Any, unit: Any, one: Any) -> Any:  # pragma: no cover (compiled)
     """Return a product with its row's scale and bias."""
     if scales != 0:
@@ -88,8 +95,8 @@ def add_rows(
     """Add the listed rows, each times the number that stands behind it in the list."""
     i = 0
     while i < count:
-        k = min(ROWS, count - i)
-        some, later = rows + 16 * i, rows + 16 * min(i + ROWS, count - k)
+        k = evenly(count - i)
+        some, later = rows + 16 * i, rows + 16 * min(i + k, count - k)
         for e in range(k):
             write(near + 4 * e, read(some + 16 * e + 8, one))
         rows_axpy(k, some, later, weight, target, width, near, kind)
@@ -117,8 +124,8 @@ def _make(kind: Any) -> dict[str, Any]:
             count = listed(rows, gate, units, group, first, last, one)
             i = 0
             while i < count:
-                k = min(ROWS, count - i)
-                some, later = rows + 16 * i, rows + 16 * min(i + ROWS, count - k)
+                k = evenly(count - i)
+                some, later = rows + 16 * i, rows + 16 * min(i + k, count - k)
                 hidden_of(near, k, some, later, x, width, weight, scales, bias, 0, 0, 0, code, kind, one)
                 for e in range(k):
                     unit = read_word(some + 16 * e)
@@ -147,8 +154,8 @@ def _make(kind: Any) -> dict[str, Any]:
             count = listed(rows, gate, units, group, part * words // parts, (part + 1) * words // parts, one)
             i = 0
             while i < count:
-                k = min(ROWS, count - i)
-                some, later = rows + 16 * i, rows + 16 * min(i + ROWS, count - k)
+                k = evenly(count - i)
+                some, later = rows + 16 * i, rows + 16 * min(i + k, count - k)
                 hidden_of(near, k, some, later, x, width, w1, s1, b1, w3, s3, b3, code, kind, one)
                 for e in range(k):
                     unit = read_word(some + 16 * e)

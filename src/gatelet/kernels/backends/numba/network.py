@@ -65,7 +65,7 @@ def prepare(given: Gated) -> Run:
         out, gates = x.new_empty(outputs), x.new_empty(units)
         answer = run(threads, x.data_ptr(), out.data_ptr(), gates.data_ptr(), opened.data_ptr(), scratch.data_ptr())
         spare.append(scratch)
-        return None if answer[0] else (out, gates)
+        return None if answer[team.FIRST] else (out, gates)
 
     call.kept = given  # type: ignore[attr-defined]  # kept alive: the packed addresses point at it
     return call

@@ -19,8 +19,8 @@ import pickle
 import time
 import warnings
 from array import array
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from numba import carray, cfunc, types
@@ -45,11 +45,16 @@ LEAST, MOST, GROWTH, DECAY = 2.0, 256.0, 4.0, 0.95
 where testing whether cores are free costs under half a percent. It shrinks with every region that lost nothing, so
 interruptions of up to 4 % of the regions have little effect."""
 
-call, note_time = vector.call, vector.note_time
+call, call_team, note_time, write_time = vector.call, vector.call_team, vector.note_time, vector.write_time
 _callable = functools.cache(ctypes.CFUNCTYPE(None, ctypes.c_void_p))
 CLOCK = getattr(time, "CLOCK_MONOTONIC", None)
-HEAD = 4
-"""Words before a kernel's own arguments: its address, whether a thread has left, and when (seconds, nanoseconds)."""
+HEAD = 11
+"""Words before a kernel's own arguments: the addresses of the kernel, of ``GOMP_parallel`` and of what its threads
+call; the number of threads; when the region began; whether a thread has left, and when; when the region ended. Times
+are seconds and nanoseconds."""
+THREADS, BEGAN, LEFT, ENDED = 3, 4, 6, 9
+FIRST = HEAD + RESERVED
+"""Where a kernel's own arguments begin."""
 _forked = False
 _alone_until, _multiple = 0, LEAST
 _announced = False
@@ -90,7 +95,7 @@ def threads(numbers: int | None = None) -> int:
 
 def run(kernel: int, args: Sequence[int], team: int) -> None:
     """Call the kernel at this address with these arguments, on ``team`` threads at once."""
-    _run(kernel, array("q", (kernel, 0, 0, 0, 0, 0, *args)), team)
+    _run(array("q", (kernel, *_region().words, *args)), team)
 
 
 class Prepared:
@@ -100,27 +105,27 @@ class Prepared:
     """
 
     def __init__(self, kernel: int, args: Sequence[int | None]) -> None:
-        self.kernel = kernel
-        self.places = [HEAD + RESERVED + place for place, each in enumerate(args) if each is None]
-        self.packed = array("q", (kernel, 0, 0, 0, 0, 0, *(each or 0 for each in args)))
+        self.places = [FIRST + place for place, each in enumerate(args) if each is None]
+        self.packed = array("q", (kernel, *_region().words, *(each or 0 for each in args)))
 
     def __call__(self, team: int, *values: int) -> "array[int]":
-        """Run the kernel on ``team`` threads; return its arguments, to which it may have written results."""
+        """Run the kernel on ``team`` threads; return its arguments (from FIRST on), where it may have put results."""
         packed = self.packed[:]
         for place, value in zip(self.places, values, strict=True):
             packed[place] = value
-        _run(self.kernel, packed, team)
-        return packed[HEAD + RESERVED :]
+        _run(packed, team)
+        return packed
 
 
-def _run(kernel: int, packed: "array[int]", team: int) -> None:
+def _run(packed: "array[int]", team: int) -> None:
     address, _ = packed.buffer_info()
     if team == 1 or _parallel is None:
-        _callable(kernel)(address + 8 * HEAD)
+        _callable(packed[0])(address + 8 * HEAD)
         return
-    begin = time.monotonic_ns()
-    _parallel(_timed()[1], address, team, 0)
-    _judge(begin, packed[2] * 1_000_000_000 + packed[3], time.monotonic_ns())
+    packed[THREADS] = team
+    # Calls from Python take as long as a small kernel. So compiled code takes the times.
+    if _region().enter(address) > SLACK or _multiple > LEAST:
+        _judge(*(packed[at] * 1_000_000_000 + packed[at + 1] for at in (BEGAN, LEFT + 1, ENDED)))
 
 
 def _judge(begin: int, left: int, end: int) -> None:
@@ -134,9 +139,9 @@ def _judge(begin: int, left: int, end: int) -> None:
         _alone_until, _multiple = 0, max(LEAST, DECAY * _multiple)
 
 
-def compiled(function: Any, **options: Any) -> Any:
+def compiled(function: Any, result: Any = types.void, **options: Any) -> Any:
     """Compile a function of one address for calls from C; keep the result on disk if Numba's cache can be written."""
-    decorate = functools.partial(cfunc, types.void(types.voidptr), **options)
+    decorate = functools.partial(cfunc, result(types.voidptr), **options)
     try:
         return decorate(cache=True)(function)
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:  # no folder, a full disk, a damaged file
@@ -160,11 +165,36 @@ def _run_timed(p: Any) -> None:  # pragma: no cover (compiled)
     """Run a region's kernel, and note when its first thread has finished."""
     head = carray(p, (HEAD,), types.int64)
     call(head[0], head.ctypes.data + 8 * HEAD)
-    note_time(head.ctypes.data + 8, CLOCK)
+    note_time(head.ctypes.data + 8 * LEFT, CLOCK)
+
+
+def _enter(p: Any) -> Any:  # pragma: no cover (compiled)
+    """Run a region; return how long it was waiting after its first thread had finished, in nanoseconds."""
+    head = carray(p, (HEAD,), types.int64)
+    write_time(head.ctypes.data + 8 * BEGAN, CLOCK)
+    call_team(head[1], head[2], head.ctypes.data, head[3])
+    write_time(head.ctypes.data + 8 * ENDED, CLOCK)
+    return (head[ENDED] - head[LEFT + 1]) * 1_000_000_000 + head[ENDED + 1] - head[LEFT + 2]
+
+
+class _Region(NamedTuple):
+    """How a region is run.
+
+    Attributes:
+        enter: ``_enter``, compiled; takes the address of a region's words.
+        words: the words between a kernel's address and its arguments.
+        kept: what is compiled, since it must stay.
+    """
+
+    enter: Callable[[int], int]
+    words: tuple[int, ...]
+    kept: tuple[Any, ...]
 
 
 @functools.cache
-def _timed() -> tuple[Any, int]:
-    """Return ``_run_timed``, compiled, and its address."""
-    built = compiled(inspect.unwrap(_run_timed))
-    return built, ctypes.cast(built.ctypes, ctypes.c_void_p).value or 0
+def _region() -> _Region:
+    if _parallel is None:
+        return _Region(lambda address: 0, (0,) * (FIRST - 1), ())
+    threads, enter = compiled(inspect.unwrap(_run_timed)), compiled(inspect.unwrap(_enter), types.int64)
+    addresses = [ctypes.cast(each, ctypes.c_void_p).value or 0 for each in (_parallel, threads.ctypes)]
+    return _Region(enter.ctypes, (*addresses, *(0,) * (FIRST - 3)), (threads, enter))

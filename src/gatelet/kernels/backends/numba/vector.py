@@ -604,6 +604,33 @@ def call(typing: Any, function: Any, argument: Any) -> Any:
 
 
 @intrinsic
+def call_team(typing: Any, parallel: Any, function: Any, argument: Any, threads: Any) -> Any:
+    """Call OpenMP's ``GOMP_parallel``, at an address: ``threads`` threads call the function with the argument."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, pointer, _I32, _I32])
+        parallel = builder.inttoptr(args[0], kind.as_pointer())
+        function, argument = (builder.inttoptr(each, pointer) for each in args[1:3])
+        builder.call(parallel, [function, argument, builder.trunc(args[3], _I32), _I32(0)])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
+
+
+@intrinsic
+def write_time(typing: Any, address: Any, clock: Any) -> Any:
+    """Write the time of a system clock (seconds, nanoseconds) at ``address``."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        into = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
+        _call(builder, "clock_gettime", _I32, [builder.trunc(args[1], _I32), into])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic
 def note_time(typing: Any, address: Any, clock: Any) -> Any:
     """Write 1 and the time of a system clock (seconds, nanoseconds) at ``address``, unless 1 stands there already."""
 
