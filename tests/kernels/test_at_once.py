@@ -1,4 +1,4 @@
-"""One example through gated_linear without the checks that nothing depends on: what the long way gives."""
+"""One example, and given indices, without the checks that nothing depends on: what the long way gives."""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gatelet.kernels import gated_linear
+from gatelet.kernels import OpenPattern, gated_input_linear, gated_linear
 from gatelet.kernels.backends import BACKENDS
 
 op = importlib.import_module("gatelet.kernels.ops.gated_linear")
+decoder_op = importlib.import_module("gatelet.kernels.ops.gated_input_linear")
 pytestmark = pytest.mark.skipif(BACKENDS["numba"].missing() is not None, reason="without Numba there is no such kernel")
 
 
@@ -67,3 +68,81 @@ def test_others_go_the_long_way(taken: list[int]) -> None:
         found = gated_linear(**({"x": x, "weight": weight, "bias": bias, "gate": gate} | other))
         torch.testing.assert_close(found[:1].float(), expected, atol=1e-4, rtol=1e-5)
     assert taken == [1]
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """A number for each product over given indices that went this way."""
+    calls: list[int] = []
+    products = BACKENDS["numba"].products
+    decoder: Callable[..., Callable[..., Tensor | None]] = products.decoder
+
+    def counted(*sizes: Any) -> Callable[..., Tensor | None]:
+        run = decoder(*sizes)
+        return lambda *args: (calls.append(1), run(*args))[1]
+
+    monkeypatch.setattr(products, "decoder", counted)
+    decoder_op._fitting.cache_clear()
+    yield calls
+    decoder_op._fitting.cache_clear()
+
+
+def lists_drawn(lead: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
+    torch.manual_seed(3)
+    indices = torch.rand(*lead, 50).argsort(-1)[..., :6].sort(-1).values
+    return torch.randn(*lead, 6, dtype=dtype), indices, torch.randn(50, 21, dtype=dtype), torch.randn(21, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lead", [(), (1,), (9,), (2, 40)], ids=str)
+def test_given_indices(decoded: list[int], lead: tuple[int, ...], dtype: torch.dtype) -> None:
+    values, indices, weight, bias = lists_drawn(lead, dtype)
+    for shift in (None, bias):
+        found = gated_input_linear(values, indices, weight, shift, by_unit=True)
+        pattern = OpenPattern.from_indices(indices, 50)
+        assert found.equal(gated_input_linear(values, pattern, weight, shift, by_unit=True))
+        wide = torch.zeros(*lead, 50, dtype=dtype).scatter(-1, indices, values)
+        torch.testing.assert_close(
+            found, wide @ weight if shift is None else wide @ weight + shift, atol=1e-5, rtol=1e-5
+        )
+    assert decoded == [1, 1]
+
+
+def test_wrong_indices_are_refused_as_ever(decoded: list[int]) -> None:
+    values, indices, weight, _ = lists_drawn((9,))
+    for place, wrong, words in (
+        ((3, 5), 50, "must lie in"),
+        ((0, 0), -1, "must lie in"),
+        ((8, 1), 49, "has unit 49 before"),
+    ):
+        changed = indices.clone()
+        changed[place] = wrong
+        with pytest.raises(ValueError, match=words):
+            gated_input_linear(values, changed, weight, by_unit=True)
+    repeated = indices.clone()
+    repeated[4, 2] = repeated[4, 1]
+    with pytest.raises(ValueError, match="repeats unit"):
+        gated_input_linear(values, repeated, weight, by_unit=True)
+    assert len(decoded) == 4
+    with pytest.raises(TypeError, match="dtype"):
+        gated_input_linear(values.double(), indices, weight, by_unit=True)
+    with pytest.raises(ValueError, match="a number for each"):
+        gated_input_linear(values[:, :5].contiguous(), indices, weight, by_unit=True)
+
+
+def test_other_products_over_indices_go_the_long_way(decoded: list[int]) -> None:
+    values, indices, weight, bias = lists_drawn((9,))
+    expected = gated_input_linear(values, indices, weight, bias, by_unit=True)
+    assert decoded == [1]
+    others: list[dict[str, Any]] = [
+        {"weight": weight.t().contiguous(), "by_unit": False},
+        {"pattern": indices.int()},
+        {"pattern": indices.t().contiguous().t()},
+        {"hidden": values.t().contiguous().t()},
+        {"weight": weight.clone().requires_grad_()},
+        {"backend": "dense"},
+    ]
+    given: dict[str, Any] = {"hidden": values, "pattern": indices, "weight": weight, "bias": bias, "by_unit": True}
+    for other in others:
+        torch.testing.assert_close(gated_input_linear(**(given | other)), expected, atol=1e-5, rtol=1e-5)
+    assert decoded == [1]

@@ -26,10 +26,13 @@ _SCHEMA = {
     float | None: "float?",
 }
 
+ORDINARY = (Tensor, torch.nn.Parameter)
+"""The types of tensors that kernels read."""
+
 
 def plain(*tensors: Tensor | None) -> bool:
     """Whether these are ordinary tensors outside of tracing and transforms, so that kernels may be called directly."""
-    return untraced() and all(t is None or type(t) is Tensor or type(t) is torch.nn.Parameter for t in tensors)
+    return untraced() and all(t is None or type(t) in ORDINARY for t in tensors)
 
 
 def untraced() -> bool:

@@ -1,17 +1,19 @@
 """gated_input_linear: the affine layer after a gated one, reading only open hidden units."""
 
+import functools
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from gatelet.kernels import choose
 from gatelet.kernels.backends import BACKENDS, Backend, Layer, _pairs
 from gatelet.kernels.ops._checks import check_second, check_tensor
-from gatelet.kernels.ops._declare import Op, plain, recording
+from gatelet.kernels.ops._declare import ORDINARY, Op, plain, recording, untraced
 from gatelet.kernels.ops._sparse_grad import refuse_sparse, touched
 from gatelet.kernels.ops.open_pattern import check_values, checked, mask_of_form
 from gatelet.kernels.pattern import Bits, Form, Lists, OpenPattern, flat
@@ -59,6 +61,10 @@ def gated_input_linear(
     >>> gated_input_linear(torch.tensor([[1.0, torch.nan, 3.0]]), open_pattern(gate), torch.ones(2, 3))
     tensor([[4., 4.]])
     """
+    if by_unit and not sparse_grad and backend in ("auto", "numba"):
+        found = _at_once(hidden, pattern, weight, bias)
+        if found is not None:
+            return found
     choose.check_backend(backend)
     check_tensor(weight, "weight", 2)
     check_tensor(hidden, "hidden")
@@ -84,6 +90,40 @@ def gated_input_linear(
         name = choose.settled(backend, layer)
     out = _op(Given(values, pattern.form, weight, bias, by_unit, sparse_grad, name, keep))
     return out if len(pattern.lead) == 1 else out.view(*pattern.lead, outputs)
+
+
+def _at_once(hidden: Any, indices: Any, weight: Any, bias: Any) -> Tensor | None:
+    """Return the output for given indices where nothing is to be found out but whether they ascend; None: go the long
+    way.
+
+    Behind a product that empties the caches, each step of the long way takes some microseconds.
+    """
+    if type(indices) is not Tensor or indices.dtype is not torch.int64 or not indices.is_cpu:
+        return None
+    for each in (hidden, weight, weight if bias is None else bias):
+        if type(each) not in ORDINARY or each.dtype is not weight.dtype or not each.is_cpu:
+            return None
+    if not untraced() or forward_ad._current_level >= 0 or recording(hidden, weight, bias):
+        return None
+    run = _fitting(hidden.shape, indices.shape, weight.shape, None if bias is None else bias.shape, weight.dtype)
+    if run is None or not (hidden.is_contiguous() and indices.is_contiguous() and weight.is_contiguous()):
+        return None
+    found: Tensor | None = run(hidden, weight, bias, indices) if bias is None or bias.is_contiguous() else None
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _fitting(
+    hidden: torch.Size, indices: torch.Size, weight: torch.Size, bias: torch.Size | None, dtype: torch.dtype
+) -> Any:
+    """Return what computes given indices of these shapes; None if they need checks."""
+    if hidden != indices or len(weight) != 2 or not indices.numel() or bias not in (None, weight[1:]):
+        return None
+    layer = Layer(indices[:-1].numel(), weight[1], weight[0], 1, dtype, torch.device("cpu"), False)
+    if BACKENDS["numba"].cannot(layer):
+        return None
+    shape, bits = (*indices[:-1], weight[1]), torch.finfo(dtype).bits
+    return BACKENDS["numba"].products.decoder(layer.batch, indices[-1], layer.units, layer.width, bits, shape)
 
 
 class Given(NamedTuple):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from gatelet.kernels import choose
 from gatelet.kernels.backends import BACKENDS, Backend, Layer, _pairs
 from gatelet.kernels.ops._checks import check_affine, check_gate
-from gatelet.kernels.ops._declare import Op, plain, recording, untraced
+from gatelet.kernels.ops._declare import ORDINARY, Op, plain, recording, untraced
 from gatelet.kernels.ops._sparse_grad import listed, refuse_sparse, touched
 from gatelet.kernels.ops.open_pattern import check_values, checked, mask_of_form, pattern_of, promised
 from gatelet.kernels.pattern import Form, Lists, OpenPattern, flat, spread
@@ -116,7 +116,7 @@ def _at_once(x: Any, weight: Any, bias: Any, gate: Any) -> Tensor | None:
     For one example the checks and the choice would take longer than a small layer.
     """
     for each in (x, weight, gate, weight if bias is None else bias):
-        if type(each) not in _ORDINARY or each.dtype is not _FLOAT or not each.is_cpu:
+        if type(each) not in ORDINARY or each.dtype is not _FLOAT or not each.is_cpu:
             return None
     if forward_ad._current_level >= 0 or not untraced():
         return None
@@ -166,7 +166,7 @@ def _at_pairs(
     return _op(Given(flat_x, weight, bias, values, lists, None, sparse_grad, name, keep)).view(shape)
 
 
-_ORDINARY, _FLOAT = (Tensor, torch.nn.Parameter), torch.float32
+_FLOAT = torch.float32
 LEAST = 1 << 18
 """Multiply-adds of a layer for one example from which the CPU kernels win at any active fraction."""
 

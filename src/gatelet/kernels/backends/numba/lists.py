@@ -14,6 +14,7 @@ Numbers of pairs (values, coefficients, their gradients) are tensors (pairs,) in
 """
 
 from array import array
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -131,6 +132,36 @@ def by_example(
         wrong=0 if wrong is None else wrong.buffer_info()[0],
     )
     return out
+
+
+def decoder(
+    batch: int, most: int, count: int, width: int, bits: int, shape: tuple[int, ...]
+) -> Callable[[Tensor, Tensor, Tensor | None, Tensor], Tensor | None]:
+    """Return a function of values, weight, bias and indices that does what :func:`by_example` does, with fewer steps.
+
+    All must be contiguous, the indices int64. The function checks these and returns None if they are wrong.
+
+    Args:
+        batch: B.
+        most: K, at least 1.
+        count: N.
+        width: D.
+        bits: of a number.
+        shape: of the result, B · D numbers.
+    """
+    pairs = batch * most
+    addresses = dict.fromkeys(("values", "weight", "bias", "units", "out", "wrong"))
+    sizes = {"starts": 0, "most": most, "examples": batch, "count": count, "width": width, "pairs": pairs}
+    run = products.prepare("by_example", bits, **addresses, **sizes, span=_span(batch, pairs))
+
+    def call(values: Tensor, weight: Tensor, bias: Tensor | None, indices: Tensor) -> Tensor | None:
+        out, wrong = weight.new_empty(*shape), array("q", (0,))
+        threads, shift = team.threads(pairs * width), 0 if bias is None else bias.data_ptr()
+        data = (values.data_ptr(), weight.data_ptr(), shift, indices.data_ptr(), out.data_ptr())
+        run(threads, *data, wrong.buffer_info()[0])
+        return None if wrong[0] else out
+
+    return call
 
 
 def turned(starts: Tensor, units: Tensor, count: int) -> Turned:

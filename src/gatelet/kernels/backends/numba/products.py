@@ -146,7 +146,7 @@ def dots(
     return out, pre
 
 
-one = narrow.one
+one, decoder = narrow.one, lists.decoder
 
 
 def ffn(
