@@ -233,6 +233,14 @@ def test_bad_models():
         distil(model, teacher[:2])
     with pytest.raises(ValueError, match=r"teacher: its block .* is converted too"):
         distil(model, model)
+    tied = copy.deepcopy(teacher)
+    tied[3].weight = model[3].weight
+    with pytest.raises(ValueError, match="teacher: shares weights with the model"):
+        distil(model, tied, weights=True)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="distil: it trains; call it outside"):
+        distil(model, teacher)
+    with torch.no_grad():
+        assert distil(model, tied, steps=1).steps == 1
     with pytest.raises(ValueError, match=r"teacher: does not run the block '3\.gating' in a forward pass"):
         distil(model, teacher, forward=lambda module, batch: module[:3](batch))
 

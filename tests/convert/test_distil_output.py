@@ -142,6 +142,11 @@ def test_refusals():
         tune(model, teacher, data(2))
     with pytest.raises(ValueError, match=r"teacher: gives an output of \(64, 16\), the model of \(64, 4\)"):
         tune(model, teacher[:3])
+    for converted_too in (model, copy.deepcopy(model)):
+        with pytest.raises(ValueError, match=r"teacher: its block '3\.gating' is converted too"):
+            tune(model, converted_too)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="distil output: it trains"):
+        tune(model, teacher)
     with pytest.raises(FloatingPointError, match=r"distil output: .* back at its best state"):
         tune(model, teacher, lr=1e30, steps=3)
     assert all(value.isfinite().all() for value in model.state_dict().values())

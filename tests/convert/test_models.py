@@ -201,6 +201,23 @@ def test_padding_reaches_layers_that_flatten_their_tokens():
     assert int(gating.tokens) == int(mask.sum())
 
 
+@pytest.mark.parametrize("cache", [True, False])
+@torch.no_grad()
+def test_a_prompt_with_padding_is_continued_as_without_it(cache):
+    model = opt()[0].eval()
+    gatelet.convert(model, target_rate=0.3, bottleneck=2)
+    gatelet.sparsity.calibrate_thresholds(model, [IDS])
+    mask = torch.ones_like(IDS)
+    mask[0, :4] = 0
+    told = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "use_cache": cache}
+    alone = model.generate(IDS[:1, 4:], attention_mask=mask[:1, 4:], **told)
+    with gatelet.nn.masking(model, mask):
+        found = model.generate(IDS, attention_mask=mask, **told)
+        assert torch.equal(found[:1, 4:], alone)
+        with pytest.raises(ValueError, match=r"mask must be one boolean per token, shape \(5,\)"):
+            model(IDS[:1, :5])
+
+
 @pytest.mark.parametrize("gater", ["mlp", "self"])
 def test_two_threads_run_one_pair_of_maps(gater):
     """W1 of one thread and W2 of another are no pair: here both threads have passed W1 when the first enters W2."""

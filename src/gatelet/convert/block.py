@@ -98,6 +98,20 @@ class BlockGating(ConditionalLayer):
         """Whether the block has a W_g."""
         return self.block.glu is not None
 
+    def _mask_of(self, x: Tensor) -> Tensor | None:
+        """Return the mask of :func:`gatelet.nn.masking` for these tokens, also where a pair's owner flattens them."""
+        mask = self.mask
+        if mask is None or self.block.kind != "pair" or mask.dim() != 2 or x.dim() != 2 or not len(mask):
+            return super()._mask_of(x)
+        rows, most = mask.shape
+        each, left = divmod(len(x), rows)
+        self.mask_met = self.mask_met or (each == most and not left)
+        if left or not self.mask_met:
+            return super()._mask_of(x)  # which says what is wrong
+        if each < most:  # tokens that generate() adds
+            return None
+        return torch.cat([mask.bool(), mask.new_ones((rows, each - most), dtype=torch.bool)], dim=1).flatten()
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # A state_dict of the dense model knows nothing of gaters: they stay as they are. What is put here is seen by
         # the submodules, which load from the same dictionary next.

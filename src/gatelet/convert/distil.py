@@ -18,6 +18,7 @@ from gatelet.convert.fitting import (
     Plan,
     but_first,
     calibrate,
+    check_teacher,
     converted_blocks,
     default_forward,
     default_mask,
@@ -87,7 +88,8 @@ def distil(
         held-out errors and open shares; print it.
 
     Raises:
-        ValueError: for a model without converted blocks, a teacher that does not run a block of that name, a loader
+        ValueError: for a model without converted blocks, a teacher that is converted, shares weights that are to be
+            trained or does not run a block of that name, a loader
             that is an iterator, yields nothing, too few batches, or one without a token.
         FloatingPointError: for a loss, a held-out error, or an input or output of the teacher's block that is NaN or
             infinite; the model then has the best state so far, which is also what the checkpoint holds.
@@ -107,6 +109,7 @@ def distil(
     plan = Plan(steps=steps, held_out=held_out, every=every, patience=patience)
     run, masked = forward or default_forward, mask or default_mask
     students = [Student(name, owner, gating, teacher) for name, (owner, gating) in converted_blocks(model).items()]
+    check_teacher(teacher, [p for student in students for p in student.weights()] if weights else ())
     shown, begin = Progress(progress), time.perf_counter()
     with in_eval(model, teacher):
         batches = _Batches(teacher, students, loader, run, masked)

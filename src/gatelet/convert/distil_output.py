@@ -20,6 +20,7 @@ from gatelet.convert.fitting import (
     Mask,
     Plan,
     calibrate,
+    check_teacher,
     converted_blocks,
     default_forward,
     default_mask,
@@ -85,8 +86,8 @@ def distil_output(
         the held-out divergence before and after, under the name ``output``, and the open shares; print it.
 
     Raises:
-        ValueError: for a model without converted blocks, outputs of different shapes, a loader that is an iterator or
-            yields too few batches.
+        ValueError: for a model without converted blocks, a teacher that is converted or shares trained weights, outputs
+            of different shapes, a loader that is an iterator or yields too few batches.
         FloatingPointError: for a loss or a held-out divergence that is NaN or infinite; the model then has the best
             state so far.
 
@@ -109,6 +110,7 @@ def distil_output(
     found, begin = converted_blocks(model), time.perf_counter()
     run, masked = forward or default_forward, mask or default_mask
     weights = list({p: None for owner, gating in found.values() for p in _maps(owner, gating)})
+    check_teacher(teacher, weights)
     with in_eval(model, teacher), _frozen(model):
         pair = _Pair(model, teacher, run, masked, autocast)
         tuned = _Fit(pair, weights, lr, loader, plan, checkpoint, Progress(progress))

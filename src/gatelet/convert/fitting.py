@@ -73,6 +73,15 @@ def converted_blocks(model: nn.Module) -> dict[str, tuple[nn.Module, BlockGating
     return found
 
 
+def check_teacher(teacher: nn.Module, trained: Iterable[nn.Parameter]) -> None:
+    """Raise for a teacher that is converted, or that would be trained with the model."""
+    if blocks(teacher):
+        raise ValueError(f"teacher: its block {next(iter(blocks(teacher)))!r} is converted too; give the dense model")
+    theirs = set(teacher.parameters())
+    if any(each in theirs for each in trained):
+        raise ValueError("teacher: shares weights with the model, which are to be trained; give it a deep copy of them")
+
+
 def default_forward(model: nn.Module, batch: Any) -> Any:
     """Run a model on a batch of a usual form."""
     if isinstance(batch, Mapping):
@@ -130,6 +139,12 @@ class Fit(ABC):
 
     def run(self) -> Distillation:
         """Return the errors; the model is then at its best state."""
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError(f"{self.plan.name}: it trains; call it outside of torch.inference_mode()")
+        with torch.enable_grad():
+            return self._run()
+
+    def _run(self) -> Distillation:
         flags = [(p, p.requires_grad) for p in self.trained]
         self._begin()
         try:

@@ -61,8 +61,6 @@ def _up(self: nn.Module, x: Tensor) -> Tensor:
     gating: BlockGating = self.__dict__["gating_of_pair"]
     gating.passed.pop(_caller(), None)
     own = affine_of(self)
-    if gating.mask is not None and gating.mask.shape != x.shape[:-1] and gating.mask.numel() == x.shape[:-1].numel():
-        gating.mask = gating.mask.view(x.shape[:-1])  # the owner flattens its tokens
     x, mask = gating.without_padding(x, None)
     if isinstance(gating.gater, SelfGater):
         out = F.linear(x, *own)
