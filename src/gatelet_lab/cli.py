@@ -33,8 +33,9 @@ def main() -> None:
     known = commands()
     run = {each.options: each.run for each in known}
     console = _console()
+    options: Any = None
     try:
-        options: Any = tyro.cli(
+        options = tyro.cli(
             _tree(known),
             prog="gatelet",
             description="gatelet: networks that decide which of their units to compute.",
@@ -48,8 +49,12 @@ def main() -> None:
         Console(stderr=True, emoji=False).print(f"gatelet: {error}", style="bold red", highlight=False, markup=False)
         sys.exit(2)
     except KeyboardInterrupt:
-        how = " with --resume" if hasattr(options, "resume") else ""
-        Console(stderr=True).print(f"interrupted; the same command{how} continues")
+        goes_on = ""  # measurements begin anew
+        if hasattr(options, "resume"):
+            goes_on = "; the same command with --resume continues"
+        elif hasattr(options, "storage"):  # a study in a database
+            goes_on = "; the same command continues"
+        Console(stderr=True).print(f"interrupted{goes_on}")
         sys.exit(130)
 
 

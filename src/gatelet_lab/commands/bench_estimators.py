@@ -38,7 +38,7 @@ class BenchEstimators:
     estimators: tuple[str, ...] = tuple(ALL)
     """Names of gatelet.estimators.ALL."""
     shapes: tuple[str, ...] = tuple(SHAPES)
-    """Batch × units."""
+    """Batch × units: these two, or one of them."""
     rounds: int = 60
     """Interleaved rounds; the report has the medians over them."""
     threads: int = 1

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from gatelet._checks import check_count, check_positive, check_rate
 from gatelet.nn import ConditionalFFN
 from gatelet.sparsity import calibrate_thresholds
 from gatelet_lab.bench.timing import interleaved, machine
@@ -30,6 +31,16 @@ class BenchFFN:
     """Units that share a gate."""
     seconds: float = 2.0
     """Seconds to measure each line."""
+
+    def __post_init__(self) -> None:
+        for name in ("sizes", "batches", "group"):
+            value = getattr(self, name)
+            for each in value if isinstance(value, tuple) else (value,):
+                check_count(each, f"--{name}")
+        if not self.batches:
+            raise ValueError("--batches: give a number of tokens")
+        check_rate(self.rate, "--rate")
+        check_positive(self.seconds, "--seconds")
 
 
 def run(options: BenchFFN, console: Console) -> None:

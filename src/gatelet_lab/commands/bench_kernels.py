@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from gatelet._checks import check_count
+from gatelet._checks import check_count, check_weight
 from gatelet_lab.bench import kernels
 from gatelet_lab.bench.auto import AUTO_SHAPES, check_auto
 from gatelet_lab.bench.busy import show_busy
@@ -50,6 +50,16 @@ class BenchKernels:
     """Directory for the sweeps' plot and the numbers as JSON; with --lists, --rows and --busy for the numbers alone."""
     patience: float = 10.0
     """Seconds to wait, per line, for a measurement that other processes do not disturb."""
+
+    def __post_init__(self) -> None:
+        check_weight(self.patience, "--patience")
+        alone = [name for name in ("trained", "step", "auto") if getattr(self, name)]
+        beside = [name for name in ("lists", "rows") if getattr(self, name)]
+        beside += ["busy"] if self.busy is not None else []
+        if len(alone) > 1 or (alone and beside):
+            raise ValueError(f"--{alone[0]}: measures one thing; leave out --{[*alone, *beside][1]}")
+        if self.model is not None and self.trained is None:
+            raise ValueError("--model: goes with --trained")
 
 
 def run(options: BenchKernels, console: Console) -> None:
