@@ -7,8 +7,9 @@ one pool, ``torch.set_num_threads`` holds, and any number of Python threads may 
 
 An OpenMP region ends when all of its threads have run, even if the others did all the work before the system started
 the last one. On a busy machine a call of 50 µs then takes milliseconds. So each region notes when its first thread ran
-out of tasks; the time after that is waiting. If a region was mostly waiting, the cores are taken: for a while, in
-proportion to the time lost, kernels run on the calling thread alone.
+out of tasks, and when its last one started. If the start was later, the time in between and after is waiting. If a
+region was mostly waiting, the cores are taken: for a while, in proportion to the time lost, kernels run on the calling
+thread alone.
 """
 
 import ctypes
@@ -45,14 +46,14 @@ LEAST, MOST, GROWTH, DECAY = 2.0, 256.0, 4.0, 0.95
 where testing whether cores are free costs under half a percent. It shrinks with every region that lost nothing, so
 interruptions of up to 4 % of the regions have little effect."""
 
-call, call_team, note_time, write_time = vector.call, vector.call_team, vector.note_time, vector.write_time
+call, call_team, now, write_first = vector.call, vector.call_team, vector.now, vector.write_first
 _callable = functools.cache(ctypes.CFUNCTYPE(None, ctypes.c_void_p))
 CLOCK = getattr(time, "CLOCK_MONOTONIC", None)
-HEAD = 11
+HEAD = 8
 """Words before a kernel's own arguments: the addresses of the kernel, of ``GOMP_parallel`` and of what its threads
-call; the number of threads; when the region began; whether a thread has left, and when; when the region ended. Times
-are seconds and nanoseconds."""
-THREADS, BEGAN, LEFT, ENDED = 3, 4, 6, 9
+call; the number of threads; then times in nanoseconds: when the region began, when its last thread started, when its
+first one ran out of tasks, and when the region ended."""
+THREADS, BEGAN, CAME, LEFT, ENDED = 3, 4, 5, 6, 7
 FIRST = HEAD + RESERVED
 """Where a kernel's own arguments begin."""
 _forked = False
@@ -125,13 +126,16 @@ def _run(packed: "array[int]", team: int) -> None:
     packed[THREADS] = team
     # Calls from Python take as long as a small kernel. So compiled code takes the times.
     if _region().enter(address) > SLACK or _multiple > LEAST:
-        _judge(*(packed[at] * 1_000_000_000 + packed[at + 1] for at in (BEGAN, LEFT + 1, ENDED)))
+        _judge(*packed[BEGAN:HEAD])
 
 
-def _judge(begin: int, left: int, end: int) -> None:
-    """Decide from a region's times whether the next ones run alone; at ``left`` a thread first found no more tasks."""
+def _judge(begin: int, came: int, left: int, end: int) -> None:
+    """Decide from a region's times whether the next ones run alone.
+
+    If the last thread ``came`` before another one had ``left``, the rest is no lost time: their tasks differ in length.
+    """
     global _alone_until, _multiple
-    waited = end - left
+    waited = end - left if came > left else 0
     if waited > SLACK and waited > WAITED * (end - begin):
         _alone_until = end + int(_multiple * waited)
         _multiple = min(MOST, GROWTH * _multiple)
@@ -162,19 +166,20 @@ def _announce_no_cache(why: str) -> None:
 
 
 def _run_timed(p: Any) -> None:  # pragma: no cover (compiled)
-    """Run a region's kernel, and note when its first thread has finished."""
+    """Run a region's kernel, and note when its last thread starts and its first one has finished."""
     head = carray(p, (HEAD,), types.int64)
+    head[CAME] = now(CLOCK)
     call(head[0], head.ctypes.data + 8 * HEAD)
-    note_time(head.ctypes.data + 8 * LEFT, CLOCK)
+    write_first(head.ctypes.data + 8 * LEFT, now(CLOCK))
 
 
 def _enter(p: Any) -> Any:  # pragma: no cover (compiled)
-    """Run a region; return how long it was waiting after its first thread had finished, in nanoseconds."""
+    """Run a region; return how long it lasted after its first thread had finished, in nanoseconds."""
     head = carray(p, (HEAD,), types.int64)
-    write_time(head.ctypes.data + 8 * BEGAN, CLOCK)
-    call_team(head[1], head[2], head.ctypes.data, head[3])
-    write_time(head.ctypes.data + 8 * ENDED, CLOCK)
-    return (head[ENDED] - head[LEFT + 1]) * 1_000_000_000 + head[ENDED + 1] - head[LEFT + 2]
+    head[BEGAN] = now(CLOCK)
+    call_team(head[1], head[2], head.ctypes.data, head[THREADS])
+    head[ENDED] = now(CLOCK)
+    return head[ENDED] - head[LEFT]
 
 
 class _Region(NamedTuple):

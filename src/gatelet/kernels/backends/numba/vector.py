@@ -619,26 +619,26 @@ def call_team(typing: Any, parallel: Any, function: Any, argument: Any, threads:
 
 
 @intrinsic
-def write_time(typing: Any, address: Any, clock: Any) -> Any:
-    """Write the time of a system clock (seconds, nanoseconds) at ``address``."""
+def now(typing: Any, clock: Any) -> Any:
+    """Return the time of a system clock in nanoseconds."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        into = builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-        _call(builder, "clock_gettime", _I32, [builder.trunc(args[1], _I32), into])
-        return context.get_dummy_value()
+        with builder.goto_entry_block():
+            place = builder.alloca(ir.ArrayType(_I64, 2))
+        into = builder.bitcast(place, ir.IntType(8).as_pointer())
+        _call(builder, "clock_gettime", _I32, [builder.trunc(args[0], _I32), into])
+        seconds, rest = (builder.load(builder.gep(place, [_I32(0), _I32(each)])) for each in range(2))
+        return builder.add(builder.mul(seconds, _I64(1_000_000_000)), rest)
 
-    return types.void(types.int64, types.int64), generate
+    return types.int64(types.int64), generate
 
 
 @intrinsic
-def note_time(typing: Any, address: Any, clock: Any) -> Any:
-    """Write 1 and the time of a system clock (seconds, nanoseconds) at ``address``, unless 1 stands there already."""
+def write_first(typing: Any, address: Any, value: Any) -> Any:
+    """Write an int64 unless another one than 0 stands there already."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        first = builder.atomic_rmw("xchg", _at(builder, args[0], 0, _I64), _I64(1), "monotonic")
-        with builder.if_then(builder.icmp_signed("==", first, _I64(0))):
-            into = builder.inttoptr(builder.add(args[0], _I64(8)), ir.IntType(8).as_pointer())
-            _call(builder, "clock_gettime", _I32, [builder.trunc(args[1], _I32), into])
+        builder.cmpxchg(_at(builder, args[0], 0, _I64), _I64(0), args[1], "monotonic", "monotonic")
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
