@@ -130,7 +130,9 @@ def test_a_few_float32_examples_take_this_way(sizes: tuple[int, ...], monkeypatc
     taken: list[str] = []
     for name in ("linear", "ffn"):
         way = getattr(narrow, name)
-        monkeypatch.setattr(narrow, name, lambda *args, way=way, name=name: (taken.append(name), way(*args))[1])
+        monkeypatch.setattr(
+            narrow, name, lambda *args, way=way, name=name, **more: (taken.append(name), way(*args, **more))[1]
+        )
     for bias in (p["b1"], None):
         have = gated_linear(p["x"], p["w1"], bias, p["gate"], backend="numba")
         torch.testing.assert_close(

@@ -19,8 +19,7 @@ class Bits:
         cols: by unit, (N, ⌈B/64⌉) int64; bit i of word w is example 64·w + i.
         group: how many consecutive units open together.
         pending: gates (B, N / group) whose bits are still to be written: the first product that reads them does it.
-        write: writes them, from gates to rows and cols; None where a product has always read them before they are given
-            to an op of torch.
+        write: writes them, from gates to rows and cols.
         notes: what a backend derives from the bits and reads again.
     """
 

@@ -106,10 +106,10 @@ class Op:
         torch.library.register_autograd(f"gatelet::{name}", self._traced_backprop, setup_context=self._setup)
         self._recorded = _recorded(self)
 
-    def __call__(self, given: Any) -> Tensor:
-        """Run the op."""
-        if not given.keep and forward_ad._current_level < 0:  # these are ordinary tensors, which was checked already
-            found: Tensor = self.forward(given)[0]
+    def __call__(self, given: Any, ordinary: bool = False) -> Tensor:
+        """Run the op. ``ordinary`` says that :func:`plain` was true of its tensors; it must be if nothing is kept."""
+        if (ordinary or not given.keep) and forward_ad._current_level < 0:
+            found: Tensor = self._recorded(*given) if given.keep else self.forward(given)[0]
             return found
         tensors = given_tensors(given)
         if transformed(*tensors):

@@ -106,7 +106,7 @@ def gated_ffn(
         name = choose.settled(backend, layer)
         if name != "dense":
             form = pattern_of(flat_gate.detach(), w1.shape[0], name)
-    out = _op(Given(flat_x, w1, b1, flat_gate, activation, w2, b2, form, by_unit, False, name, keep))
+    out = _op(Given(flat_x, w1, b1, flat_gate, activation, w2, b2, form, by_unit, False, name, keep), ordinary)
     return out.view(*x.shape[:-1], outputs)
 
 
@@ -132,7 +132,7 @@ def _at_pairs(
     outputs = w2.shape[1] if by_unit else w2.shape[0]
     flat_x, values = flat(x), gate.reshape(-1).to(x.dtype)
     name = choose.choose_for_lists(backend, _layer(flat_x, w1, 1, outputs, keep))
-    out = _op(Given(flat_x, w1, b1, values, activation, w2, b2, lists, by_unit, sparse_grad, name, keep))
+    out = _op(Given(flat_x, w1, b1, values, activation, w2, b2, lists, by_unit, sparse_grad, name, keep), ordinary)
     return out.view(*x.shape[:-1], outputs)
 
 
@@ -204,6 +204,14 @@ def backward(grad: Tensor, given: Given, kept: tuple[Tensor, ...], need: tuple[b
     pre, hidden = kept
     need_x, need_w1, need_b1, need_gate, need_w2, need_b2 = need
     products = need_x or need_w1 or need_b1
+    if hasattr(run, "gradients"):
+        weights = (given.w1, given.rows2)
+        at_once = run.gradients(grad, pre, given.gate, given.x, *weights, pattern, need[:5], given.activation)
+        if at_once is not None:
+            *others, from_w2 = at_once
+            if from_w2 is not None and not given.by_unit:
+                from_w2 = from_w2.t()
+            return *others, from_w2, grad.sum(0) if need_b2 else None
     from_x = from_w1 = from_b1 = from_gate = None
     inner, from_w2 = _second_layer(run, grad, given, hidden, pattern, products or need_gate, need_w2)
     if inner is not None:

@@ -15,7 +15,7 @@ from gatelet.kernels.backends import BACKENDS, Backend, Layer, _pairs
 from gatelet.kernels.ops._checks import check_affine, check_gate
 from gatelet.kernels.ops._declare import ORDINARY, Op, plain, recording, untraced
 from gatelet.kernels.ops._sparse_grad import listed, refuse_sparse, touched
-from gatelet.kernels.ops.open_pattern import check_values, checked, mask_of_form, pattern_of, promised
+from gatelet.kernels.ops.open_pattern import check_values, checked, mask_of_form, pattern_of
 from gatelet.kernels.pattern import Form, Lists, OpenPattern, flat, spread
 
 
@@ -105,9 +105,13 @@ def gated_linear(
     if name != "dense" and pattern is not None:
         form = pattern.form
     elif name != "dense" and keep:
-        form = (promised if wide is None else pattern_of)(flat_gate.detach(), units, name)
+        own = flat_gate.detach()
+        if ordinary and wide is None:
+            form = BACKENDS[name].products.promise(own, units, keep)
+        else:
+            form = pattern_of(own, units, name)
     wide_form = None if wide is None else pattern_of(wide, units, name)
-    return _op(Given(flat_x, weight, bias, flat_gate, form, wide_form, False, name, keep)).view(shape)
+    return _op(Given(flat_x, weight, bias, flat_gate, form, wide_form, False, name, keep), ordinary).view(shape)
 
 
 def _at_once(x: Any, weight: Any, bias: Any, gate: Any) -> Tensor | None:
@@ -163,7 +167,7 @@ def _at_pairs(
     flat_x, values = flat(x), gate.reshape(-1).to(x.dtype)
     layer = Layer(lists.batch, weight.shape[1], weight.shape[0], 1, x.dtype, x.device, keep)
     name = choose.choose_for_lists(backend, layer)
-    return _op(Given(flat_x, weight, bias, values, lists, None, sparse_grad, name, keep)).view(shape)
+    return _op(Given(flat_x, weight, bias, values, lists, None, sparse_grad, name, keep), ordinary).view(shape)
 
 
 _FLOAT = torch.float32
@@ -217,6 +221,10 @@ def backward(grad: Tensor, given: Given, kept: tuple[Tensor, ...], need: tuple[b
     backend = _running(given)
     run, pattern = backend.products, None if backend.by_gate and not listed(given.pattern) else given.pattern
     need_x, need_weight, need_bias, need_gate = need
+    if given.wide is None and hasattr(run, "gradients"):
+        at_once = run.gradients(grad, kept[0], given.gate, given.x, given.weight, None, pattern, (*need, False))
+        if at_once is not None:
+            return tuple(at_once[:4])
     products = need_x or need_weight or need_bias
     slopes = partial(run.pointwise, grad, kept[0], given.gate, pattern, given.wide)
     # To save the memory of another large matrix, the gate's gradient is formed last and overwrites the coefficients.

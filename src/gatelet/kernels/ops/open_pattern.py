@@ -41,14 +41,6 @@ def pattern_of(gate: Tensor, units: int, backend: str) -> Form:
     return Bits(rows, cols, units // max(gate.shape[1], 1))
 
 
-def promised(gate: Tensor, units: int, backend: str) -> Form | None:
-    """Return the pattern of gates (B, G) for the next product, which may write its bits; None if it reads none."""
-    if transformed(gate) or not plain(gate):
-        return pattern_of(gate, units, backend)
-    found: Form | None = _builder(gate, units, backend).promise(gate, units, True)
-    return found
-
-
 def checked(pattern: Any, units: int, lead: torch.Size | None, what: str) -> OpenPattern:
     """Return the pattern, made from indices if these were given; raise unless it has this many units.
 

@@ -10,8 +10,8 @@ from numba import types
 
 from gatelet.kernels.backends.numba import vector as v
 
-MOST = 4
-"""Examples that are multiplied with a row at once."""
+MOST = 8
+"""Examples that are multiplied with a row at once, to which it is added at once, or of which it is the sum."""
 ROWS = 8
 """Rows that are multiplied with a single example at once."""
 BEGIN = 256
@@ -56,11 +56,11 @@ def _part(builder: Any, address: Any, count: Any, kind: Any) -> Any:
     return _floats(builder, v._call(builder, f"llvm.masked.load.{suffix}.p0{suffix}", stored, args), kind)
 
 
-def _by_count(builder: Any, size: Any, body: Any, most: int = MOST) -> None:
-    """Emit ``body(k)`` for 1 … ``most``, and the switch between them."""
+def _by_count(builder: Any, size: Any, body: Any, most: int = MOST, least: int = 1) -> None:
+    """Emit ``body(k)`` for ``least`` … ``most``, and the switch between them."""
     done = builder.append_basic_block("counts.done")
     switch = builder.switch(size, done)
-    for k in range(1, most + 1):
+    for k in range(least, most + 1):
         block = builder.append_basic_block(f"count{k}")
         switch.add_case(_I64(k), block)
         builder.position_at_end(block)
@@ -85,19 +85,17 @@ def row_dots(
     places: Any,
     width: Any,
     later: Any,
-    also: Any,
     result: Any,
     kind: Any,
 ) -> Any:
-    """Write ⟨row, x[b]⟩ to ``result`` for ``size`` examples b, at most MOST; rows at ``later`` and ``also`` are
-    prefetched.
+    """Write ⟨row, x[b]⟩ to ``result`` for ``size`` examples b, at most MOST; the row at ``later`` is prefetched.
 
     x is float32, its rows ``pitch`` bytes apart; the bytes of ``places`` number the examples.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        size, row, x, pitch, places, width, later, also, result, _ = args
-        kind = signature.args[9]
+        size, row, x, pitch, places, width, later, result, _ = args
+        kind = signature.args[8]
         bytes_ = SIZES[kind]
 
         def body(k: int) -> None:
@@ -111,7 +109,6 @@ def row_dots(
             here = builder.mul(step.index, _I64(bytes_))
             for line in range(0, turns * LANES * bytes_, 64):
                 v._prefetch(builder, builder.add(builder.add(later, here), _I64(line)))
-                v._prefetch(builder, builder.add(builder.add(also, here), _I64(line)))
             at, over = builder.add(row, here), builder.mul(step.index, _I64(4))
             following = []
             for turn in range(turns):
@@ -128,17 +125,139 @@ def row_dots(
                 for e in range(k):
                     other = v._masked(builder, builder.add(rows[e], builder.mul(first, _I64(4))), rest, _FLOATS)
                     sums[turn * k + e] = v._fma(builder, own, other, sums[turn * k + e])
+            totals = []
             for e in range(k):
-                total = sums[e]
                 for turn in range(1, turns):
-                    total = builder.fadd(total, sums[turn * k + e])
-                total = builder.extract_element(v._folded(builder, total, 1), _I32(0))
-                v._store(builder, total, result, 4 * e)
+                    sums[e] = builder.fadd(sums[e], sums[turn * k + e])
+                totals.append(sums[e])
+            for e in range(0, k, 4):
+                found = v._across(builder, totals[e : e + 4], 4)
+                for lane in range(min(4, k - e)):
+                    v._store(builder, builder.extract_element(found, _I32(lane)), result, 4 * (e + lane))
 
         _by_count(builder, size, body)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 9, kind), generate
+    return types.void(*[types.int64] * 8, kind), generate
+
+
+@v.intrinsic
+def row_spread(
+    typing: Any, size: Any, row: Any, y: Any, pitch: Any, places: Any, width: Any, scales: Any, later: Any, kind: Any
+) -> Any:
+    """Add scale[e] · row to y[b] for ``size`` examples b, at most MOST; the row at ``later`` is prefetched.
+
+    Arguments are as in ``row_dots``.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        size, row, y, pitch, places, width, scales, later, _ = args
+        kind = signature.args[8]
+        bytes_ = SIZES[kind]
+
+        def body(k: int) -> None:
+            turns = max(4 // k, 1)
+            rows, each = _examples(builder, y, pitch, places, k), _scales(builder, scales, k)
+            whole = builder.mul(builder.sdiv(width, _I64(turns * LANES)), _I64(turns * LANES))
+            step = v._Loop(builder, whole, turns * LANES)
+            step.open()
+            here, over = builder.mul(step.index, _I64(bytes_)), builder.mul(step.index, _I64(4))
+            for line in range(0, turns * LANES * bytes_, 64):
+                v._prefetch(builder, builder.add(builder.add(later, here), _I64(line)))
+            targets = [builder.add(each_row, over) for each_row in rows]
+            for turn in range(turns):
+                own = _whole(builder, builder.add(row, here), turn * LANES, kind)
+                before = [v._load(builder, target, 4 * turn * LANES, _FLOATS) for target in targets]
+                for scale, old, target in zip(each, before, targets, strict=True):
+                    v._store(builder, v._fma(builder, scale, own, old), target, 4 * turn * LANES)
+            step.close([])
+            for turn in range(turns):
+                first = builder.add(whole, _I64(turn * LANES))
+                rest = builder.sub(width, first)
+                own = _part(builder, builder.add(row, builder.mul(first, _I64(bytes_))), rest, kind)
+                for scale, each_row in zip(each, rows, strict=True):
+                    target = builder.add(each_row, builder.mul(first, _I64(4)))
+                    old = v._masked(builder, target, rest, _FLOATS)
+                    v._masked_store(builder, v._fma(builder, scale, own, old), target, rest)
+
+        _by_count(builder, size, body, MOST)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 8, kind), generate
+
+
+@v.intrinsic
+def row_sum(
+    typing: Any,
+    size: Any,
+    x: Any,
+    pitch: Any,
+    places: Any,
+    width: Any,
+    scales: Any,
+    start: Any,
+    target: Any,
+    stream: Any,
+    one: Any,
+) -> Any:
+    """Write start + Σ_e scale[e] · x[b] to ``target`` for 0 to MOST examples b; without ``start`` if that is 0.
+
+    Arguments are as in ``row_dots``. If ``stream``, the numbers go past the caches; the target must then be aligned to
+    vectors, and the width a multiple of them.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        size, x, pitch, places, width, scales, start, target, stream, _ = args
+        some = builder.icmp_signed("!=", start, _I64(0))
+        stream = builder.icmp_signed("!=", stream, _I64(0))
+        # Without a start x is read in its place. The target must not be read: its lines would come from memory.
+        start = builder.select(some, start, x)
+        some = v._splat(builder, some, LANES)
+        zero = ir.Constant(_FLOATS, None)
+
+        def body(k: int) -> None:
+            rows, each = _examples(builder, x, pitch, places, k), _scales(builder, scales, k)
+            whole = builder.mul(builder.sdiv(width, _I64(LANES)), _I64(LANES))
+
+            def total(load: Any, at: Any) -> Any:
+                value = builder.select(some, load(builder.add(start, at)), zero)
+                for scale, each_row in zip(each, rows, strict=True):
+                    value = v._fma(builder, scale, load(builder.add(each_row, at)), value)
+                return value
+
+            def loop(store: Any) -> None:
+                step = v._Loop(builder, whole, LANES)
+                step.open()
+                over = builder.mul(step.index, _I64(4))
+                found = total(lambda address: v._load(builder, address, 0, _FLOATS), over)
+                store(found, builder.add(target, over))
+                step.close([])
+
+            with builder.if_else(stream) as (past, near):
+                with past:
+                    loop(lambda found, address: _stream(builder, found, address))
+                with near:
+                    loop(lambda found, address: v._store(builder, found, address, 0))
+            rest, over = builder.sub(width, whole), builder.mul(whole, _I64(4))
+            with builder.if_then(builder.icmp_signed("!=", rest, _I64(0))):
+                found = total(lambda address: v._masked(builder, address, rest, _FLOATS), over)
+                v._masked_store(builder, found, builder.add(target, over), rest)
+
+        _by_count(builder, size, body, MOST, least=0)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 9, one), generate
+
+
+def _stream(builder: Any, value: Any, address: Any) -> None:
+    """Store a vector past the caches."""
+    stored = builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=v.VECTOR)
+    stored.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
+
+
+def _scales(builder: Any, scales: Any, k: int) -> list[Any]:
+    """Return k numbers at an address, a vector of each."""
+    return [v._splat(builder, v._load(builder, scales, 4 * e, ir.FloatType()), LANES) for e in range(k)]
 
 
 def _listed(builder: Any, base: Any, pitch: Any, units: Any, k: int) -> list[Any]:
@@ -225,7 +344,7 @@ def rows_axpy(
             pitch = builder.mul(width, _I64(bytes_))
             rows = _listed(builder, base, pitch, units, k)
             ahead = _listed(builder, base, pitch, later, k)
-            each = [v._splat(builder, v._load(builder, scales, 4 * e, ir.FloatType()), LANES) for e in range(k)]
+            each = _scales(builder, scales, k)
             turns = max(4 // bytes_, 1)
             whole = builder.mul(builder.sdiv(width, _I64(turns * LANES)), _I64(turns * LANES))
             _ask_for_begin(builder, ahead, bytes_)

@@ -16,6 +16,13 @@ from gatelet.kernels.pattern import Bits, Form, Lists, words
 FEW_EXAMPLES, FEW_TOKENS = 8, 32
 """At most this many go through the kernels that read a unit's row once for all of them, whatever is open: of a layer,
 and of a whole feed-forward layer."""
+FEW = "few"
+"""The notes of a pattern whose first product went that way."""
+NEAR = 1 << 16
+"""Without gradients the examples must also be of so many numbers at most: their rows stay in the second-level cache."""
+CROWD, CROWD_TO_LEARN = 5, 10
+"""But not if the units that are open for one of them are open for more than so many on average, without and with
+gradients. Other kernels then gain more by keeping slices of the examples near."""
 
 
 def _bits(tensor: Tensor) -> int:
@@ -44,19 +51,20 @@ def pattern(gate: Tensor, units: int) -> Bits:
 
 
 def promise(gate: Tensor, units: int, keep: bool) -> Bits:
-    """Return the pattern of gates (B, G), whose bits the next product writes."""
+    """Return the pattern of gates (B, G), whose bits the first product that reads them writes."""
     gate = gate.contiguous()
-    return Bits(*_reserve(gate, units), pending=gate)
+    return Bits(*_reserve(gate, units), pending=gate, write=_write)
 
 
 def _written(pattern: Form | None) -> Bits:
     """Return the pattern; write it first if that was not done yet."""
     if not isinstance(pattern, Bits):
         raise TypeError("this product reads a pattern of bits")
-    if pattern.pending is not None:
-        _build(pattern.pending, pattern.rows, pattern.cols, len(pattern.cols))
-        pattern.pending = None
-    return pattern
+    return pattern.written()
+
+
+def _write(gate: Tensor, rows: Tensor, cols: Tensor) -> None:
+    _build(gate, rows, cols, len(cols))
 
 
 def _build(gate: Tensor, rows: Tensor | None, cols: Tensor | None, units: int) -> None:
@@ -127,8 +135,12 @@ def dots(
     if isinstance(pattern, Lists):
         found = _looking(lists.dots, pattern, x, weight, bias)
         return _pairs.finish(found, gate, activation), found if keep else x.new_empty(0)
-    if pattern is None and gate is not None and not keep and _few(x):
-        return narrow.linear(x, weight, bias, gate, activation), x.new_empty(0)
+    if gate is not None and (pattern is None or (isinstance(pattern, Bits) and pattern.pending is not None)):
+        few = _few_dots(x, weight, bias, gate, activation, keep)
+        if few is not None:
+            if pattern is not None:
+                pattern.notes = FEW
+            return few
     gate = None if gate is None else gate.contiguous()
     batch, units = x.shape[0], weight.shape[0]
     out = x.new_empty((batch, units))
@@ -146,6 +158,20 @@ def dots(
     return out, pre
 
 
+def _few_dots(
+    x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, activation: str, keep: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Return what ``dots`` does for a few float32 examples, which need no pattern; None for others."""
+    by_unit = gate.shape[1] == len(weight)
+    if not _few(x, FEW_TOKENS if by_unit else FEW_EXAMPLES) or (keep and not by_unit):
+        return None
+    if not keep and len(x) > FEW_EXAMPLES and x.numel() > NEAR:
+        return None
+    pre = x.new_empty((len(x), len(weight)) if keep else 0)
+    found = narrow.linear(x, weight, bias, gate, activation, pre if keep else None, CROWD_TO_LEARN if keep else CROWD)
+    return None if found is None else (found, pre)
+
+
 one, decoder = narrow.one, lists.decoder
 
 
@@ -153,7 +179,25 @@ def ffn(
     x: Tensor, w1: Tensor, b1: Tensor | None, gate: Tensor, activation: str, w2: Tensor, b2: Tensor | None
 ) -> Tensor | None:
     """Return (act(x W1ᵀ + b1) ∘ gate) W2 + b2 of a few float32 examples, in one pass; None for others."""
-    return narrow.ffn(x, w1, b1, gate, activation, w2, b2) if _few(x, FEW_TOKENS) else None
+    return narrow.ffn(x, w1, b1, gate, activation, w2, b2, most=CROWD) if _few(x, FEW_TOKENS) else None
+
+
+def gradients(
+    upper: Tensor,
+    pre: Tensor,
+    gate: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    w2: Tensor | None,
+    pattern: Form | None,
+    need: tuple[bool, ...],
+    activation: str = "identity",
+) -> tuple[Tensor | None, ...] | None:
+    """Return the gradients of x, w1, b1, the gates and w2 (by unit) in one pass, if that is how ``dots`` went."""
+    if not (isinstance(pattern, Bits) and pattern.notes is FEW):
+        return None
+    w2 = None if w2 is None else _by_rows(w2)
+    return narrow.gradients(upper, pre, gate, x, _by_rows(w1), w2, need, activation)
 
 
 def _few(x: Tensor, most: int = FEW_EXAMPLES) -> bool:
@@ -220,6 +264,8 @@ def by_example(
     bias = None if bias is None else bias.contiguous()
     if isinstance(pattern, Lists):
         return _looking(lists.by_example, pattern, coefficient, weight, bias)
+    if gate is not None and isinstance(pattern, Bits) and pattern.notes is FEW:
+        return narrow.next_layer(coefficient, gate, weight, bias)
     rows = _written(pattern).rows
     batch, (units, width) = coefficient.shape[0], weight.shape
     out = weight.new_empty((batch, width))

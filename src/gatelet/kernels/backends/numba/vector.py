@@ -113,10 +113,10 @@ def _folded(builder: Any, value: Any, count: int) -> Any:
     return value
 
 
-def _prefetch(builder: Any, address: Any) -> None:
+def _prefetch(builder: Any, address: Any, to_write: bool = False) -> None:
     """Prefetch a line of 64 bytes. Any address may be given."""
     pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
-    _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _I32(0), _I32(3), _I32(1)])
+    _call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer, _I32(int(to_write)), _I32(3), _I32(1)])
 
 
 def _ctz(builder: Any, word: Any) -> Any:
@@ -463,6 +463,35 @@ def nonzero_bits(typing: Any, address: Any, one: Any) -> Any:
 
 
 @intrinsic
+def nonzero_columns(typing: Any, address: Any, pitch: Any, count: Any, target: Any, one: Any) -> Any:
+    """Write 64 words of 32 bits to ``target``: bit b of word i says that number i of row b is not zero (NaN is not).
+
+    The rows, ``count`` ≤ 32 of them, are ``pitch`` bytes apart.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address, pitch, count, target, _ = args
+        vector = _vector(context, signature.args[4])
+        kind = ir.VectorType(_I32, vector.count)
+        parts = 64 // vector.count
+        step = _Loop(builder, count, 1)
+        words = [step.carry(ir.Constant(kind, None)) for _ in range(parts)]
+        step.open()
+        row = builder.add(address, builder.mul(step.index, pitch))
+        bit = _splat(builder, builder.shl(_I32(1), builder.trunc(step.index, _I32)), vector.count)
+        following = []
+        for part, word in enumerate(words):
+            flags = builder.fcmp_unordered("!=", _load(builder, row, VECTOR * part, vector), ir.Constant(vector, None))
+            following.append(builder.or_(word, builder.select(flags, bit, ir.Constant(kind, None))))
+        step.close(following)
+        for part, word in enumerate(words):
+            builder.store(word, _at(builder, target, 4 * vector.count * part, kind), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4, one), generate
+
+
+@intrinsic
 def lowest(typing: Any, word: Any) -> Any:
     """Return the index of the lowest set bit."""
 
@@ -575,6 +604,17 @@ def prefetch(typing: Any, address: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         _prefetch(builder, args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def prefetch_to_write(typing: Any, address: Any) -> Any:
+    """Prefetch a line of 64 bytes that will be written. Any address may be given."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        _prefetch(builder, args[0], to_write=True)
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
