@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gatelet.kernels import OpenPattern, gated_input_linear, gated_linear
+from gatelet.kernels import OpenPattern, gated_input_linear, gated_linear, int8_rows, narrow_linear
 from gatelet.kernels.backends import BACKENDS
+from gatelet.kernels.backends.numba import narrow
 
 op = importlib.import_module("gatelet.kernels.ops.gated_linear")
 decoder_op = importlib.import_module("gatelet.kernels.ops.gated_input_linear")
@@ -146,3 +147,52 @@ def test_other_products_over_indices_go_the_long_way(decoded: list[int]) -> None
     for other in others:
         torch.testing.assert_close(gated_input_linear(**(given | other)), expected, atol=1e-5, rtol=1e-5)
     assert decoded == [1]
+
+
+KINDS: dict[str, Callable[[Tensor], Any]] = {"float32": Tensor.float, "bfloat16": Tensor.bfloat16, "int8": int8_rows}
+
+
+@pytest.mark.parametrize("active", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("lead", "units", "group"), [((), 1100, 1), ((1,), 1100, 11), ((1, 1), 40, 5), ((1,), 1026, 3), ((1,), 512, 64)]
+)
+def test_narrow_rows(
+    lead: tuple[int, ...], units: int, group: int, kind: str, active: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, weight, shift, gate = (each.to(active) for each in drawn(53, units, group, lead))
+    x[..., 3] = 1e30  # large sums, and in bfloat16 many roundings
+    rows = KINDS[kind](weight.float())
+    for bias, activation in ((shift, "silu"), (None, "identity")):
+        found = narrow_linear(x, rows, bias, gate, activation)
+        assert found.equal(narrow.linear(x.view(1, -1), rows, bias, gate.view(1, -1), activation).view(found.shape))
+        assert found.dtype == active
+    poisoned = x.clone()
+    poisoned[..., 0] = float("nan")
+    open_units = gate.repeat_interleave(group, -1) != 0
+    assert torch.equal(narrow_linear(poisoned, rows, shift, gate).isnan(), open_units)
+    monkeypatch.setattr(narrow, "linear", lambda *_: pytest.fail("this went the long way"))
+    narrow_linear(x, rows, shift, gate)
+
+
+def test_narrow_rows_that_need_checks() -> None:
+    x, weight, bias, gate = drawn(53, 64)
+    rows = int8_rows(weight)
+    expected = narrow_linear(x, rows, bias, gate)
+    others: list[dict[str, Any]] = [
+        {"gate": gate.bfloat16().float().double()},
+        {"weight": rows._replace(values=rows.values.t().contiguous().t())},
+        {"bias": bias.double()},
+    ]
+    given: dict[str, Any] = {"x": x, "weight": rows, "bias": bias, "gate": gate}
+    for other in others:
+        torch.testing.assert_close(narrow_linear(**(given | other)), expected, atol=0.05, rtol=0.05)
+    for wrong, words in (
+        ({"x": x[:, :50].contiguous()}, "x must have 53 features"),
+        ({"bias": bias[:60].contiguous()}, "bias must have shape"),
+        ({"gate": gate[:, :60].contiguous()}, "do not divide"),
+        ({"weight": rows._replace(scales=rows.scales[:60].contiguous())}, "a scale for each"),
+        ({"activation": "tanh"}, "activation"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            narrow_linear(**(given | wrong))

@@ -67,7 +67,7 @@ def linear(
     scratch, stride = _scratch(batch, units, threads, several)
     args |= {"scratch": scratch.data_ptr(), "stride": stride}
     if not several:
-        narrow.run("linear", bits, threads, **args, parts=PARTS)
+        narrow.run("linear", bits, threads, **args, half=0, parts=PARTS)
     else:
         span = max(1, units // (64 * PARTS * threads))
         crowded = array("q", (0,))
@@ -78,30 +78,41 @@ def linear(
     return _as(out, x.dtype)
 
 
-def one(units: int, width: int, group: int, shape: tuple[int, ...]) -> Callable[..., Tensor]:
-    """Return a function of x (D,), W (N, D), bias (N,) or None and gates (G,) that does what :func:`linear` does.
+def one(
+    units: int,
+    width: int,
+    group: int,
+    shape: tuple[int, ...],
+    *,
+    bits: int = 32,
+    half: bool = False,
+    activation: str = "identity",
+) -> Callable[..., Tensor]:
+    """Return a function of x (D,), W (N, D), bias (N,) or None, gates (G,) and W's scales that does :func:`linear`.
 
-    Its arguments must be contiguous float32, in any shape. The function takes fewer steps than :func:`linear`.
+    Its arguments must be contiguous. It takes fewer steps than :func:`linear`.
 
     Args:
         units: N.
         width: D.
         group: N / G.
         shape: of the result, N numbers.
+        bits: of W's numbers.
+        half: whether x, bias and gates are bfloat16, not float32.
+        activation: as for :func:`linear`.
     """
-    first, stride = _scratch(1, units, 1, False)
-    addresses = dict.fromkeys(("x", "weight", "bias", "gate", "out", "scratch"))
+    stride = _stride(units) + (4 * (width + 3 * 64 * _most_words(units)) if half else 0)
+    addresses = dict.fromkeys(("x", "weight", "scales", "bias", "gate", "out", "scratch"))
     sizes = {"units": units, "width": width, "group": group, "stride": stride, "parts": PARTS}
-    run = narrow.prepare("linear", 32, **addresses, **sizes, scales=0, code=ACTIVATIONS.index("identity"))
-    numbers, size = units * width // team.DENSE, first.numel()
-    spare = [first]  # memory of earlier calls, to be used again
+    run = narrow.prepare("linear", bits, **addresses, **sizes, code=ACTIVATIONS.index(activation), half=int(half))
+    numbers, spare = units * width // team.DENSE, list[Tensor]()  # memory of earlier calls, to be used again
 
-    def call(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor) -> Tensor:
+    def call(x: Tensor, weight: Tensor, bias: Tensor | None, gate: Tensor, scales: Tensor | None = None) -> Tensor:
         out = x.new_empty(*shape)
-        scratch = spare.pop() if spare else x.new_empty(size, dtype=torch.uint8)
-        shift = 0 if bias is None else bias.data_ptr()
-        threads, data = team.threads(numbers), (x.data_ptr(), weight.data_ptr(), shift, gate.data_ptr())
-        run(threads, *data, out.data_ptr(), scratch.data_ptr())
+        scratch = spare.pop() if spare else x.new_empty(PARTS * stride, dtype=torch.uint8)
+        shift, by = 0 if bias is None else bias.data_ptr(), 0 if scales is None else scales.data_ptr()
+        data = (x.data_ptr(), weight.data_ptr(), by, shift, gate.data_ptr(), out.data_ptr(), scratch.data_ptr())
+        run(team.threads(numbers), *data)
         spare.append(scratch)
         return out
 
@@ -287,9 +298,17 @@ def _scratch(batch: int, units: int, threads: int, several: bool) -> tuple[Tenso
     if several:
         stride = TILES + 2 * TILE * batch + 128
         return torch.empty(threads * stride, dtype=torch.uint8, device="cpu"), stride
-    words = -(-units // 64)
-    stride = 4 * NEAR + 16 * 64 * -(-words // PARTS) + 128
-    return torch.empty(PARTS * stride, dtype=torch.uint8, device="cpu"), stride
+    return torch.empty(PARTS * _stride(units), dtype=torch.uint8, device="cpu"), _stride(units)
+
+
+def _stride(units: int) -> int:
+    """Return the bytes of a part's memory with one example."""
+    return 4 * NEAR + 16 * 64 * _most_words(units) + 128
+
+
+def _most_words(units: int) -> int:
+    """Return the most words of 64 units in a part."""
+    return -(-units // (64 * PARTS))
 
 
 def _map(weight: Tensor | None) -> int:

@@ -23,6 +23,7 @@ NEAR = 64
 THIRD = 32
 """Bytes of them before the products with a third map."""
 arguments, rows_dots, rows_axpy, take, lowest = g.arguments, n.rows_dots, n.rows_axpy, v.take, v.lowest
+widen, round_to_half = n.widen, n.round_to_half
 read, write, read_word, write_word, clear = v.read, v.write, v.read_word, v.write_word, v.clear
 
 
@@ -108,18 +109,37 @@ def _make(kind: Any) -> dict[str, Any]:
     one = np.float32(1)
 
     def linear(p: Any) -> None:
-        """out = act(x Wᵀ + bias) ∘ gate, zero where closed; a task is a part of the units."""
-        counter, x, weight, scales, bias, gate, out, units, width, group, code, scratch, stride, parts = arguments(
-            p, 14
-        )
-        words = (units + 63) // 64
+        """out = act(x Wᵀ + bias) ∘ gate, zero where closed; a task is a part of the units.
+
+        With ``half`` x, bias, gate and out are bfloat16: behind a part's list are float32 copies of what it reads and
+        writes.
+        """
+        # fmt: off
+        (
+            counter, x, weight, scales, bias, gate, out, units, width, group, code, half, scratch, stride, parts,
+        ) = arguments(p, 15)
+        # fmt: on
+        words, whole = (units + 63) // 64, out
+        own = NEAR * 4 + 16 * 64 * ((words + parts - 1) // parts)
+        read_x, read_bias, read_gate = x, bias, gate
         while True:
             part = take(counter)
             if part >= parts:
                 break
             near = scratch + part * stride
             first, last = part * words // parts, (part + 1) * words // parts
-            clear(out + 64 * first * 4, (min(64 * last, units) - 64 * first) * 4)
+            n0, n1 = 64 * first, min(64 * last, units)
+            if half != 0 and n0 < n1:
+                x, free = near + own, near + own + 4 * width
+                widen(x, read_x, width)
+                g0, g1 = n0 // group, (n1 - 1) // group + 1
+                widen(free, read_gate + 2 * g0, g1 - g0)
+                gate, free = free - 4 * g0, free + 4 * (g1 - g0)
+                if bias != 0:
+                    widen(free, read_bias + 2 * n0, n1 - n0)
+                    bias, free = free - 4 * n0, free + 4 * (n1 - n0)
+                out = free - 4 * n0
+            clear(out + n0 * 4, (n1 - n0) * 4)
             rows = near + NEAR * 4
             count = listed(rows, gate, units, group, first, last, one)
             i = 0
@@ -131,6 +151,8 @@ def _make(kind: Any) -> dict[str, Any]:
                     unit = read_word(some + 16 * e)
                     write(out + unit * 4, read(near + 4 * e, one) * read(gate + unit // group * 4, one))
                 i += k
+            if half != 0 and n0 < n1:
+                round_to_half(whole + 2 * n0, out + 4 * n0, n1 - n0)
 
     def ffn(p: Any) -> None:
         """out[part] = Σ_n hidden_n · W2[n] over the part's units; hidden = act(x W1ᵀ + b1) ∘ (x W3ᵀ + b3) ∘ gate.

@@ -376,3 +376,61 @@ def rows_axpy(
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 7, kind), generate
+
+
+@v.intrinsic
+def widen(typing: Any, target: Any, source: Any, count: Any) -> Any:
+    """Write ``count`` bfloat16 numbers as float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        target, source, count = args
+        whole = builder.and_(count, _I64(-LANES))
+        step = v._Loop(builder, whole, LANES)
+        step.open()
+        numbers = _whole(builder, builder.add(source, builder.mul(step.index, _I64(2))), 0, types.uint16)
+        v._store(builder, numbers, builder.add(target, builder.mul(step.index, _I64(4))), 0)
+        step.close([])
+        rest = builder.sub(count, whole)
+        numbers = _part(builder, builder.add(source, builder.mul(whole, _I64(2))), rest, types.uint16)
+        v._masked_store(builder, numbers, builder.add(target, builder.mul(whole, _I64(4))), rest)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), generate
+
+
+@v.intrinsic
+def round_to_half(typing: Any, target: Any, source: Any, count: Any) -> Any:
+    """Write ``count`` float32 numbers as bfloat16, rounded to the nearest, of two to the even one. NaN stays NaN."""
+    words, halves = ir.VectorType(_I32, LANES), ir.VectorType(ir.IntType(16), LANES)
+
+    def constant(value: int) -> Any:
+        return ir.Constant(words, [value] * LANES)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        target, source, count = args
+
+        def rounded(numbers: Any) -> Any:
+            bits = builder.bitcast(numbers, words)
+            odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+            near = builder.add(bits, builder.add(odd, constant(0x7FFF)))
+            usual = builder.fcmp_ordered("==", numbers, numbers)
+            near = builder.select(usual, near, builder.or_(bits, constant(1 << 22)))
+            return builder.trunc(builder.lshr(near, constant(16)), halves)
+
+        whole = builder.and_(count, _I64(-LANES))
+        step = v._Loop(builder, whole, LANES)
+        step.open()
+        numbers = v._load(builder, builder.add(source, builder.mul(step.index, _I64(4))), 0, _FLOATS)
+        at = builder.add(target, builder.mul(step.index, _I64(2)))
+        builder.store(rounded(numbers), builder.inttoptr(at, halves.as_pointer()), align=2)
+        step.close([])
+        rest = builder.sub(count, whole)
+        numbers = v._masked(builder, builder.add(source, builder.mul(whole, _I64(4))), rest, _FLOATS)
+        lanes = ir.Constant(ir.VectorType(_I64, LANES), list(range(LANES)))
+        mask = builder.icmp_signed("<", lanes, v._splat(builder, rest, LANES))
+        at = builder.inttoptr(builder.add(target, builder.mul(whole, _I64(2))), halves.as_pointer())
+        name = f"llvm.masked.store.v{LANES}i16.p0v{LANES}i16"
+        v._call(builder, name, ir.VoidType(), [rounded(numbers), at, _I32(2), mask])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), generate
