@@ -247,3 +247,46 @@ def test_two_threads_run_one_pair_of_maps(gater):
     for i, each in enumerate(want):
         torch.testing.assert_close(found[i], each)
     assert not any(gating.passed for _, gating in blocks(model).values())
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_an_adapter_on_a_pair_opens_nothing():
+    peft = pytest.importorskip("peft")
+
+    def adapted(gater="mlp"):
+        torch.manual_seed(0)
+        model = opt()[0].eval()
+        gatelet.convert(model, 0.3, **({"bottleneck": 2} if gater == "mlp" else {"gater": gater}))
+        gatelet.sparsity.calibrate_thresholds(model, [IDS])
+        config = peft.LoraConfig(r=2, target_modules=["fc1", "fc2"], init_lora_weights=False)
+        return peft.get_peft_model(model, config).eval()
+
+    model = adapted()
+    with torch.no_grad():
+        have = model(IDS).logits
+        torch.testing.assert_close(have, model.merge_and_unload()(IDS).logits)
+    model = adapted().train()
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if "lora" in name)
+    for make, told in ((opt, "no two affine maps"), (phi3, "has no feed-forward block")):
+        config = peft.LoraConfig(r=2, target_modules="all-linear")
+        with pytest.raises(ValueError, match=f"(?s)(?=.*{told}).*adapters: merge them first, or convert"):
+            gatelet.convert(peft.get_peft_model(make()[0], config), bottleneck=2)
+    with pytest.raises(RuntimeError, match="fc1 decides which units are open; merge its adapter first"):
+        adapted("self")(IDS)
+
+
+@torch.no_grad()
+def test_a_hook_on_a_pair_opens_nothing():
+    model = opt()[0].eval()
+    gatelet.convert(model, 0.3, bottleneck=2)
+    gatelet.sparsity.calibrate_thresholds(model, [IDS])
+    layer = model.model.decoder.layers[0]
+    layer.fc1.register_forward_hook(lambda module, args, out: out + 1)
+    seen = []
+    layer.fc2.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    model(IDS)
+    closed = layer.gating.opened == 0
+    assert closed.any()
+    assert seen[0][:, closed].eq(0).all()
+    assert (seen[0] != 0).float().mean() < 0.6

@@ -3,7 +3,7 @@
 import copy
 import operator
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -81,17 +81,26 @@ class Options:
         return made
 
 
+class Passed(NamedTuple):
+    """What W1 of a pair decided: the gates, and their pattern if W2 is to read open units alone."""
+
+    gates: Tensor
+    pattern: OpenPattern | None
+
+
 class BlockGating(ConditionalLayer):
     """The gating of a converted block. It records where the block's weights are and how it was made."""
 
     block: Block
     options: Options
-    passed: dict[int, OpenPattern]
-    """For a pair: Python thread -> the units that W1 opened in the call that W2's belongs to."""
+    passed: dict[int, Passed]
+    """For a pair: Python thread -> what W1's call leaves for W2's."""
+    adapted: set[int]
+    """For a pair: the Python threads in a call where W1 is part of an adapter."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
-        self.passed = {}
+        self.passed, self.adapted = {}, set()
 
     @property
     def has_glu(self) -> bool:

@@ -94,8 +94,9 @@ def convert(
 
     The blocks' owners change their class to a subclass and get a submodule ``gating`` (in a Sequential, the first
     Linear gets it), so that a ``state_dict`` of the dense model loads; names, values, dtype and device of weights are
-    as before. The gaters are new: next comes :func:`gatelet.distil`. An adapter (LoRA), pruning, a parametrization or
-    hooks on one of the affine maps, there before or put on later, are honoured by running that block densely.
+    as before. The gaters are new: next comes :func:`gatelet.distil`. Pruning, a parametrization or hooks on one of the
+    affine maps, there before or put on later, and an adapter (LoRA) put on later, are honoured by running that block
+    densely.
 
     Args:
         model: changed in place.
@@ -172,11 +173,18 @@ def convert(
         if not seen:
             names = [name or "(the model)" for name, *_ in candidates]
             known = f" ({len(names)} blocks were found: {', '.join(names[:8])})" if names else ""
-            raise ValueError(f"{'where: selects' if names else 'model: has'} no feed-forward block{known}")
-        raise ValueError(f"model: no feed-forward block could be converted\n{report!r}")
+            told = "where: selects" if names else "model: has"
+            raise ValueError(f"{told} no feed-forward block{known}{_about_adapters(model)}")
+        raise ValueError(f"model: no feed-forward block could be converted{_about_adapters(model)}\n{report!r}")
     without_nested_tensors(model)
     note(model)
     return report
+
+
+def _about_adapters(model: nn.Module) -> str:
+    """Return what to do about adapters, in which blocks are not found."""
+    has = any(isinstance(module._modules.get("base_layer"), nn.Module) for module in model.modules())
+    return "; it has adapters: merge them first, or convert the model before they are added" if has else ""
 
 
 def _check_names(rates: Mapping[str, float], chosen: dict[str, bool]) -> None:
