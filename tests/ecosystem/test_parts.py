@@ -163,6 +163,9 @@ def test_lora_in_transformers():
         assert not torch.allclose(with_adapter, without)
         merged = adapted.merge_and_unload()
         torch.testing.assert_close(merged(ids).logits, with_adapter, rtol=1e-4, atol=1e-5)
+    before = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=target))
+    with pytest.raises(ValueError, match="adapters: merge them first, or convert the model before"):
+        gatelet.convert(before, 0.25, bottleneck=4)
 
 
 class Adapter(nn.Module):

@@ -29,7 +29,7 @@ class Convert:
     model: Positional[Path]
     """A Hugging Face directory, or a .gguf file."""
     text: Annotated[tuple[tuple[str, ...], ...], UseAppendAction]
-    """Files to fit and to measure on, or globs of them. Every fifth file is held out."""
+    """Files to fit and to measure on, or globs of them; needed. Every fifth file is held out."""
     out: Path
     """Directory for the model and the report."""
     rate: float = 0.5
