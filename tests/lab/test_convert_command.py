@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -144,6 +145,13 @@ def test_weights_learn_and_resume(home, tmp_path, monkeypatch):
     assert after < before
     assert f"divergence from the dense model's output {before:.4f} → {after:.4f}." in shown
     assert not (tmp_path / "out" / "output.pt").exists()
+
+
+def test_the_report_says_when_training_brought_nothing():
+    said = convert._what_weights_learned(SimpleNamespace(errors={"output": (0.061, 0.061)}))
+    assert (
+        said[1] == "The blocks' weights are as they were: no step came nearer to the dense model's output than 0.0610."
+    )
 
 
 def test_bad_models(home, tmp_path):

@@ -233,10 +233,13 @@ def _what_weights_learned(outcome: Outcome) -> list[str]:
     if "output" not in outcome.errors:
         return []
     before, after = outcome.errors["output"]
-    return [
-        "",
-        f"The blocks' weights were trained: divergence from the dense model's output {before:.4f} → {after:.4f}.",
-    ]
+    if not after < before:
+        said = (
+            f"The blocks' weights are as they were: no step came nearer to the dense model's output than {before:.4f}."
+        )
+    else:
+        said = f"The blocks' weights were trained: divergence from the dense model's output {before:.4f} → {after:.4f}."
+    return ["", said]
 
 
 def draw(outcome: Outcome, path: Path) -> None:
