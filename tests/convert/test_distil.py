@@ -133,6 +133,22 @@ def test_resumes(tmp_path):
         distil(pair()[0], teacher, loader, steps=31, checkpoint=file)
 
 
+def test_checkpoints_that_are_none(tmp_path):
+    model, teacher = pair()
+    other, damaged = tmp_path / "other.pt", tmp_path / "damaged.pt"
+    torch.save({"weights": torch.ones(2)}, other)
+    damaged.write_bytes(other.read_bytes()[:200])
+    (tmp_path / "text.pt").write_text("no checkpoint")
+    for name, told in (
+        ("nowhere/distil.pt", "there is no directory .*nowhere"),
+        ("other.pt", "other.pt holds something else"),
+        ("damaged.pt", "damaged.pt cannot be read"),
+        ("text.pt", "text.pt cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=f"checkpoint: .*{told}"):
+            distil(model, teacher, checkpoint=tmp_path / name)
+
+
 def test_nan_stops_at_the_best_state(tmp_path):
     file, (model, teacher) = tmp_path / "distil.pt", pair()
     loader = data(8)

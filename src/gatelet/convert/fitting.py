@@ -2,6 +2,7 @@
 
 import math
 import os
+import pickle
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -115,6 +116,8 @@ class Fit(ABC):
     ) -> None:
         self.loader, self.plan, self.progress = loader, plan, progress
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
+        if self.checkpoint is not None and not self.checkpoint.parent.is_dir():  # before the steps, not after them
+            raise ValueError(f"checkpoint: there is no directory {self.checkpoint.parent}")
         self.trained = [p for group in groups for p in group["params"]]
         self.tensors = self.trained + others
         self.optimizer = torch.optim.Adam([group for group in groups if group["params"]] or groups)
@@ -214,7 +217,7 @@ class Fit(ABC):
             write_atomically(saved, self.checkpoint)
 
     def _resume(self, path: Path) -> None:
-        saved = torch.load(path, map_location=self.tensors[0].device)
+        saved = _read(path, self.tensors[0].device)
         shapes = [tuple(tensor.shape) for tensor in self.tensors]
         if [tuple(tensor.shape) for tensor in saved["best"]] != shapes or saved["steps"] != self.plan.steps:
             raise ValueError(f"checkpoint: {path} is of another model or of other options; remove it")
@@ -299,6 +302,17 @@ def endless(loader: Iterable[Any], skip: int) -> Iterator[Any]:
             yield batch
         if not any_left:
             raise ValueError(f"loader: must yield more than the {skip} batches that are held out")
+
+
+def _read(path: Path, device: torch.device) -> dict[str, Any]:
+    """Return what a checkpoint holds; raise for a file that is none."""
+    try:
+        saved = torch.load(path, map_location=device)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"checkpoint: {path} cannot be read; remove it") from error
+    if not isinstance(saved, dict) or not {"best", "now", "steps", "optimizer"} <= saved.keys():
+        raise ValueError(f"checkpoint: {path} holds something else; name another file")
+    return saved
 
 
 def write_atomically(saved: Any, path: Path) -> None:
