@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 import gatelet
-from gatelet.convert import blocks, keep_rows, skip_inputs
+from gatelet.convert import blocks, keep_rows, skip_inputs, spread_rate
 from gatelet.convert.rows import InputRows, RowsFFN, RowsLinear, _exceeded
 from gatelet.kernels import int8_rows
 
@@ -275,6 +275,21 @@ def test_a_backward_pass_is_refused(rest):
     assert loss.isfinite()
     with pytest.raises(RuntimeError, match="for inference, which have no gradient"):
         loss.backward()
+
+
+def test_batches_may_be_mappings():
+    dense, ids = llama(), torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(0))
+    for batch in ({"input_ids": ids}, (ids, "more")):
+        assert spread_rate(dense, [batch], 0.4, progress=False) == spread_rate(dense, [ids], 0.4, progress=False)
+        thresholds = []
+        for given in (batch, ids):
+            model = llama()
+            gatelet.convert(model, target_rate=0.4, bottleneck=4, where="*0*", gater="self")
+            gatelet.sparsity.calibrate_thresholds(model, [given])
+            thresholds.append([gating.unit.threshold for _, gating in blocks(model).values()])
+        assert thresholds[0] == thresholds[1]
+        made = [skip_inputs(llama(), [given], 0.5) for given in (batch, ids)]
+        assert torch.equal(made[0](ids).logits, made[1](ids).logits)
 
 
 def test_nothing_goes_on_as_if_the_blocks_were_still_there(tmp_path):

@@ -221,3 +221,10 @@ def test_old_state_dicts_load(tmp_path):
     other.load_state_dict(torch.load(tmp_path / "old.pt"))
     assert torch.equal(run(other, x_for(model)), run(model, x_for(model)))
     other.load_state_dict(copy.deepcopy(sequential().state_dict()))
+
+
+@pytest.mark.parametrize("name", ["gatelet.json", "config.json"])
+def test_a_damaged_description_is_named(name, tmp_path):
+    (tmp_path / name).write_text("{")
+    with pytest.raises(ValueError, match=f"directory: .*{name} cannot be read"):
+        gatelet.load(tmp_path)

@@ -20,10 +20,10 @@ from gatelet.convert.fitting import (
     calibrate,
     check_teacher,
     converted_blocks,
-    default_forward,
     default_mask,
     first_of,
     in_eval,
+    run_on,
 )
 from gatelet.convert.progress import Progress
 from gatelet.convert.student import Student, recording
@@ -107,7 +107,7 @@ def distil(
     check_count(calibration, "calibration")
     rates = {"lr": check_positive(lr, "lr"), "weights_lr": check_positive(weights_lr, "weights_lr")}
     plan = Plan(steps=steps, held_out=held_out, every=every, patience=patience)
-    run, masked = forward or default_forward, mask or default_mask
+    run, masked = forward or run_on, mask or default_mask
     students = [Student(name, owner, gating, teacher) for name, (owner, gating) in converted_blocks(model).items()]
     check_teacher(teacher, [p for student in students for p in student.weights()] if weights else ())
     shown, begin = Progress(progress), time.perf_counter()

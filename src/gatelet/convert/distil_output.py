@@ -22,10 +22,10 @@ from gatelet.convert.fitting import (
     calibrate,
     check_teacher,
     converted_blocks,
-    default_forward,
     default_mask,
     first_of,
     in_eval,
+    run_on,
 )
 from gatelet.convert.progress import Progress
 from gatelet.nn.conditional_layer import masking
@@ -108,7 +108,7 @@ def distil_output(
     check_positive(lr, "lr")
     plan = Plan(steps=steps, held_out=held_out, every=every, patience=patience, name="distil output")
     found, begin = converted_blocks(model), time.perf_counter()
-    run, masked = forward or default_forward, mask or default_mask
+    run, masked = forward or run_on, mask or default_mask
     weights = list({p: None for owner, gating in found.values() for p in _maps(owner, gating)})
     check_teacher(teacher, weights)
     with in_eval(model, teacher), _frozen(model):

@@ -21,6 +21,7 @@ from gatelet.convert.place import blocks, holds_rows, why_no_block
 from gatelet.convert.progress import Progress
 from gatelet.nn.conditional_layer import masking
 from gatelet.sparsity import calibrate_thresholds
+from gatelet.sparsity.calibration import run_on as run_on
 
 Forward = Callable[[nn.Module, Any], Any]
 Mask = Callable[[Any], Tensor | None]
@@ -81,13 +82,6 @@ def check_teacher(teacher: nn.Module, trained: Iterable[nn.Parameter]) -> None:
     theirs = set(teacher.parameters())
     if any(each in theirs for each in trained):
         raise ValueError("teacher: shares weights with the model, which are to be trained; give it a deep copy of them")
-
-
-def default_forward(model: nn.Module, batch: Any) -> Any:
-    """Run a model on a batch of a usual form."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(batch[0] if isinstance(batch, tuple | list) else batch)
 
 
 def default_mask(batch: Any) -> Tensor | None:

@@ -29,6 +29,7 @@ from gatelet.kernels.backends.numba.memory import empty as large_empty
 from gatelet.nn.conditional_ffn import ACTIVATIONS
 from gatelet.nn.gaters import PreviewGater, SelfGater
 from gatelet.nn.parts import Affine, part_of
+from gatelet.sparsity.calibration import run_on
 
 KEPT = ("float32", "bf16", "int8")
 SAMPLE = 1 << 15
@@ -404,7 +405,7 @@ def skip_inputs(
 
     Args:
         model: on the CPU; no module in it is converted, but blocks may have been replaced by :func:`keep_rows`.
-        loader: yields what ``model(batch)`` takes.
+        loader: yields batches, as for :func:`gatelet.sparsity.calibrate_thresholds`.
         rate: the share of inputs to read.
         weights: ``"float32"``, ``"bf16"`` or ``"int8"``.
         where: which maps, by name.
@@ -451,7 +452,7 @@ def skip_inputs(
     try:
         with torch.no_grad():
             for batch in loader:
-                model(batch)
+                run_on(model, batch)
     finally:
         for hook in hooks:
             hook.remove()

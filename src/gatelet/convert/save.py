@@ -90,16 +90,23 @@ def read(directory: Path) -> dict[str, Any]:
     """Return the description in a directory, of a format that this version reads."""
     path = directory / DESCRIPTION
     if path.exists():
-        found: dict[str, Any] = json.loads(path.read_text())
+        found: dict[str, Any] = _json(path)
     else:  # written by save_pretrained alone
         config = directory / CONFIGURATION
-        held = json.loads(config.read_text()) if config.exists() else {}
+        held = _json(config) if config.exists() else {}
         found = held.get("quantization_config") or {}
         if found.get("quant_method") != "gatelet":
             raise FileNotFoundError(f"directory: {directory} holds no model of gatelet ({DESCRIPTION} is missing)")
         found = found | {"model": held["architectures"][0], "layers": {}}
     check_format(found, directory)
     return found
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"directory: {path} cannot be read ({error})") from error
 
 
 def check_format(described: dict[str, Any], directory: object) -> None:

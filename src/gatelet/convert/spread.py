@@ -13,6 +13,7 @@ from gatelet.convert.block import Block, affine_at, at
 from gatelet.convert.find import find
 from gatelet.convert.place import blocks
 from gatelet.convert.progress import Progress
+from gatelet.sparsity.calibration import run_on
 
 SAMPLE = 1 << 16
 """This many costs of units are sampled from each batch, to know their distribution in a block."""
@@ -41,8 +42,9 @@ def spread_rate(
         loader: yields batches without padding; a few thousand tokens do. One pass to know the costs, then per batch
             one run of the model for each block.
         target_rate: the mean share of open units, weighted by the sizes of W2.
-        forward: runs the model on a batch and returns logits (..., C); by default ``model(batch)``, and ``.logits`` of
-            what that returns where there is such.
+        forward: runs the model on a batch and returns logits (..., C); by default as
+            :func:`gatelet.sparsity.calibrate_thresholds` does, and ``.logits`` of what that returns where there is
+            such.
         progress: show how far it is: a line on a terminal, elsewhere one every 30 seconds.
 
     Returns:
@@ -117,7 +119,7 @@ def _hooked(hooks: dict[nn.Module, Callable[..., Any]]) -> Iterator[None]:
 
 
 def _logits(model: nn.Module, batch: Any) -> Tensor:
-    out = model(batch[0] if isinstance(batch, tuple | list) else batch)
+    out = run_on(model, batch)
     logits: Tensor = getattr(out, "logits", out)
     return logits
 

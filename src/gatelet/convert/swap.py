@@ -247,7 +247,7 @@ def _chooser(where: Where | None) -> Callable[[str, nn.Module], bool]:
         return lambda name, module: True
     if callable(where):
         return where
-    patterns = [where] if isinstance(where, str) else list(where)
+    patterns = [where] if isinstance(where, str) or not isinstance(where, Iterable) else list(where)
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError("where must be a name or pattern, several of them, or a predicate of name and module")
     return lambda name, module: any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

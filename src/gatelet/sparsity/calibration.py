@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -19,6 +19,13 @@ _MOVING = 1 << 16
 """How many of these give the threshold that moves from batch to batch during the first sweep."""
 _CIRCLE = 4
 """The most sweeps if a unit runs several times for a batch, so that its logits may depend on its own threshold."""
+
+
+def run_on(model: nn.Module, batch: Any) -> Any:
+    """Run a model on a batch of a usual form."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, tuple | list) else batch)
 
 
 def calibrate_thresholds(
@@ -45,7 +52,8 @@ def calibrate_thresholds(
             returns to its own mode afterwards.
         loader: yields batches; must allow several passes (a list or a DataLoader, no generator).
         target_rate: s for all units, instead of their own.
-        forward: runs the model on a batch; by default ``model(batch)``, or ``model(batch[0])`` for a tuple or list.
+        forward: runs the model on a batch; by default ``model(**batch)`` for a mapping, ``model(batch[0])`` for a tuple
+            or list, otherwise ``model(batch)``.
         local: with several processes (torch.distributed), use this process's loader alone. Otherwise all processes call
             this, each with its part of the data, of any size, and the quantile is that of all logits together.
         timeout: seconds to wait for the other processes to call this too.
@@ -71,7 +79,7 @@ def calibrate_thresholds(
     """
     if target_rate is not None:
         check_rate(target_rate)
-    run = forward or (lambda module, batch: module(batch[0] if isinstance(batch, tuple | list) else batch))
+    run = forward or run_on
     units = {
         name: module
         for name, module in model.named_modules()
