@@ -102,11 +102,12 @@ def test_given_indices(decoded: list[int], lead: tuple[int, ...], dtype: torch.d
         found = gated_input_linear(values, indices, weight, shift, by_unit=True)
         pattern = OpenPattern.from_indices(indices, 50)
         assert found.equal(gated_input_linear(values, pattern, weight, shift, by_unit=True))
+        assert found.equal(gated_input_linear(values, indices.int(), weight, shift, by_unit=True))
         wide = torch.zeros(*lead, 50, dtype=dtype).scatter(-1, indices, values)
         torch.testing.assert_close(
             found, wide @ weight if shift is None else wide @ weight + shift, atol=1e-5, rtol=1e-5
         )
-    assert decoded == [1, 1]
+    assert decoded == [1, 1, 1, 1]
 
 
 def test_wrong_indices_are_refused_as_ever(decoded: list[int]) -> None:
@@ -125,6 +126,8 @@ def test_wrong_indices_are_refused_as_ever(decoded: list[int]) -> None:
     with pytest.raises(ValueError, match="repeats unit"):
         gated_input_linear(values, repeated, weight, by_unit=True)
     assert len(decoded) == 4
+    with pytest.raises(ValueError, match="pattern is for gates"):
+        gated_input_linear(values, OpenPattern.from_indices(indices, 60), weight, by_unit=True)
     with pytest.raises(TypeError, match="dtype"):
         gated_input_linear(values.double(), indices, weight, by_unit=True)
     with pytest.raises(ValueError, match="a number for each"):

@@ -98,11 +98,16 @@ def _at_once(hidden: Any, indices: Any, weight: Any, bias: Any) -> Tensor | None
 
     Behind a product that empties the caches, each step of the long way takes some microseconds.
     """
-    if type(indices) is not Tensor or indices.dtype is not torch.int64 or not indices.is_cpu:
-        return None
     for each in (hidden, weight, weight if bias is None else bias):
         if type(each) not in ORDINARY or each.dtype is not weight.dtype or not each.is_cpu:
             return None
+    if type(indices) is OpenPattern:
+        form = indices.form
+        if not isinstance(form, Lists) or indices.most is None or weight.dim() != 2:
+            return None
+        indices = form.units.view(indices.values_shape) if indices.units == weight.shape[0] else None
+    if type(indices) is not Tensor or indices.dtype is not torch.int64 or not indices.is_cpu:
+        return None
     if not untraced() or forward_ad._current_level >= 0 or recording(hidden, weight, bias):
         return None
     run = _fitting(hidden.shape, indices.shape, weight.shape, None if bias is None else bias.shape, weight.dtype)
