@@ -271,6 +271,34 @@ def test_indices_that_were_changed_in_place_are_refused(backend, op, form):
             run(backend=backend)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, by jvp
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", ["auto", "dense"])
+def test_transforms(backend, op):
+    p = Problem()
+    inputs, run, dense = cases(p)[op]
+    first = inputs[0]
+
+    def of(make):
+        return lambda value: at_first(make, value).square().sum()
+
+    def at_first(make, value):
+        name = next(name for name in ("x", "values") if getattr(p, name) is first)
+        setattr(p, name, value)
+        try:
+            return make()
+        finally:
+            setattr(p, name, first)
+
+    run, dense = (lambda: cases(p, backend=backend)[op][1]()), (lambda: cases(p)[op][2]())
+    value, tangent = first.detach(), torch.randn_like(first)
+    torch.testing.assert_close(torch.func.grad(of(run))(value), torch.func.grad(of(dense))(value))
+    several = torch.stack([value, tangent])
+    torch.testing.assert_close(torch.func.vmap(of(run))(several), torch.func.vmap(of(dense))(several))
+    have, want = (torch.func.jvp(of(each), (value,), (tangent,)) for each in (run, dense))
+    torch.testing.assert_close(have, want)
+
+
 def test_errors_name_the_argument():
     linear, after, ffn = map(inspect.unwrap, (gated_linear, gated_input_linear, gated_ffn))
     p, from_indices = Problem(), inspect.unwrap(OpenPattern.from_indices)

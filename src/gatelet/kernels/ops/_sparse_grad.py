@@ -1,11 +1,13 @@
-"""Weight gradients of only the rows that are open for any example, where the open units were given as lists."""
+"""Given lists of open units: their backend, and weight gradients of only the rows that are open for any example."""
 
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from gatelet.kernels.backends import _pairs
+from gatelet.kernels import choose
+from gatelet.kernels.backends import Layer, _pairs
+from gatelet.kernels.ops._declare import transformed
 from gatelet.kernels.pattern import Form, Lists
 
 
@@ -20,6 +22,11 @@ def refuse_sparse(sparse_grad: bool, ordinary: bool) -> None:
         raise NotImplementedError(
             "sparse_grad=True does not work under torch.compile, torch.export and torch.func transforms"
         )
+
+
+def backend_for(backend: str, layer: Layer, *tensors: Tensor | None) -> str:
+    """Return the backend for given lists. Under a transform, which no kernel supports, ``"auto"`` is dense."""
+    return "dense" if backend == "auto" and transformed(*tensors) else choose.choose_for_lists(backend, layer)
 
 
 def touched(run: Any) -> Callable[..., Tensor]:

@@ -14,7 +14,7 @@ from gatelet.kernels.backends import BACKENDS, Backend, Layer, _pairs
 from gatelet.kernels.backends._activations import ACTIVATIONS, activate
 from gatelet.kernels.ops._checks import check_affine, check_gate, check_second, check_tensor
 from gatelet.kernels.ops._declare import Op, plain, recording
-from gatelet.kernels.ops._sparse_grad import listed, refuse_sparse, touched
+from gatelet.kernels.ops._sparse_grad import backend_for, listed, refuse_sparse, touched
 from gatelet.kernels.ops.open_pattern import check_values, checked, pattern_of
 from gatelet.kernels.pattern import Form, Lists, OpenPattern, flat, spread
 
@@ -131,7 +131,7 @@ def _at_pairs(
     refuse_sparse(sparse_grad, ordinary)
     outputs = w2.shape[1] if by_unit else w2.shape[0]
     flat_x, values = flat(x), gate.reshape(-1).to(x.dtype)
-    name = choose.choose_for_lists(backend, _layer(flat_x, w1, 1, outputs, keep))
+    name = backend_for(backend, _layer(flat_x, w1, 1, outputs, keep), x, w1, b1, gate, w2, b2)
     out = _op(Given(flat_x, w1, b1, values, activation, w2, b2, lists, by_unit, sparse_grad, name, keep), ordinary)
     return out.view(*x.shape[:-1], outputs)
 

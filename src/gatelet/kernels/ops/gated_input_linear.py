@@ -14,7 +14,7 @@ from gatelet.kernels import choose
 from gatelet.kernels.backends import BACKENDS, Backend, Layer, _pairs
 from gatelet.kernels.ops._checks import check_second, check_tensor
 from gatelet.kernels.ops._declare import ORDINARY, Op, plain, recording, untraced
-from gatelet.kernels.ops._sparse_grad import refuse_sparse, touched
+from gatelet.kernels.ops._sparse_grad import backend_for, refuse_sparse, touched
 from gatelet.kernels.ops.open_pattern import check_values, checked, mask_of_form
 from gatelet.kernels.pattern import Bits, Form, Lists, OpenPattern, flat
 
@@ -85,7 +85,7 @@ def gated_input_linear(
     layer = _layer(values, pattern.form, outputs, units)
     name = backend
     if given_units:
-        name = choose.choose_for_lists(backend, layer)
+        name = backend_for(backend, layer, hidden, weight, bias)
     elif not ordinary:
         name = choose.settled(backend, layer)
     out = _op(Given(values, pattern.form, weight, bias, by_unit, sparse_grad, name, keep))

@@ -14,7 +14,7 @@ from gatelet.kernels import choose
 from gatelet.kernels.backends import BACKENDS, Backend, Layer, _pairs
 from gatelet.kernels.ops._checks import check_affine, check_gate
 from gatelet.kernels.ops._declare import ORDINARY, Op, plain, recording, untraced
-from gatelet.kernels.ops._sparse_grad import listed, refuse_sparse, touched
+from gatelet.kernels.ops._sparse_grad import backend_for, listed, refuse_sparse, touched
 from gatelet.kernels.ops.open_pattern import check_values, checked, mask_of_form, pattern_of
 from gatelet.kernels.pattern import Form, Lists, OpenPattern, flat, spread
 
@@ -166,7 +166,7 @@ def _at_pairs(
     refuse_sparse(sparse_grad, ordinary)
     flat_x, values = flat(x), gate.reshape(-1).to(x.dtype)
     layer = Layer(lists.batch, weight.shape[1], weight.shape[0], 1, x.dtype, x.device, keep)
-    name = choose.choose_for_lists(backend, layer)
+    name = backend_for(backend, layer, x, weight, bias, gate)
     return _op(Given(flat_x, weight, bias, values, lists, None, sparse_grad, name, keep), ordinary).view(shape)
 
 
