@@ -143,17 +143,14 @@ def matrix(rows, gater, learns):
 
 def draw_points(axes, points, rows):
     """Draw a panel's rows; lines join those that differ in the rate only."""
-    for number, (name, (speed, worse)) in enumerate(points.items()):
+    for name, (speed, worse) in points.items():
         kind = next(kind for kind in LOOKS if name.startswith(kind))
         (marker, colour), line = LOOKS[kind], rows[name].line
         learns = line is not None and line.learns
         axes.plot(speed, min(worse, EDGE), marker, color=colour, markersize=5, clip_on=False,
                   fillstyle="full" if learns else "none", label=kind + ", distilled" * learns)  # fmt: skip
-        left = line is not None and not learns
-        side = {
-            "xytext": (-5 if left else 5, 4 if left or (line is None and number % 2) else -8),
-            "ha": "right" if left else "left",
-        }
+        left = kind in ("preview", "self") and not learns
+        side = {"xytext": (-5, 4), "ha": "right"} if left else {"xytext": (5, -8), "ha": "left"}
         if worse < EDGE:
             axes.annotate(_label(name, rows), (speed, worse), fontsize=7, color=colour, textcoords="offset points",
                           **side)  # fmt: skip
