@@ -314,12 +314,16 @@ class SparseAutoencoder(nn.Module):
         """
         if code.latents != self.d_sae:
             raise ValueError(f"code: is of {code.latents} latents, but the layer has {self.d_sae}")
-        code.check()
         if code.single and self.split is ALL_HERE and not torch.is_autocast_enabled(self.decoder_bias.device.type):
             weight, bias = self.decoder_weight, self.decoder_bias
             if not recording(code.values, weight, bias):  # few operators, since the calls take most of the time here
-                found = torch.addmm(bias, code.values.view(1, -1), weight.index_select(0, code.indices.view(-1)))
+                try:
+                    found = torch.addmm(bias, code.values.view(1, -1), weight.index_select(0, code.indices.view(-1)))
+                except (IndexError, RuntimeError):
+                    code.check()  # which says what does not fit
+                    raise
                 return found.div_(self.input_scale).view(*code.lead, self.d_in)
+        code.check()
         return ((self._sum(self.split.part(code)) + self.decoder_bias) / self.input_scale).view(*code.lead, self.d_in)
 
     def forward(self, x: Float[Tensor, "*lead D"]) -> Float[Tensor, "*lead D"]:

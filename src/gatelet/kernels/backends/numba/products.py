@@ -18,8 +18,8 @@ FEW_EXAMPLES, FEW_TOKENS = 8, 32
 and of a whole feed-forward layer."""
 FEW = "few"
 """The notes of a pattern whose first product went that way."""
-NEAR = 1 << 16
-"""Without gradients the examples must also be of so many numbers at most: their rows stay in the second-level cache."""
+NEAR = 1 << 15
+"""Without gradients the examples must also be of fewer numbers than this: their rows then stay near."""
 CROWD, CROWD_TO_LEARN = 5, 10
 """But not if the units that are open for one of them are open for more than so many on average, without and with
 gradients. Other kernels then gain more by keeping slices of the examples near."""
@@ -165,7 +165,7 @@ def _few_dots(
     by_unit = gate.shape[1] == len(weight)
     if not _few(x, FEW_TOKENS if by_unit else FEW_EXAMPLES) or (keep and not by_unit):
         return None
-    if not keep and len(x) > FEW_EXAMPLES and x.numel() > NEAR:
+    if not keep and len(x) > FEW_EXAMPLES and x.numel() >= NEAR:
         return None
     pre = x.new_empty((len(x), len(weight)) if keep else 0)
     found = narrow.linear(x, weight, bias, gate, activation, pre if keep else None, CROWD_TO_LEARN if keep else CROWD)
