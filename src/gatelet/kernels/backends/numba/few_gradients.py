@@ -54,9 +54,48 @@ def no_sums_of(
             row_sum(0, sums, 0, 0, width, sums, 0, target + unit * width * 4, stream, one)
 
 
+@compiled
+def coefficients_of(
+    rows: Any,
+    count: Any,
+    gate: Any,
+    z: Any,
+    upper: Any,
+    units: Any,
+    total: Any,
+    values: Any,
+    hidden: Any,
+    tile: Any,
+    code: Any,
+    one: Any,
+) -> None:  # pragma: no cover (compiled)
+    """Write C = upper · gate · act'(z) and act(z) · gate of the first ``count`` listed units and their examples.
+
+    Also C's sums over the examples, and upper · act(z) to the tile. If ``upper`` is 0, it stands in ``values``.
+    """
+    for u in range(count):
+        unit, mask = read_word(rows + 16 * u), read_word(rows + 16 * u + 8)
+        at, added = NUMBERS * u, one - one
+        while mask != 0:
+            b = lowest(mask)
+            mask &= mask - 1
+            place = (b * units + unit) * 4
+            own = read(values + at, one) if upper == 0 else read(upper + place, one)
+            h, value = read(gate + place, one), read(z + place, one)
+            acted = activate(value, code, one)
+            write(tile + TILE * b + 4 * (unit & 63), own * acted)
+            write(hidden + at, h * acted)
+            own *= h * slope(value, code, one)
+            write(values + at, own)
+            added += own
+            at += 4
+        if total != 0:
+            write(total + 4 * unit, added)
+
+
 def _make(kind: Any) -> dict[str, Any]:
     """Return the kernel, not yet compiled, for float32 numbers."""
-    one, zero = np.float32(1), np.float32(0)
+    one = np.float32(1)
 
     def gradients(p: Any) -> None:
         """A part's rows of V1 and V2, which are the gradients of the weights; its sums over the examples; its columns
@@ -73,7 +112,7 @@ def _make(kind: Any) -> dict[str, Any]:
         # fmt: on
         near = scratch + take(counter + 8) * stride
         words, rows, tile, sums = (units + 63) // 64, near + LIST, near + TILES, near + TILES + TILE * examples
-        values, hidden = near + VALUES, near + HIDDEN
+        values, hidden, given = near + VALUES, near + HIDDEN, upper if outputs == 0 else 0
         while True:
             part = take(counter)
             if part >= parts:
@@ -99,28 +138,11 @@ def _make(kind: Any) -> dict[str, Any]:
                     some, these, left = rows + 16 * i, min(count - i, TOGETHER), listed - i
                     # What the next block reads, and what this one writes at its end.
                     ask_for_some(z, begin + 64, i, these, count, examples, units)
-                    ask_for_some(upper if outputs == 0 else 0, begin + 64, i, these, count, examples, units)
+                    ask_for_some(given, begin + 64, i, these, count, examples, units)
                     ask_for_some(slopes, begin, i, these, count, examples, units)
                     if outputs != 0:
                         dots_of(near, some, these, left, w2, 4, upper, outputs, values, kind)
-                    for u in range(these):
-                        unit, mask = read_word(some + 16 * u), read_word(some + 16 * u + 8)
-                        at, added = NUMBERS * u, zero
-                        while mask != 0:
-                            b = lowest(mask)
-                            mask &= mask - 1
-                            place = (b * units + unit) * 4
-                            own = read(values + at, one) if outputs != 0 else read(upper + place, one)
-                            h, value = read(gate + place, one), read(z + place, one)
-                            acted = activate(value, code, one)
-                            write(tile + TILE * b + 4 * (unit & 63), own * acted)
-                            write(hidden + at, h * acted)
-                            own *= h * slope(value, code, one)
-                            write(values + at, own)
-                            added += own
-                            at += 4
-                        if total != 0:
-                            write(total + 4 * unit, added)
+                    coefficients_of(some, these, gate, z, given, units, total, values, hidden, tile, code, one)
                     if shares != 0:
                         spread_of(some, these, left, w1, 4, share, width, values, kind)
                     if v1 != 0:
