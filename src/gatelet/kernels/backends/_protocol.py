@@ -58,6 +58,9 @@ class Products(Protocol):
 
     A backend may also have ``ffn(x, w1, b1, gate, activation, w2, b2)``, W2 by unit. It returns the result of both
     layers of ``gated_ffn`` in one pass without gradients, or None for a layer it cannot take.
+
+    It may have ``gradients(upper, pre, gate, x, w1, w2, pattern, need, activation)``, W2 by unit or None. It returns
+    the gradients of x, w1, b1, the gates and w2 in one pass, or None if the products have to form them.
     """
 
     def pattern(self, gate: Tensor, units: int) -> Form | None:

@@ -104,6 +104,7 @@ def add_rows(
         i += k
 
 
+# Long: the kernels are nested functions, because Numba fixes their types and widths by what they close over.
 def _make(kind: Any) -> dict[str, Any]:
     """Return the kernels, not yet compiled, for weights stored like ``kind``."""
     one = np.float32(1)
