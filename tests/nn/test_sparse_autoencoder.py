@@ -371,6 +371,22 @@ def test_codes_whose_parts_do_not_fit(parts, error, told, recorded):
         sae.decode(code)
 
 
+@pytest.mark.parametrize(
+    ("indices", "values", "told"),
+    [
+        ([[1, 10**9]], (1, 2), "code: its indices must lie in 0 … 63, but 1000000000"),
+        ([[-1, 2]], (1, 2), "code: its indices must lie in 0 … 63, but -1"),
+        ([[1, 2]], (1, 1), r"code: has indices \(1, 2\), but values \(1, 1\)"),
+        ([[1, 2]], (2, 1), r"code: has indices \(1, 2\), but values \(2, 1\)"),
+        ([[1, 2], [3, 4]], (2, 2), r"code: has indices \(2, 2\), .* examples \(1,\)"),
+    ],
+)
+def test_the_code_of_one_example_whose_parts_do_not_fit(indices, values, told):
+    code = SparseCode(torch.tensor(indices), torch.ones(values, dtype=torch.float64), N, torch.Size((1,)))
+    with torch.no_grad(), pytest.raises(ValueError, match=told):
+        made("top_k").cpu().decode(code)
+
+
 def test_a_code_that_was_changed_in_place_after_its_decoding():
     sae = made("top_k").cpu()
     code = SparseCode(torch.tensor([[1, 2], [3, 4]]), torch.ones(2, 2, dtype=torch.float64), N, torch.Size((2,)))

@@ -75,8 +75,10 @@ class SparseCode:
 
     @property
     def single(self) -> bool:
-        """Whether it is the code of one example, with a fixed number of open latents."""
-        return self._dense is None and self._offsets is None and self.lead.numel() == 1
+        """Whether it is the code of one example, with a fixed number of open latents, by the shapes of its parts."""
+        shape = self._indices.shape
+        known = self._dense is None and self._offsets is None and shape == self._values.shape
+        return known and shape[:-1] == self.lead and self.lead.numel() == 1
 
     def check(self) -> None:
         """Raise unless indices, values and offsets fit each other; the kernels read memory by them.
